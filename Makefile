@@ -1,0 +1,47 @@
+# Each target builds .venv when it is missing or pyproject.toml has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SEEDS ?= 5
+
+.PHONY: help install reproduce-table2 reproduce-swapped-teacher test lint format bench clean
+
+help:
+	@echo "make reproduce-table2           Supervised, NoisyStudent, Reduced MPL on digits, $(SEEDS) seeds"
+	@echo "make reproduce-swapped-teacher  does the feedback act? with controls"
+	@echo "make test | lint | format | bench | clean"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+reproduce-table2: $(STAMP)
+	$(BIN)/mpl reproduce table2 --seeds $(SEEDS)
+
+reproduce-swapped-teacher: $(STAMP)
+	$(BIN)/mpl reproduce swapped-teacher --seeds $(SEEDS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.startup
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

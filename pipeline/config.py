@@ -1,0 +1,333 @@
+"""Recipes: every number that a run depends on, typed, frozen, and kept with the run.
+
+A recipe is a YAML file whose top-level keys follow the stages. Unknown keys are errors with a suggestion;
+`--set a.b=value` changes one value. This module imports no torch.
+"""
+
+import copy
+import difflib
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.data.settings import AugmentSettings
+from pipeline.errors import RecipeError
+
+Rule = Literal["sgd", "nesterov", "rmsprop", "rmsprop_tf", "adamw"]
+TeacherKind = Literal["calibrator", "fixed", "none"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """A network by its timm name (or wrn_28_2 and relatives from `pipeline.models`)."""
+
+    name: str
+    stem: Literal["auto", "standard", "small"] = "auto"  # small: no early downsampling, for images up to 64 px
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)  # before the prediction layer
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)  # stochastic depth
+    batch_norm_momentum: float | None = Field(default=None, gt=0.0, le=1.0)  # torch's sense: weight of the new
+    options: dict[str, Any] = Field(default_factory=dict)  # further arguments of timm.create_model
+
+
+class OptimizerSettings(Settings):
+    """Optimiser. `alpha` and `eps` speak torch's language: alpha weights the old average."""
+
+    rule: Rule = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    weight_decay: NonNegativeFloat = 0.0
+    decay_norm: bool = False  # also decay biases and normalisation
+    alpha: float = Field(default=0.9, ge=0.0, lt=1.0)
+    eps: PositiveFloat = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: PositiveFloat | None = None
+
+
+class ScheduleSettings(Settings):
+    """Learning rate over the steps: linear warm-up, then constant, cosine, or exponential in stairs."""
+
+    kind: Literal["constant", "cosine", "exponential"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)  # of the base rate, at the end of cosine
+    decay_rate: float = Field(default=0.97, gt=0.0, le=1.0)
+    decay_every: PositiveInt = 1000  # steps
+
+
+class TrainSettings(Settings):
+    """What every training stage shares."""
+
+    steps: PositiveInt
+    batch: PositiveInt = 128  # images per student step
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    augment: AugmentSettings = AugmentSettings()
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)  # the network that a stage leaves is this average
+    log_every: PositiveInt = 50  # steps
+    evaluate_every: NonNegativeInt = 0  # steps between looks at the validation split; 0 = at the end only
+    checkpoint_every: PositiveInt = 1000  # steps
+    checkpoint_seconds: PositiveFloat = 300.0
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "TrainSettings":
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"schedule.warmup_steps (={self.schedule.warmup_steps}) must be below steps (={self.steps})"
+            )
+        return self
+
+
+class PretrainSettings(TrainSettings):
+    """The large teacher, trained on the labelled images."""
+
+    model: ModelSettings
+
+
+class FinetuneSettings(TrainSettings):
+    """The student after `train-reduced`, on labelled images alone."""
+
+
+class CopySettings(Settings):
+    """When a pool image counts as a copy of an evaluation image. See `pipeline.pool.copies`."""
+
+    enabled: bool = True
+    threshold: float | None = None  # of the similarity; None = the descriptor's measured default
+
+
+class FilterSettings(Settings):
+    """Which pool images are kept."""
+
+    k: PositiveInt  # images per class
+    assign: Literal["any", "argmax"] = "any"
+    min_probability: float = Field(default=0.0, ge=0.0, lt=1.0)
+    upsample: bool = False  # classes short of k get a repeat count
+    batch: PositiveInt = 256
+    copies: CopySettings = CopySettings()
+
+
+class PrecomputeSettings(Settings):
+    """How distributions are stored."""
+
+    format: Literal["parquet"] = "parquet"
+    dtype: Literal["float16", "float32"] = "float16"
+    shard_rows: PositiveInt = 20_000
+    batch: PositiveInt = 256
+
+
+class CalibratorSettings(Settings):
+    """q_Ψ: a five-layer perceptron from the stored distribution to the one that the student learns."""
+
+    kind: Literal["mixture", "residual", "perceptron"] = "mixture"
+    hidden: PositiveInt = 128  # paper: 128 (CIFAR-10, SVHN), 512 (ImageNet)
+    layers: int = Field(default=5, ge=2)
+    floor: float = Field(default=0.05, gt=0.0, lt=1.0)  # share moved away from the identity at the start
+    lr: PositiveFloat = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-7
+    weight_decay: NonNegativeFloat = 1e-4  # L2, coupled, as in the paper
+    supervised_weight: NonNegativeFloat = 0.0  # of CE(y, q_Ψ(q_large(x_l)))
+
+
+class FeedbackSettings(Settings):
+    """The labelled loss after the student's step, sent back to the calibrator."""
+
+    every: PositiveInt = 1  # student steps between feedbacks
+    batch: PositiveInt = 128  # labelled images per feedback
+    engine: Literal["exact", "central", "one_sided"] = "exact"
+    scale: Literal["per_image", "raw"] = "per_image"  # per_image: dR/dq · B/η; raw: the paper's
+    weight: NonNegativeFloat = 1.0
+    control: Literal["none", "flipped", "shuffled"] = "none"  # ablations: wrong sign, rows permuted
+    held_out: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the labelled images used for feedback only
+    augment: AugmentSettings = AugmentSettings()
+
+
+class TrainReducedSettings(TrainSettings):
+    """The student, under a teacher that adapts, is fixed, or is absent."""
+
+    model: ModelSettings
+    teacher: TeacherKind = "calibrator"
+    student_data: Literal["auto", "pool", "pool+labelled"] = "auto"
+    labelled_target: Literal["auto", "true", "teacher"] = "auto"
+    labelled_share: float = Field(default=0.25, gt=0.0, lt=1.0)  # of the batch, with pool+labelled
+    calibrator: CalibratorSettings = CalibratorSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+
+
+class EvaluateSettings(Settings):
+    """How a network is judged."""
+
+    split: Literal["test", "validation", "labelled"] = "test"
+    batch: PositiveInt = 512
+    bins: PositiveInt = 15  # of the expected calibration error
+
+
+class DataSettings(Settings):
+    """Which images, and how they enter a network."""
+
+    manifest: str
+    image_size: PositiveInt  # pixels, square
+    labelled: PositiveInt | None = None  # use only the first so many labelled images
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
+    memory_gib: PositiveFloat = 4.0  # decoded images beyond this lie in a file beside the run
+
+
+class ReproduceSettings(Settings):
+    """`mpl reproduce`."""
+
+    seeds: PositiveInt = 5
+
+
+class Recipe(Settings):
+    """All settings of a run."""
+
+    name: str
+    description: str = ""
+    source: str = ""
+    reach: dict[str, Any] = Field(default_factory=dict)  # figures that the recipe should reach, for people
+    data: DataSettings
+    pretrain: PretrainSettings
+    filter: FilterSettings
+    precompute: PrecomputeSettings = PrecomputeSettings()
+    train_reduced: TrainReducedSettings
+    finetune: FinetuneSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
+    reproduce: ReproduceSettings = ReproduceSettings()
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("pipeline") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or file and apply `a.b=value` changes (values are YAML).
+
+    Raises:
+        RecipeError: no such recipe, or a key or value in it is wrong; says which, and suggests.
+    """
+    text, origin = _read(name_or_file)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {origin} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe {origin} must be a mapping of settings, found {type(tree).__name__}")
+    return parse_recipe(apply_changes(tree, changes), origin)
+
+
+def apply_changes(tree: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """A copy of a tree of settings with `a.b=value` changes made (values are YAML).
+
+    Raises:
+        RecipeError: a change is not of that form, or goes through a value.
+    """
+    tree = copy.deepcopy(tree)
+    for change in changes:
+        _apply(tree, change)
+    return tree
+
+
+def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+    """Validate a tree of settings; `origin` is named in errors."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(item, origin) for item in error.errors())) from error
+
+
+def _read(name_or_file: str) -> tuple[str, str]:
+    path = Path(name_or_file)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe {path}: {error}") from error
+    names = recipe_names()
+    if name_or_file not in names:
+        raise RecipeError(
+            f"no recipe {name_or_file!r}{_suggest(name_or_file, names)} "
+            f"There are: {', '.join(names)}; or give a .yaml file"
+        )
+    resource = importlib.resources.files("pipeline") / "recipes" / f"{name_or_file}.yaml"
+    return resource.read_text(encoding="utf-8"), f"{name_or_file}.yaml"
+
+
+def _apply(tree: dict[str, Any], change: str) -> None:
+    """Set one value in place; `change` is 'a.b.c=value'."""
+    key, equals, text = change.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {change!r}: expected section.key=value, for example filter.k=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {change!r}: the value is not YAML: {error}") from error
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {change!r}: {part!r} is a value, not a section")
+        node = child
+    node[parts[-1]] = _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any, origin: str) -> str:
+    """One pydantic error as a sentence for a person."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"recipe {origin}: {key} is not a setting{_suggest(key, _siblings(location))}".rstrip()
+    if item["type"] == "missing":
+        return f"recipe {origin}: {key} is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict | BaseModel) else f", found {item['input']!r}"
+    return f"recipe {origin}: {key or 'recipe'}: {message}{given}"
+
+
+def _siblings(location: list[str]) -> list[str]:
+    """Full names of the settings that stand beside `location`."""
+    section: Any = Recipe
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return [".".join([*location[:-1], name]) for name in section.model_fields]
+
+
+def _suggest(wrong: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' or an empty end of sentence."""
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."

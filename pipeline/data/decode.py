@@ -1,0 +1,160 @@
+"""From the bytes of any image file to RGB pixels of one size, with a status instead of an exception."""
+
+import io
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import StrEnum
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485
+"""Width times height; more is `too_large`. It is Pillow's own limit: a quarter GiB of RGB."""
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What is tried. Pillow knows more, of which EPS would start Ghostscript on bytes from the web."""
+CHUNK = 64  # images that a thread decodes at a time …
+CHUNK_BYTES = 16 << 20  # … or less, when they are large
+T = TypeVar("T")
+ORIENTATION = 0x0112  # EXIF tag
+
+
+class Status(StrEnum):
+    """What became of an entry's bytes."""
+
+    ok = "ok"
+    empty = "empty"
+    decode_error = "decode_error"
+    too_large = "too_large"
+
+
+class Skipped(NamedTuple):
+    """An entry that gave no image."""
+
+    shard: str
+    row: int
+    key: str
+    status: Status
+    detail: str
+
+
+def decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
+    """Decode one image; nothing that `data` holds makes it raise.
+
+    The first frame is turned upright as its EXIF says, laid on white where it is transparent,
+    converted to 8-bit RGB, its shorter side brought to `size` (antialiased bicubic) and its centre cut
+    out. An image of size × size keeps its pixels.
+
+    Returns:
+        The pixels, uint8 (size, size, 3), or None; the status; and why, for people.
+    """
+    if not data:
+        return None, Status.empty, "no bytes"
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None, Status.too_large, f"{image.width} × {image.height} pixels"
+            return _pixels(image, size), Status.ok, ""
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return None, Status.too_large, str(error)
+    except UnidentifiedImageError:
+        return None, Status.decode_error, f"not an image of a known format ({', '.join(_formats())})"
+    except Exception as error:  # Pillow's plugins raise a dozen kinds on malformed bytes
+        return None, Status.decode_error, f"{type(error).__name__}: {error}"[:200]
+
+
+def decode_stream(
+    items: Iterable[T], size: int, workers: int = 0, *, data_of: Callable[[T], bytes]
+) -> Iterator[tuple[T, np.ndarray | None, Status, str]]:
+    """Decode a stream in its order: each item with what `decode` says of its bytes.
+
+    Args:
+        items: anything that has bytes.
+        size: side in pixels.
+        workers: threads (Pillow releases the interpreter's lock while it decodes, which pays for images
+            of more than about 100 pixels); 0 is none. At most two chunks per thread are under way.
+        data_of: gives an item's bytes.
+    """
+
+    def work(chunk: list[T]) -> list[tuple[T, np.ndarray | None, Status, str]]:
+        return [(item, *decode(data_of(item), size)) for item in chunk]
+
+    chunks = _chunks(items, data_of)
+    if workers < 1:
+        for chunk in chunks:
+            yield from work(chunk)
+        return
+    with ThreadPoolExecutor(workers) as threads:
+        under_way: deque[Future[list[tuple[T, np.ndarray | None, Status, str]]]] = deque()
+        for chunk in chunks:
+            under_way.append(threads.submit(work, chunk))
+            if len(under_way) > 2 * workers:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
+
+
+def _chunks(items: Iterable[T], data_of: Callable[[T], bytes]) -> Iterator[list[T]]:
+    """Runs of items of bounded number and bytes."""
+    chunk: list[T] = []
+    held = 0
+    for item in items:
+        chunk.append(item)
+        held += len(data_of(item))
+        if len(chunk) >= CHUNK or held >= CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    # Pillow warns of large images and of odd metadata; here the status says it all.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _pixels(image: Image.Image, size: int) -> np.ndarray:
+    image.draft(
+        "RGB", (2 * size, 2 * size)
+    )  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
+    image.load()
+    rgb = _rgb(_upright(image))
+    if rgb.size != (size, size):
+        side = min(rgb.size)
+        left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+        box = (left, top, left + side, top + side)
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.array(rgb)  # (size, size, 3)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # malformed EXIF is no reason to lose the picture
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits or more: the range that the format has, or 0 … 1 for real numbers, to 0 … 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    top = values.max(initial=0)
+    scale = 1.0 if top <= 1 and image.mode == "F" else 255.0 if top <= 255 else 65535.0
+    if image.mode.startswith("I;16"):
+        scale = 65535.0
+    return Image.fromarray(np.rint(np.clip(values / scale, 0, 1) * 255).astype(np.uint8))

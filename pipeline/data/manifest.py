@@ -1,0 +1,211 @@
+"""Manifests: which files a data set has, how they are read and which rows make up each split."""
+
+import difflib
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import DataError
+
+Reader = Literal["digits", "parquet", "folder", "webdataset"]
+SplitName = Literal["labelled", "validation", "unlabelled", "test"]
+SPLITS: tuple[SplitName, ...] = ("labelled", "validation", "unlabelled", "test")
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileSpec(_Part):
+    """One file, or the files that a glob matches, and the reader that understands them."""
+
+    path: str | None = None
+    """Relative to the data folder."""
+    glob: str | None = None
+    """Relative to the data folder; the shards are the matches in the order of their paths."""
+    reader: Reader
+    image: str = "image"
+    """Parquet: the column of images, binary or struct<bytes, path>."""
+    label: str = "label"
+    """Parquet: the column of labels, integers or class names."""
+    url: str | None = None
+    bytes: Count | None = None
+    sha256: str | None = None
+    md5: str | None = None
+    rows: Count | None = None
+
+    @field_validator("path", "glob")
+    @classmethod
+    def _stays_inside(cls, value: str | None) -> str | None:
+        if value is not None and (PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts):
+            raise ValueError(f"{value!r} leaves the data folder; paths are relative to it")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.glob is None):
+            raise ValueError("give either `path` or `glob`")
+        return self
+
+
+class SplitSpec(_Part):
+    """A run of rows of one entry of `files`: first the drops, then the first or the last so many."""
+
+    source: str = Field(alias="from")
+    first: Count | None = None
+    last: Count | None = None
+    drop_first: Count = 0
+    drop_last: Count = 0
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Self:
+        if self.first is not None and self.last is not None:
+            raise ValueError("give either `first` or `last`")
+        return self
+
+    @property
+    def counts_from_the_end(self) -> bool:
+        """Whether the rows depend on how many there are."""
+        return self.last is not None or self.drop_last > 0
+
+    def rows(self, total: int) -> range:
+        """The rows of this split in a source of `total` rows; never more than there are."""
+        start = min(self.drop_first, total)
+        stop = max(start, total - self.drop_last)
+        if self.first is not None:
+            stop = min(stop, start + self.first)
+        if self.last is not None:
+            start = max(start, stop - self.last)
+        return range(start, stop)
+
+
+class ImageSpec(_Part):
+    """The images as they are stored."""
+
+    size: Annotated[int, Field(ge=1)]
+    """Shorter side in pixels."""
+    channels: Literal[1, 3] = 3
+
+
+class Manifest(_Part):
+    """A data set. `folder` is where the manifest was found, if that was on disk; it is not in the file."""
+
+    name: str
+    title: str = ""
+    homepage: str | None = None
+    license: str | None = None
+    classes: Annotated[int, Field(ge=2)]
+    class_names: tuple[str, ...] = ()
+    """In the order of the labels. Empty: the labelled split's files have them."""
+    image: ImageSpec
+    files: dict[str, FileSpec]
+    splits: dict[SplitName, SplitSpec]
+    paper: dict[str, Any] | None = None
+    notes: str = ""
+    folder: Path | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(f"classes is {self.classes}, class_names has {len(self.class_names)} names")
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("class_names has a name twice")
+        for name, split in self.splits.items():
+            if split.source not in self.files:
+                hint = suggestion(split.source, self.files) or f"there are {', '.join(self.files)}"
+                raise ValueError(f"splits.{name}.from is {split.source!r}, which `files` lacks; {hint}")
+        return self
+
+
+def load_manifest(name_or_file: str | Path, data: Path | None = None) -> Manifest:
+    """Find and check a manifest.
+
+    Looks for, in this order: a YAML file of that path; `<data>/<name>.yaml`; `<data>/manifest.yaml`
+    if it bears that name; the embedded manifests.
+
+    Raises:
+        DataError: there is none, or it has an unknown key, a wrong type or an impossible value.
+    """
+    given = Path(name_or_file)
+    if given.suffix in (".yaml", ".yml"):
+        if not given.is_file():
+            raise DataError(f"{given}: there is no such manifest")
+        return _read(given)
+    name = str(name_or_file)
+    if data is not None and (own := data / f"{name}.yaml").is_file():
+        return _read(own)
+    found = {manifest.name: manifest for manifest in reversed(list_manifests(data))}
+    if name not in found:
+        hint = suggestion(name, found)
+        raise DataError(
+            f"there is no data set {name!r}{'; ' + hint if hint else ''}. "
+            f"There are {', '.join(sorted(found))}; one of your own is given by the path of "
+            "its YAML file, or made with `mpl data import`"
+        )
+    return found[name]
+
+
+def list_manifests(data: Path | None = None) -> list[Manifest]:
+    """The data folder's own manifest, if it has one, then the embedded ones by name."""
+    own = data / "manifest.yaml" if data is not None else None
+    manifests = [_read(own)] if own is not None and own.is_file() else []
+    return manifests + list(_embedded())
+
+
+def suggestion(word: str, known: Any) -> str:
+    """`did you mean …?` for a misspelt word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _embedded() -> Iterator[Manifest]:
+    folder = resources.files("data_manifests")
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".yaml"):
+            yield _parse(entry.read_text(encoding="utf-8"), entry.name, None)
+
+
+def _read(path: Path) -> Manifest:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"manifest {path} cannot be read: {error}") from error
+    return _parse(text, str(path), path.parent)
+
+
+def _parse(text: str, where: str, folder: Path | None) -> Manifest:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DataError(f"manifest {where} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"manifest {where} must be a mapping with name, classes, image, files and splits")
+    if "folder" in values:
+        raise DataError(f"manifest {where}: folder is not a key; files are relative to --data")
+    try:
+        return Manifest.model_validate({**values, "folder": folder})
+    except ValidationError as error:
+        raise DataError("\n".join(_explain(where, error))) from error
+
+
+_KEYS = {key for model in (FileSpec, SplitSpec, ImageSpec, Manifest) for key in model.model_fields} | {
+    "from",
+    *SPLITS,
+}
+
+
+def _explain(where: str, error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"] if part != "[key]")
+        if item["type"] in ("extra_forbidden", "literal_error") and item["loc"]:
+            hint = suggestion(str(item["loc"][-2 if item["loc"][-1] == "[key]" else -1]), _KEYS)
+            if item["type"] == "extra_forbidden":
+                yield f"manifest {where}: {place} is not a key{'; ' + hint if hint else ''}"
+                continue
+        message = item["msg"].removeprefix("Value error, ")
+        yield f"manifest {where}: {place + ': ' if place else ''}{message}"

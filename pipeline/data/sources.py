@@ -1,0 +1,237 @@
+"""Splits: the rows of a manifest's files, opened as streams of samples."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
+from pipeline.data.shards import NO_LABEL, Sample, Shard, Window
+from pipeline.errors import DataError
+from pipeline.files import fingerprint
+
+OPEN_END = 1 << 62  # the last row of a split, when nobody has counted them
+
+__all__ = ["NO_LABEL", "Sample", "Shard", "Split", "Window", "class_names", "open_split"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split: its shards, in order, cut to the manifest's rows. Labels of a pool are not read."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    class_names: tuple[str, ...]
+    labelled: bool
+
+    def count(self) -> int:
+        """Samples, those that will not decode included."""
+        return sum(shard.rows() for shard in self.shards)
+
+    def read(self) -> Iterator[tuple[str, Sample]]:
+        """Stream (shard name, sample).
+
+        Raises:
+            DataError: a label is missing or out of range, or a shard is cut short or malformed.
+        """
+        for shard in self.shards:
+            for sample in shard.read():
+                if self.labelled:
+                    self._check_label(shard.name, sample.row, sample.label)
+                yield shard.name, sample
+
+    def labels(self) -> np.ndarray:
+        """Labels in the order of `read()`, int64 (count,), all checked; -1 throughout for a pool."""
+        parts = [shard.labels() for shard in self.shards]
+        if self.labelled:
+            for shard, labels in zip(self.shards, parts, strict=True):
+                bad = np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))
+                if len(bad):
+                    first = shard.start if isinstance(shard, Window) else 0
+                    self._check_label(shard.name, first + int(bad[0]), int(labels[bad[0]]))
+        return np.concatenate(parts)
+
+    def fingerprint(self) -> str:
+        """Changes with the rows, the order or the classes of the split."""
+        shards = [[shard.name, shard.fingerprint()] for shard in self.shards]
+        return fingerprint([shards, list(self.class_names), self.labelled])
+
+    def _check_label(self, shard: str, row: int, label: int) -> None:
+        if 0 <= label < len(self.class_names):
+            return
+        found = "no label" if label == NO_LABEL else f"label {label}"
+        raise DataError(
+            f"{self.name} split, {shard}: row {row} has {found}; labels run from 0 to "
+            f"{len(self.class_names) - 1} ({len(self.class_names)} classes in the manifest)"
+        )
+
+
+def open_split(
+    manifest: Manifest, split: SplitName, data: Path | None = None, *, first: int | None = None
+) -> Split:
+    """Open a split of a data set.
+
+    Args:
+        manifest: from `load_manifest`.
+        split: labelled, validation, unlabelled or test.
+        data: the data folder; without it, the folder in which the manifest's own file lies.
+        first: keep only so many rows of the split, the first ones (fewer labels).
+
+    Raises:
+        DataError: the manifest has no such split; a file is missing, broken or of another length than
+            the manifest states; class names disagree; the split is empty or has fewer than `first` rows.
+    """
+    if split not in manifest.splits:
+        raise DataError(f"data set {manifest.name} has no {split} split; it has {', '.join(manifest.splits)}")
+    spec = manifest.splits[split]
+    labelled = split != "unlabelled"
+    names = class_names(manifest, data)
+    shards = _shards(manifest, spec.source, data, names if labelled else None)
+    if labelled:
+        _same_names(names, shards, manifest)
+    total = _total(manifest, spec, shards)
+    rows = spec.rows(OPEN_END if total is None else total)
+    cut = tuple(_cut(shards, rows if first is None else rows[:first]))
+    if not any(shard.rows() for shard in cut):
+        raise DataError(
+            f"the {split} split of {manifest.name} is empty: splits.{split} leaves no row of "
+            f"files.{spec.source}{'' if total is None else f', which has {total}'}"
+        )
+    opened = Split(split, cut, names, labelled)
+    if first is not None and (count := opened.count()) < first:
+        raise DataError(f"the {split} split of {manifest.name} has {count} rows; {first} were asked for")
+    return opened
+
+
+def class_names(manifest: Manifest, data: Path | None = None) -> tuple[str, ...]:
+    """The manifest's class names, else those that the labelled files state, else the numbers.
+
+    Raises:
+        DataError: the files state another number of classes than the manifest.
+    """
+    if manifest.class_names:
+        return manifest.class_names
+    if "labelled" in manifest.splits:
+        for shard in _shards(manifest, manifest.splits["labelled"].source, data, ()):
+            if names := shard.class_names():
+                if len(names) != manifest.classes:
+                    raise DataError(
+                        f"{manifest.name}: {shard.name} has {len(names)} classes, the manifest "
+                        f"says {manifest.classes}; mend `classes` or name them in `class_names`"
+                    )
+                return names
+    return tuple(str(label) for label in range(manifest.classes))
+
+
+def _same_names(names: tuple[str, ...], shards: list[Shard], manifest: Manifest) -> None:
+    """Refuse files whose labels mean other classes than the manifest's."""
+    for shard in shards[:1]:
+        own = shard.class_names()
+        if own and own != names and manifest.class_names:
+            differ = next(
+                (f"{a!r} for {b!r}" for a, b in zip(own, names, strict=False) if a != b),
+                f"{len(own)} for {len(names)}",
+            )
+            raise DataError(
+                f"{manifest.name}: {shard.name} states other class names than the manifest ({differ}); "
+                "its labels would be misread. Mend `class_names`"
+            )
+
+
+def _total(manifest: Manifest, spec: SplitSpec, shards: list[Shard]) -> int | None:
+    """Rows in all shards if that is stated or needed; counting those of many large tars takes long."""
+    stated = manifest.files[spec.source].rows
+    if stated is None and not spec.counts_from_the_end:
+        return None
+    total = sum(shard.rows() for shard in shards)
+    if stated is not None and total != stated:
+        raise DataError(
+            f"files.{spec.source} of {manifest.name} has {total:,} rows, the manifest says {stated:,}: "
+            "a file is missing, cut short or of another version"
+        )
+    return total
+
+
+def _cut(shards: list[Shard], rows: range) -> Iterator[Shard]:
+    """The shards that hold `rows`; the first and the last are cut where the rows begin and end."""
+    before = 0
+    for shard in shards:
+        if before >= rows.stop:
+            return
+        if rows.start <= before and rows.stop == OPEN_END:
+            yield shard  # whole, and its rows need not be counted
+            continue
+        count = shard.rows()
+        start, stop = max(rows.start - before, 0), min(rows.stop - before, count)
+        if start < stop:
+            yield shard if (start, stop) == (0, count) else Window(shard, start, stop)
+        before += count
+
+
+def _shards(manifest: Manifest, source: str, data: Path | None, names: tuple[str, ...] | None) -> list[Shard]:
+    """All shards of one entry of `files`; `names` None leaves labels unread."""
+    spec = manifest.files[source]
+    if spec.reader == "digits":
+        from pipeline.data.digits import digits_shards
+
+        return list(digits_shards(spec.path or "", names is not None))
+    paths = find_files(manifest, spec, data)
+    named = list(zip(_shard_names(paths), paths, strict=True))
+    match spec.reader:
+        case "parquet":
+            from pipeline.data.parquet import ParquetShard
+
+            label = None if names is None else spec.label
+            return [ParquetShard(name, path, spec.image, label, names or ()) for name, path in named]
+        case "folder":
+            from pipeline.data.folder import folder_shards
+
+            return [shard for name, path in named for shard in folder_shards(name, path, names)]
+        case "webdataset":
+            from pipeline.data.webdataset import TarShard
+
+            return [TarShard(name, path, names) for name, path in named]
+
+
+def find_files(manifest: Manifest, spec: FileSpec, data: Path | None) -> list[Path]:
+    """The files of an entry of `files`, in order; none for the embedded digits.
+
+    Raises:
+        DataError: there is no data folder, no such file in it, or not the stated number of bytes.
+    """
+    if spec.reader == "digits":
+        return []
+    folder = data or manifest.folder
+    place = spec.path or spec.glob or ""
+    if folder is None:
+        raise DataError(
+            f"data set {manifest.name} needs {place} in a data folder, and none was given: "
+            "use --data DIR or set MPL_DATA"
+        )
+    if spec.path is not None:
+        paths = [folder / spec.path] if (folder / spec.path).exists() else []
+    else:
+        paths = sorted(folder.glob(place))
+    if not paths:
+        raise DataError(
+            f"data set {manifest.name} needs {place}, and there is nothing of that name in {folder}; "
+            "is --data (or MPL_DATA) the right folder?"
+        )
+    if spec.bytes is not None and (size := sum(path.stat().st_size for path in paths)) != spec.bytes:
+        raise DataError(
+            f"{folder / place} has {size:,} bytes, the manifest of {manifest.name} says {spec.bytes:,}: "
+            "it was cut short or is another version; get it again"
+        )
+    return paths
+
+
+def _shard_names(paths: list[Path]) -> list[str]:
+    """The files' names without suffixes; with their folders where two files have one name."""
+    stems = [path.name.split(".", 1)[0] for path in paths]
+    if max(Counter(stems).values()) == 1:
+        return stems
+    top = os.path.commonpath([path.parent for path in paths])
+    return ["--".join(path.relative_to(top).parts) for path in paths]

@@ -1,0 +1,107 @@
+"""How good a network is on labelled images: accuracy, likelihood, calibration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.data.augment import normalize
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one network on one split.
+
+    Attributes:
+        images: number of images judged.
+        top1, top5: accuracy, percent (top5 is top-C where there are fewer than five classes).
+        nll: mean negative log-likelihood, nats.
+        ece: expected calibration error of the top prediction, percent, over equal-width bins.
+        per_class: accuracy of each class, percent; None for a class without images.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    nll: float
+    ece: float
+    per_class: list[float | None]
+
+    def as_json(self, class_names: list[str]) -> dict[str, Any]:
+        """For evaluation.json, figures rounded to what they mean."""
+        return {
+            "images": self.images,
+            "top1": round(self.top1, 4),
+            "top5": round(self.top5, 4),
+            "nll": round(self.nll, 6),
+            "ece": round(self.ece, 4),
+            "per_class": {
+                name: None if value is None else round(value, 4)
+                for name, value in zip(class_names, self.per_class, strict=True)
+            },
+        }
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module,
+    pixels: Tensor,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    batch: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """Logits of un-augmented images, in evaluation mode.
+
+    Args:
+        model: left in the mode it was in.
+        pixels: uint8, (N, 3, S, S), on any device.
+        mean, std: of the normalisation.
+        batch: images at a time.
+        device: where the model is.
+        autocast: dtype of mixed precision, or None.
+
+    Returns:
+        float32, (N, C), on the CPU.
+    """
+    training = model.training
+    model.eval()
+    try:
+        parts = []
+        for chunk in pixels.split(batch):
+            images = normalize(chunk.to(device).float() / 255, mean, std)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                parts.append(model(images).float().cpu())
+        return torch.cat(parts)
+    finally:
+        model.train(training)
+
+
+def evaluate_logits(logits: Tensor, labels: Tensor, bins: int = 15) -> Evaluation:
+    """Judge logits (N, C) against labels (N,)."""
+    n, classes = logits.shape
+    log_p = F.log_softmax(logits.double(), dim=1)
+    confidence, predicted = log_p.exp().max(dim=1)
+    right = (predicted == labels).double()
+    top5 = (log_p.topk(min(5, classes), dim=1).indices == labels[:, None]).any(dim=1)
+    counts = torch.bincount(labels, minlength=classes)
+    hits = torch.bincount(labels, weights=right, minlength=classes)
+    return Evaluation(
+        images=n,
+        top1=100 * float(right.mean()),
+        top5=100 * float(top5.double().mean()),
+        nll=float(F.nll_loss(log_p, labels)),
+        ece=100 * calibration_error(confidence, right, bins),
+        per_class=[100 * float(h / c) if c else None for h, c in zip(hits, counts, strict=True)],
+    )
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int) -> float:
+    """Σ over bins of (share of images) · |accuracy − mean confidence|; bins are (a, b], as in Guo et al. 2017."""
+    index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (N,)
+    gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, index, right - confidence.double())
+    return float(gaps.abs().sum() / len(confidence))

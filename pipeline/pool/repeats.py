@@ -1,0 +1,92 @@
+"""Exact repeats inside the pool, and keys that occur twice, in bounded memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+BUCKET_ROWS = 1 << 23  # rows compared at a time: about a quarter GiB
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; 2^64 over the golden ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Repeats:
+    """Later rows with the pixels of an earlier one.
+
+    Attributes:
+        later: their ordinals (places in the whole pool), increasing, (r,), int64.
+        first: the ordinal of the earliest row with the same pixels, (r,), int64.
+    """
+
+    later: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+    def first_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The earliest row with the same pixels, or -1 for a row that is no repeat."""
+        at = np.searchsorted(self.later, ordinals)
+        found = np.full(len(ordinals), -1, np.int64)
+        inside = np.flatnonzero(at < len(self.later))
+        hit = inside[self.later[at[inside]] == ordinals[inside]]
+        found[hit] = self.first[at[hit]]
+        return found
+
+
+Hashed = tuple[NDArray[np.int64], NDArray[np.uint64]]  # ordinals (n,), increasing; hashes (n, 2)
+
+
+def find_repeats(rows: int, stream: Callable[[], Iterator[Hashed]]) -> Repeats:
+    """Rows whose 128-bit hash occurred at a lower ordinal.
+
+    Args:
+        rows: about how many rows there are; beyond BUCKET_ROWS the stream is read several times, each
+            time for the hashes of one bucket, so that memory stays bounded.
+        stream: gives the hashes from the start, each time it is called.
+    """
+    later, first = [], []
+    buckets = -(-max(rows, 1) // BUCKET_ROWS)
+    for bucket in range(buckets):
+        ordinals, hashes = _bucket(stream(), bucket, buckets)
+        order = np.lexsort((ordinals, hashes[:, 1], hashes[:, 0]))
+        ordinals, hashes = ordinals[order], hashes[order]
+        begins = np.ones(len(ordinals), bool)
+        begins[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
+        group = np.cumsum(begins) - 1
+        later.append(ordinals[~begins])
+        first.append(ordinals[begins][group[~begins]])
+    ordinals, firsts = np.concatenate(later), np.concatenate(first)
+    order = np.argsort(ordinals)
+    return Repeats(ordinals[order], firsts[order])
+
+
+def hash_texts(texts: pa.Array) -> NDArray[np.uint64]:
+    """A 64-bit polynomial hash of each text, twice: (n, 2), words as `find_repeats` takes them.
+
+    For counting texts that occur twice: two of a hundred million collide with probability 3e-4.
+    """
+    large = texts.cast(pa.large_binary())
+    ends = np.frombuffer(large.buffers()[1], np.int64)[large.offset : large.offset + len(large) + 1]
+    lengths = np.diff(ends)
+    data = np.frombuffer(large.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
+    longest = int(lengths.max(initial=0))
+    powers = np.cumprod(np.full(longest + 1, MULTIPLIER, np.uint64))
+    place = np.arange(len(data)) - np.repeat(ends[:-1] - ends[0], lengths)
+    terms = np.zeros(len(data) + 1, np.uint64)
+    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[place], out=terms[1:])
+    value = terms[ends[1:] - ends[0]] - terms[ends[:-1] - ends[0]]
+    value = (value ^ (value >> np.uint64(32))) * MULTIPLIER  # the sum's low bits are weak
+    return np.stack([value, value], axis=1)
+
+
+def _bucket(stream: Iterator[Hashed], bucket: int, buckets: int) -> Hashed:
+    """All rows of one bucket. The bucket is drawn from the hash's own low bits."""
+    ordinals, hashes = [np.empty(0, np.int64)], [np.empty((0, 2), np.uint64)]
+    for places, words in stream:
+        mine = slice(None) if buckets == 1 else words[:, 1] % np.uint64(buckets) == bucket
+        ordinals.append(places[mine])
+        hashes.append(words[mine])
+    return np.concatenate(ordinals), np.concatenate(hashes)
+
+
+__all__: Sequence[str] = ["Repeats", "find_repeats", "hash_texts"]

@@ -1,0 +1,174 @@
+"""What a student sees: which images, in which mixture, with which targets; a pure function of (seed, step)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import TeacherKind, TrainReducedSettings, TrainSettings
+from pipeline.data.augment import augment, normalize
+from pipeline.data.batches import batch_indices
+from pipeline.data.settings import AugmentSettings
+from pipeline.errors import DataError
+from pipeline.seeds import derive_seed
+from pipeline.teachers import Batch, Labelled
+
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Labelled images: pixels uint8 (N, 3, S, S), labels (N,), q_large (N, C) where it is stored."""
+
+    pixels: Tensor
+    labels: Tensor
+    distributions: Tensor | None = None
+
+    def rows(self, index: np.ndarray) -> "LabelledSet":
+        """The rows of `index`."""
+        chosen = torch.from_numpy(index)
+        stored = None if self.distributions is None else self.distributions[chosen]
+        return LabelledSet(self.pixels[chosen], self.labels[chosen], stored)
+
+
+@dataclass(frozen=True)
+class PoolSet:
+    """Selected pool images: pixels uint8 (N, 3, S, S), q_large (N, C), how often each counts (N,)."""
+
+    pixels: Tensor
+    distributions: Tensor
+    repeat: Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Composition of a student's batch.
+
+    Attributes:
+        labelled, pool: images of each kind in a batch.
+        true_labels: labelled images stand with their true label; otherwise with q_large's distribution.
+    """
+
+    labelled: int
+    pool: int
+    true_labels: bool
+
+
+def mixture(settings: TrainReducedSettings, teacher: TeacherKind) -> Mixture:
+    """Resolve `student_data` and `labelled_target`; `auto` is what each method's paper does.
+
+    none: labelled images and true labels. fixed (NoisyStudent): pool and labelled images with true labels.
+    calibrator (Reduced MPL): the pool alone, "the student never directly learns from" the labelled images
+    (v1 §3.2); docs/results/swapped-teacher.md shows why that matters.
+    """
+    if teacher == "none":
+        return Mixture(settings.batch, 0, true_labels=True)
+    data = settings.student_data
+    if data == "auto":
+        data = "pool+labelled" if teacher == "fixed" else "pool"
+    if data == "pool":
+        return Mixture(0, settings.batch, true_labels=True)
+    labelled = min(max(1, round(settings.labelled_share * settings.batch)), settings.batch - 1)
+    return Mixture(labelled, settings.batch - labelled, settings.labelled_target != "teacher")
+
+
+class StudentData:
+    """Batches for the student and labelled images for the teacher's turn.
+
+    Args:
+        labelled: all labelled images.
+        pool: the selected pool, or None where the mixture has no pool images.
+        mixture: composition of a batch.
+        settings: augmentation and label smoothing.
+        classes: C.
+        mean, std: of the normalisation.
+        seed: of order and augmentation.
+        device: where batches go.
+        feedback_batch: labelled images per feedback; all of them where there are fewer.
+        feedback_augment: how those are augmented.
+        held_out: share of the labelled images that serve the feedback alone.
+    """
+
+    def __init__(
+        self,
+        labelled: LabelledSet,
+        pool: PoolSet | None,
+        mixture: Mixture,
+        settings: TrainSettings,
+        *,
+        classes: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        seed: int,
+        device: torch.device,
+        feedback_batch: int = 128,
+        feedback_augment: AugmentSettings | None = None,
+        held_out: float = 0.0,
+    ) -> None:
+        if mixture.pool and (pool is None or not len(pool.pixels)):
+            raise DataError("the selected pool is empty: nothing to train the student on; see mpl filter")
+        if not len(labelled.pixels):
+            raise DataError("the labelled split is empty")
+        self.mixture, self.settings, self.classes = mixture, settings, classes
+        self.mean, self.std, self.seed, self.device = mean, std, seed, device
+        self.feedback_augment = feedback_augment or AugmentSettings()
+        self.student_labelled, self.feedback_labelled = _hold_out(labelled, held_out, seed)
+        self.feedback_batch = min(feedback_batch, len(self.feedback_labelled.labels))
+        self.pool = pool
+        self._counted = None if pool is None else _counted(pool.repeat)
+
+    def batch(self, step: int) -> Batch:
+        """The student's batch of `step`: labelled images first, then pool images."""
+        pixels, targets, calibrated = [], [], []
+        if self.mixture.labelled:
+            chosen = self._draw(self.student_labelled, self.mixture.labelled, "labelled", step)
+            stored = None if self.mixture.true_labels else chosen.distributions
+            pixels.append(chosen.pixels)
+            targets.append(self._true_targets(chosen.labels) if stored is None else stored)
+            calibrated += [stored is not None] * self.mixture.labelled
+        if self.mixture.pool:
+            assert self.pool is not None and self._counted is not None
+            index = batch_indices(len(self._counted), self.mixture.pool, self.seed, "pool", step)
+            rows = self._counted[torch.from_numpy(index)]
+            pixels.append(self.pool.pixels[rows])
+            targets.append(self.pool.distributions[rows])
+            calibrated += [True] * self.mixture.pool
+        images = self._prepare(torch.cat(pixels), self.settings.augment, "augment", step)
+        flags = torch.tensor(calibrated, device=self.device)
+        return Batch(images, torch.cat(targets).to(self.device), flags)
+
+    def feedback(self, step: int) -> Labelled:
+        """Labelled images for the teacher's turn of `step`."""
+        chosen = self._draw(self.feedback_labelled, self.feedback_batch, "feedback", step)
+        images = self._prepare(chosen.pixels, self.feedback_augment, "feedback-augment", step)
+        stored = None if chosen.distributions is None else chosen.distributions.to(self.device)
+        return Labelled(images, chosen.labels.to(self.device), stored)
+
+    def _draw(self, labelled: LabelledSet, count: int, purpose: str, step: int) -> LabelledSet:
+        return labelled.rows(batch_indices(len(labelled.labels), count, self.seed, purpose, step))
+
+    def _prepare(self, pixels: Tensor, settings: AugmentSettings, purpose: str, step: int) -> Tensor:
+        pixels = pixels.to(self.device, non_blocking=True)
+        return normalize(augment(pixels, settings, derive_seed(self.seed, purpose, step)), self.mean, self.std)
+
+    def _true_targets(self, labels: Tensor) -> Tensor:
+        smoothing = self.settings.label_smoothing
+        return F.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
+
+
+def _counted(repeat: Tensor) -> Tensor:
+    """Row numbers, each as often as it counts."""
+    return torch.repeat_interleave(torch.arange(len(repeat)), repeat)
+
+
+def _hold_out(labelled: LabelledSet, share: float, seed: int) -> tuple[LabelledSet, LabelledSet]:
+    """(for the student, for the feedback); without a share both are all labelled images."""
+    n = len(labelled.labels)
+    count = round(share * n)
+    if not count:
+        return labelled, labelled
+    if count == n:
+        raise DataError(f"feedback.held_out = {share} leaves none of the {n} labelled images to the student")
+    order = batch_indices(n, n, seed, "held-out", 0)
+    return labelled.rows(np.sort(order[count:])), labelled.rows(np.sort(order[:count]))

@@ -1,0 +1,207 @@
+"""The one training loop: batches in, metrics and checkpoints out, for every method and every stage."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from pipeline.checkpoints import Checkpoints
+from pipeline.config import TrainSettings
+from pipeline.errors import NonFiniteError
+from pipeline.logs import MetricsLog
+from pipeline.optim import average_with_warmup, build_optimizer, learning_rate, set_learning_rate
+from pipeline.seeds import derive_seed
+from pipeline.student import Student
+from pipeline.student_data import StudentData
+from pipeline.teachers import Batch, Labelled, Metrics, Teacher
+
+
+class Observer(Protocol):
+    """Who watches a long piece of work; the library itself never prints."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know."""
+        ...
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+        """`done` of `total` units; `values` is empty between log intervals."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether to save and stop at the next opportunity."""
+        ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped on request after a checkpoint was saved."""
+
+
+@dataclass
+class Progress:
+    """Where a training stands, beside the weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)  # of the metrics since the last log row
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def train_step(
+    student: Student, teacher: Teacher, batch: Batch, labelled: Labelled | None, *, feedback: bool
+) -> Metrics:
+    """One step of any method: the student learns from the teacher, then the teacher from the student."""
+    targets = teacher(batch)  # (B, C), differentiable in the teacher
+    step = student.learn(batch.images, targets.detach(), replay=feedback)
+    metrics = {"loss": step.loss, "gradient_norm": step.gradient_norm}
+    if feedback:
+        metrics |= teacher.adapt(step, targets, batch, labelled)
+    return metrics
+
+
+class Training:
+    """A student, its teacher and its moving average, from the first step or a checkpoint to the last.
+
+    Args:
+        model: the student's network, on its device.
+        teacher: gives targets and may adapt.
+        data: batches as a pure function of the step.
+        settings: steps, optimiser, schedule, intervals.
+        folder: gets metrics.csv, tensorboard/ and checkpoints/.
+        identity: fingerprint of what is trained, kept with the checkpoints.
+        seed: of dropout and drop path.
+        observer: told of progress.
+        validate: figures of a network on the validation split, for the log; never for a choice.
+        autocast: dtype of mixed precision, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Teacher,
+        data: StudentData,
+        settings: TrainSettings,
+        *,
+        folder: Path,
+        identity: str,
+        seed: int,
+        observer: Observer,
+        validate: Callable[[nn.Module], dict[str, float]],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.teacher, self.data, self.settings = model, teacher, data, settings
+        self.folder, self.seed, self.observer, self.validate = folder, seed, observer, validate
+        self.student = Student(
+            model,
+            build_optimizer(model, settings.optimizer),
+            clip_norm=settings.optimizer.clip_norm,
+            autocast=autocast,
+        )
+        self.average = AveragedModel(
+            model, multi_avg_fn=average_with_warmup(settings.ema_decay), use_buffers=True
+        )
+        self.checkpoints = Checkpoints(folder / "checkpoints", identity)
+        self.at = Progress()
+        self._device = next(model.parameters()).device
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step; returns figures for the record. The average is the result.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is intact.
+            Interrupted: the observer asked to stop; the present step was saved.
+        """
+        self._restore()
+        clock, saved = time.monotonic(), time.monotonic()
+        before = self.at.seconds
+        self.model.train()
+        with MetricsLog(self.folder, self.at.step) as log:
+            while self.at.step < self.settings.steps:
+                self._one_step()
+                self.at.seconds = before + time.monotonic() - clock
+                self._log(log)
+                stop = self.observer.stop_requested()
+                last = self.at.step == self.settings.steps
+                due = self.at.step % self.settings.checkpoint_every == 0
+                if last or stop or due or time.monotonic() - saved > self.settings.checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+                if stop and not last:
+                    raise Interrupted(f"stopped after step {self.at.step} of {self.settings.steps}")
+        return {"steps": self.at.step, "batch": self.settings.batch, "train_seconds": round(self.at.seconds, 3)}
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Weights and batch statistics of the moving average."""
+        return self.average.module.state_dict()
+
+    def _one_step(self) -> None:
+        step = self.at.step
+        set_learning_rate(self.student.optimizer, self._learning_rate(step))
+        torch.manual_seed(derive_seed(self.seed, "masks", step))  # dropout, drop path: a function of the step
+        feedback = self.teacher.wants_feedback(step)
+        batch = self.data.batch(step)
+        labelled = self.data.feedback(step) if feedback else None
+        try:
+            metrics = train_step(self.student, self.teacher, batch, labelled, feedback=feedback)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error}; training stopped before that update (step {step + 1} of {self.settings.steps}). "
+                "Lower the learning rate, lengthen the warm-up, or set optimizer.clip_norm; "
+                "the last checkpoint is intact"
+            ) from error
+        self.average.update_parameters(self.model)
+        for name, value in metrics.items():
+            self.at.sums[name] = self.at.sums.get(name, 0.0) + float(value)
+            self.at.counts[name] = self.at.counts.get(name, 0) + 1
+        self.at.step = step + 1
+
+    def _log(self, log: MetricsLog) -> None:
+        """A row of means since the last row, at the interval, at a validation and at the end."""
+        step, last = self.at.step, self.at.step == self.settings.steps
+        look = last or (self.settings.evaluate_every and step % self.settings.evaluate_every == 0)
+        if not (look or step % self.settings.log_every == 0):
+            self.observer.progress(step, self.settings.steps, {})
+            return
+        values = {name: total / self.at.counts[name] for name, total in self.at.sums.items()}
+        values["learning_rate"] = self._learning_rate(step - 1)
+        values["images_per_second"] = step * self.settings.batch / max(self.at.seconds, 1e-9)
+        if look:
+            values |= {f"validation_{k}": v for k, v in self.validate(self.average.module).items()}
+        self.at.sums, self.at.counts = {}, {}
+        log.write(step, values)
+        self.observer.progress(step, self.settings.steps, values)
+
+    def _learning_rate(self, step: int) -> float:
+        settings = self.settings
+        return learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
+
+    def _save(self) -> None:
+        self.checkpoints.save(
+            self.at.step,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.student.optimizer.state_dict(),
+                "average": self.average.state_dict(),
+                "teacher": self.teacher.state_dict(),
+                "progress": {"seconds": self.at.seconds, "sums": self.at.sums, "counts": self.at.counts},
+            },
+        )
+
+    def _restore(self) -> None:
+        found = self.checkpoints.newest(self._device)
+        if found is None:
+            return
+        step, state, warnings = found
+        for warning in warnings:
+            self.observer.note(warning)
+        self.model.load_state_dict(state["model"])
+        self.student.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.student.steps_taken = step
+        self.at = Progress(step=step, **state["progress"])
+        self.observer.note(f"goes on from step {step} of {self.settings.steps}")

@@ -1,0 +1,108 @@
+"""`mpl`: a lazy group in pipeline order. Showing help imports neither torch nor any stage."""
+
+import importlib
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+COMMANDS = {  # name: (module:attribute, one line of help), in the order in which a person uses them
+    "pretrain": ("stages.pretrain:command", "labelled images → the large teacher"),
+    "filter": ("stages.filter:command", "teacher + pool → scores and the K best images per class"),
+    "precompute": ("stages.precompute:command", "teacher + selection → images with the teacher's distributions"),
+    "train-reduced": ("stages.train_reduced:command", "targets + labelled images → student and calibrator"),
+    "finetune": ("stages.finetune:command", "student + labelled images → finetuned student"),
+    "evaluate": ("stages.evaluate:command", "a network + a split → top-1, top-5, NLL, ECE, per class"),
+    "predict": ("stages.predict:command", "a network + any images → a table of key and distribution"),
+    "reproduce": ("stages.reproduce:group", "all of the above, over seeds, into one table"),
+    "status": ("stages.status:command", "where a run stands"),
+    "doctor": ("stages.doctor:command", "what this machine and installation can do"),
+    "data": ("stages.data:group", "list, check and import data sets"),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when that command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"no command {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+
+@click.command(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="The whole chain on the embedded digits: mpl pretrain && mpl filter --k 12800 && mpl precompute "
+    "&& mpl train-reduced && mpl evaluate",
+)
+@click.version_option(package_name="reduced-mpl", prog_name="mpl")
+def mpl() -> None:
+    """Reduced Meta Pseudo Labels: few labels and a large unlabelled pool → a better classifier."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    _refuse_shadowed_package()
+    try:
+        status = mpl.main(standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        status = exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        status = 2
+    except (KeyboardInterrupt, click.Abort) as error:
+        _say(f"Interrupted: {error}" if str(error) else "Interrupted", resume=True)
+        status = 130
+    except ValueError as error:
+        from pipeline.errors import UsageError, UserError
+
+        if not isinstance(error, UserError):
+            raise
+        usage = isinstance(error, UsageError)
+        _say(f"Error: {error}", resume=not usage)
+        status = 2 if usage else 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def command_line() -> str:
+    """The command as the person typed it."""
+    return shlex.join(["mpl", *sys.argv[1:]])
+
+
+def _say(text: str, *, resume: bool) -> None:
+    click.echo(text, err=True)
+    if resume:
+        click.echo(f"Resume with: {command_line()}", err=True)
+
+
+def _refuse_shadowed_package() -> None:
+    """`pipeline` is a common name: make sure that the one Python finds is ours."""
+    found = importlib.util.find_spec("pipeline")
+    ours = Path(__file__).resolve().parent.parent / "pipeline" / "__init__.py"
+    origin = getattr(found, "origin", None)
+    if origin is None or Path(origin).resolve() != ours:
+        sys.exit(
+            f"mpl: Python finds another package named 'pipeline', {origin}, before ours, {ours}. "
+            "Run from another directory, or uninstall the other package"
+        )

@@ -1,0 +1,92 @@
+"""What a person sees while a stage works: a bar on a terminal, a line per interval otherwise."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+INTERVAL = 10.0  # seconds between lines where there is no terminal
+
+
+class Console:
+    """Text for people, on standard error. Implements `pipeline.training.Observer`.
+
+    Args:
+        quiet: only notes.
+    """
+
+    def __init__(self, *, quiet: bool = False, prefix: str = "") -> None:
+        self.quiet, self.prefix = quiet, prefix
+        self._bar: Any = None
+        self._last_line = 0.0
+        self._stop = False
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            tqdm.write(f"{self.prefix}{text}", file=sys.stderr)
+        else:
+            click.echo(f"{self.prefix}{text}", err=True)
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
+        """Advance the bar, or print a line at most every ten seconds and at the end."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            self._advance(done, total, values)
+        elif values and (time.monotonic() - self._last_line > INTERVAL or done == total):
+            self._last_line = time.monotonic()
+            self.note(f"  {done:,}/{total:,}  {_figures(values)}")
+
+    def _advance(self, done: int, total: int, values: dict[str, float]) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, initial=done, file=sys.stderr, leave=False, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+        if values:
+            self._bar.set_postfix_str(_figures(values))
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C (or SIGTERM) was received inside `graceful_stop`."""
+        return self._stop
+
+    @contextmanager
+    def graceful_stop(self) -> Iterator[None]:
+        """First Ctrl-C: save and stop at the next step. Second: at once."""
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+            self.note("Stopping after this step (again to stop at once) …")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
+def _figures(values: dict[str, float]) -> str:
+    shown = ("loss", "feedback_loss", "labels_changed", "validation_top1", "images_per_second")
+    short = {"images_per_second": "images/s", "validation_top1": "validation top-1"}
+    return "  ".join(f"{short.get(name, name)} {values[name]:.4g}" for name in shown if name in values)

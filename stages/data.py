@@ -1,0 +1,191 @@
+"""`mpl data`: what data sets there are, whether they can be used, and a person's own made into one."""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.data.check import SplitReport
+    from pipeline.data.importing import Imported
+    from pipeline.data.manifest import Manifest
+
+SHOWN = 5  # examples of each kind of trouble, for people; --json has all
+
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    envvar="MPL_DATA",
+    show_envvar=True,
+    help="Data folder.",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output."
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(0), default=0, help="Threads that decode; worth it for large images."
+)
+
+
+@click.group()
+def group() -> None:
+    """List, check and import data sets."""
+
+
+@group.command("list")
+@data_option
+@json_option
+def list_(data: Path | None, as_json: bool) -> None:
+    """List the data sets whose manifests are known, and whether their files are there."""
+    from pipeline.data.manifest import list_manifests
+
+    found = [(manifest, _missing(manifest, data)) for manifest in list_manifests(data)]
+    for manifest, missing in found:
+        state = f"needs {missing}" if missing else "ready"
+        click.echo(
+            f"{manifest.name:<12} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True
+        )
+    if as_json:
+        rows = [
+            {"name": manifest.name, "title": manifest.title, "classes": manifest.classes, "missing": missing}
+            for manifest, missing in found
+        ]
+        click.echo(json.dumps({"manifests": rows}, ensure_ascii=False))
+
+
+@group.command()
+@click.argument("manifest", default="digits")
+@data_option
+@click.option(
+    "--sample", type=click.IntRange(1), default=256, show_default=True, help="Entries to decode per split."
+)
+@click.option("--all", "everything", is_flag=True, help="Decode every entry.")
+@workers_option
+@json_option
+def check(
+    manifest: str, data: Path | None, sample: int, everything: bool, workers: int, as_json: bool
+) -> None:
+    """Open each split of MANIFEST (a name or a YAML file), count it and decode a sample.
+
+    Exit status 1 if a split cannot be used.
+    """
+    from pipeline.data.check import check_split
+    from pipeline.data.manifest import load_manifest
+
+    described = load_manifest(manifest, data)
+    reports = {}
+    for split in described.splits:
+        reports[split] = check_split(
+            described, split, data, sample=None if everything else sample, workers=workers
+        )
+        _say_report(split, reports[split])
+    usable = all(report.problem is None for report in reports.values())
+    if as_json:
+        result = {split: asdict(report) for split, report in reports.items()}
+        click.echo(
+            json.dumps({"manifest": described.name, "usable": usable, "splits": result}, ensure_ascii=False)
+        )
+    if not usable:
+        raise click.exceptions.Exit(1)
+
+
+@group.command("import")
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the data set.  [default: that of OUT]")
+@click.option(
+    "--unlabelled", type=click.Path(path_type=Path, exists=True), help="Folder or tar of images for the pool."
+)
+@click.option(
+    "--validation", type=float, default=0.1, show_default=True, help="Part of each class for choosing."
+)
+@click.option("--test", type=float, default=0.2, show_default=True, help="Part of each class for evaluation.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the splits."
+)
+@workers_option
+@json_option
+def import_(
+    source: Path,
+    out: Path,
+    name: str | None,
+    unlabelled: Path | None,
+    validation: float,
+    test: float,
+    seed: int,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Turn SOURCE, a folder or a tar of images, into the data folder OUT.
+
+    Sub-folders are the classes; what lies in a sub-folder `unlabelled` is the pool. OUT gets Parquet
+    files, a manifest.yaml, and left_out.csv with what could not be used and why.
+    """
+    from pipeline.data.importing import ImportSettings, import_images
+
+    settings = ImportSettings(validation, test, seed)
+    imported = import_images(
+        source, out, name=name, unlabelled=unlabelled, settings=settings, workers=workers
+    )
+    _say_imported(imported, out)
+    if as_json:
+        result = {
+            "manifest": str(out / "manifest.yaml"),
+            "name": imported.manifest.name,
+            "classes": imported.manifest.class_names,
+            "counts": imported.counts,
+            "per_class": imported.per_class,
+            "left_out": [left._asdict() for left in imported.left_out],
+        }
+        click.echo(json.dumps(result, ensure_ascii=False))
+
+
+def _missing(manifest: "Manifest", data: Path | None) -> str | None:
+    """The first file of a manifest that is not in the data folder."""
+    from pipeline.data.sources import find_files
+    from pipeline.errors import DataError
+
+    for spec in manifest.files.values():
+        try:
+            find_files(manifest, spec, data)
+        except DataError:
+            return spec.path or spec.glob
+    return None
+
+
+def _say_report(split: str, report: "SplitReport") -> None:
+    if report.problem is not None:
+        click.echo(f"{split}: cannot be used: {report.problem}", err=True)
+        return
+    counts = report.per_class.values()
+    classes = f", {len(counts)} classes of {min(counts):,} to {max(counts):,}" if counts else ""
+    click.echo(
+        f"{split}: {report.rows:,} rows in {report.shards} shard(s){classes}; {report.read:,} decoded",
+        err=True,
+    )
+    if absent := [name for name, count in report.per_class.items() if not count]:
+        _say_some("classes without an image", absent)
+    _say_some("entries that are no image", [f"{bad.key} ({bad.detail})" for bad in report.undecodable])
+    _say_some("keys that occur more than once", report.repeated_keys)
+
+
+def _say_some(what: str, items: list[str]) -> None:
+    if items:
+        more = f", … ({len(items) - SHOWN:,} more)" if len(items) > SHOWN else ""
+        click.echo(f"  {len(items):,} {what}: {', '.join(items[:SHOWN])}{more}", err=True)
+
+
+def _say_imported(imported: "Imported", out: Path) -> None:
+    for split, count in imported.counts.items():
+        click.echo(f"{split}: {count:,} images", err=True)
+    reasons: dict[str, Any] = Counter(left.reason for left in imported.left_out)
+    for reason, count in reasons.items():
+        click.echo(f"left out, {reason}: {count:,} (see {out / 'left_out.csv'})", err=True)
+    if "unlabelled" not in imported.counts:
+        click.echo(
+            "There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.", err=True
+        )
+    click.echo(f"Use it with: --data {out} --set data.manifest={imported.manifest.name}", err=True)

@@ -1,0 +1,100 @@
+"""`mpl evaluate`: a network + a split → evaluation.json."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.options import Context, stage_options, with_changes
+
+if TYPE_CHECKING:
+    from stages.execution import Stage
+
+
+@click.command()
+@stage_options
+@click.option("--network", type=click.Path(path_type=Path, file_okay=False),
+              help="A network's folder. [default: the run's last student]")  # fmt: skip
+@click.option("--split", type=click.Choice(["test", "validation", "labelled"]), help="[default: test]")
+@click.option("--name", help="Judge student-NAME/ and write evaluation-NAME.json.")
+def command(context: Context, network: Path | None, split: str | None, name: str | None) -> None:
+    """Judge a network: top-1, top-5, NLL, ECE and accuracy per class.
+
+    Reads: a network and a split. Writes: evaluation.json.
+    """
+    from stages.execution import execute
+
+    context = with_changes(context, evaluate__split=split)
+    execute(context, lambda c: plan(c, network, name))
+
+
+def last_student(context: Context, name: str | None = None) -> Path:
+    """student-finetuned/ where `finetune` came after `train-reduced`, else student/.
+
+    Raises:
+        RunError: there is no student yet.
+    """
+    from stages.train_reduced import stage_name, student_folder
+
+    trained = context.run.require(stage_name(name), "mpl train-reduced")
+    folder = student_folder(context, name)
+    finetuned = context.run.record(f"finetune-{name}" if name else "finetune")
+    if finetuned is not None and finetuned["basis"]["student"] == trained["result"]["weights_sha256"]:
+        return context.run / f"{folder.name}-finetuned"
+    return folder
+
+
+def plan(context: Context, network: Path | None = None, name: str | None = None) -> "Stage":
+    """Plan the stage."""
+    from pipeline.files import sha256_file
+    from pipeline.models import WEIGHTS, load_network
+    from stages.execution import Stage
+    from stages.learning import split_of
+
+    folder = network if network is not None else last_student(context, name)
+    if not (folder / WEIGHTS).is_file():
+        load_network(folder)  # for its message
+    settings = context.recipe.evaluate
+    basis = {
+        "settings": settings.model_dump(mode="json"),
+        "network": sha256_file(folder / WEIGHTS),
+        "split": split_of(context, settings.split).fingerprint(),
+        "precision": context.precision,
+    }
+    output = context.run / (f"evaluation-{name}.json" if name else "evaluation.json")
+    return Stage(
+        name=f"evaluate-{name}" if name else "evaluate",
+        basis=basis,
+        outputs=[output],
+        work=lambda: work(context, folder, output),
+        summary=lambda result: (
+            f"{folder.name} on {result['split']} ({result['images']:,} images): top-1 {result['top1']:.2f}%, "
+            f"top-5 {result['top5']:.2f}%, NLL {result['nll']:.4f}, ECE {result['ece']:.2f}%"
+        ),
+        replaces=[output.name],
+        cheap=frozenset(basis),
+        keeps_recipe=False,
+    )
+
+
+def work(context: Context, folder: Path, output: Path) -> dict[str, Any]:
+    """Evaluate and write the file."""
+    from pipeline.files import write_json
+    from pipeline.models import load_network
+    from stages.learning import Judge, check_classes, load_split, split_of, to_device
+
+    settings = context.recipe.evaluate
+    network = to_device(load_network(folder), context.device)
+    split = split_of(context, settings.split)
+    check_classes(network, split.class_names, str(folder))
+    images = load_split(context, split, network.image_size)
+    found = Judge(images, network, settings, context.device, context.autocast)(network.model)
+    result = {
+        "format": 1,
+        "network": str(folder),
+        "split": settings.split,
+        "skipped": len(images.skipped),
+        **found.as_json(list(split.class_names)),
+    }
+    write_json(output, result)
+    return result

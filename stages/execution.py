@@ -1,0 +1,94 @@
+"""Run one stage: decide, lock, work, record. The same for every stage."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import RunError
+from pipeline.runs import NOT_DONE, Action, Decision, Stopwatch
+from stages.options import Context
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A planned stage.
+
+    Attributes:
+        name: folder of its record.
+        basis: settings and fingerprints of inputs; equal basis, equal result.
+        outputs: paths that exist when it is done.
+        work: does it; returns figures for the record.
+        summary: a line for a person from those figures.
+        replaces: names under the run that `--force` removes; by default the outputs.
+        keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
+        cheap: top-level keys of the basis whose change is no reason to refuse: the work is done again at once.
+    """
+
+    name: str
+    basis: dict[str, Any]
+    outputs: list[Path]
+    work: Callable[[], dict[str, Any]]
+    summary: Callable[[dict[str, Any]], str]
+    replaces: list[str] = field(default_factory=list)
+    cheap: frozenset[str] = frozenset()
+    keeps_recipe: bool = True
+
+
+def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any]:
+    """Plan and run a stage; returns its record (or, on a dry run, the decision).
+
+    Raises:
+        RunError: it would overwrite something, or the run is in use.
+    """
+    if context.dry_run:
+        stage = plan(context)
+        decision = _decide(context, stage)
+        context.console.note(f"{stage.name}: would {decision.action} ({decision.reason})")
+        return _tell(context, {"stage": stage.name, "action": str(decision.action), "reason": decision.reason})
+    context.run.description  # noqa: B018  (refuses a foreign directory before anything is written there)
+    with context.run.locked():
+        stage = plan(context)
+        return _tell(context, _execute_locked(context, stage))
+
+
+def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
+    run, console = context.run, context.console
+    decision = _decide(context, stage)
+    if decision.action is Action.SKIP:
+        record = run.record(stage.name)
+        assert record is not None
+        console.note(f"{stage.name}: {decision.reason}. {stage.summary(record['result'])}")
+        return record
+    if decision.action is Action.REFUSE:
+        raise RunError(decision.reason)
+    if stage.keeps_recipe or run.description is None:
+        run.keep(context.recipe, context.seed, str(context.data) if context.data else None)
+    if context.force:
+        run.discard(*stage.replaces)
+    console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
+    run.begin(stage.name, stage.basis)
+    clock = Stopwatch()
+    try:
+        with console.graceful_stop():
+            result = stage.work()
+    finally:
+        console.close()
+    record = run.finish(stage.name, stage.basis, clock.seconds, result)
+    console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
+    return record
+
+
+def _decide(context: Context, stage: Stage) -> Decision:
+    return context.run.decide(
+        stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap
+    )
+
+
+def _tell(context: Context, value: dict[str, Any]) -> dict[str, Any]:
+    if context.as_json:
+        click.echo(json.dumps(value, ensure_ascii=False))
+    return value

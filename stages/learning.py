@@ -1,0 +1,169 @@
+"""What the training stages share: splits in memory, settings that matter, train and save."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import DataSettings, EvaluateSettings, TrainSettings
+from pipeline.data.batches import Images, load_images
+from pipeline.data.manifest import Manifest, SplitName, load_manifest
+from pipeline.data.sources import Split, open_split
+from pipeline.errors import DataError
+from pipeline.evaluate import Evaluation, evaluate_logits, predict_logits
+from pipeline.files import fingerprint
+from pipeline.models import CONFIG, WEIGHTS, Network, save_network
+from pipeline.runs import peak_memory_mib
+from pipeline.seeds import derive_seed
+from pipeline.student_data import StudentData
+from pipeline.teachers import Teacher
+from pipeline.training import Training
+from stages.options import Context
+
+INTERVALS = {"log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds"}  # change no result
+THREADS = 2  # that decode
+
+
+def manifest_of(context: Context) -> Manifest:
+    """The data set of the recipe."""
+    return load_manifest(context.recipe.data.manifest, context.data)
+
+
+def split_of(context: Context, name: SplitName) -> Split:
+    """A split of the recipe's data set; the labelled one cut as the recipe says."""
+    first = context.recipe.data.labelled if name == "labelled" else None
+    return open_split(manifest_of(context), name, context.data, first=first)
+
+
+def load_split(context: Context, split: Split, size: int | None = None) -> Images:
+    """Decode a split; what did not decode is told."""
+    settings = context.recipe.data
+    images = load_images(
+        split.read(),
+        size or settings.image_size,
+        cache=context.run.root,
+        memory_limit=int(settings.memory_gib * 2**30),
+        workers=THREADS,
+    )
+    if images.skipped:
+        first = images.skipped[0]
+        context.console.note(
+            f"{split.name}: {len(images.skipped)} of {split.count()} images cannot be used "
+            f"(first: {first.shard} row {first.row}, {first.key}: {first.status}, {first.detail})"
+        )
+    return images
+
+
+def training_basis(context: Context, settings: TrainSettings, **inputs: Any) -> dict[str, Any]:
+    """Basis of a training stage: every setting that changes its result, and its inputs."""
+    return {
+        "settings": settings.model_dump(mode="json", exclude=INTERVALS),
+        "data": data_basis(context.recipe.data),
+        "seed": context.seed,
+        "precision": context.precision,
+        **inputs,
+    }
+
+
+def data_basis(settings: DataSettings) -> dict[str, Any]:
+    """The part of the data settings that changes results."""
+    return settings.model_dump(mode="json", exclude={"memory_gib"})
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates networks on one split held in memory."""
+
+    images: Images
+    network: Network
+    settings: EvaluateSettings
+    device: torch.device
+    autocast: torch.dtype | None
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        logits = predict_logits(
+            model,
+            self.images.images,
+            self.network.mean,
+            self.network.std,
+            batch=self.settings.batch,
+            device=self.device,
+            autocast=self.autocast,
+        )
+        return evaluate_logits(logits, self.images.labels, self.settings.bins)
+
+    def for_log(self, model: nn.Module) -> dict[str, float]:
+        """Figures for metrics.csv."""
+        found = self(model)
+        return {"top1": found.top1, "nll": found.nll}
+
+
+def train_and_save(
+    context: Context,
+    network: Network,
+    teacher: Teacher,
+    data: StudentData,
+    settings: TrainSettings,
+    folder: Path,
+    basis: dict[str, Any],
+) -> dict[str, Any]:
+    """Train `network` under `teacher`; leave its moving average in `folder` in timm's layout.
+
+    The validation split is looked at for the log and the record; nothing is chosen by it here.
+    """
+    validation = load_split(context, split_of(context, "validation"), network.image_size)
+    judge = Judge(validation, network, context.recipe.evaluate, context.device, context.autocast)
+    training = Training(
+        network.model,
+        teacher,
+        data,
+        settings,
+        folder=folder,
+        identity=fingerprint(basis),
+        seed=context.seed,
+        observer=context.console,
+        validate=judge.for_log,
+        autocast=context.autocast,
+    )
+    figures = training.run()
+    digest = save_network(folder, network, training.averaged_state())
+    found = judge(training.average.module)
+    training.checkpoints.clear()
+    return figures | {
+        "checkpoint": "last step, moving average",
+        "weights_sha256": digest,
+        "validation": found.as_json(network.class_names),
+        "train_peak_memory_mib": round(peak_memory_mib(), 1),
+    }
+
+
+def network_outputs(folder: Path) -> list[Path]:
+    """Files of a saved network."""
+    return [folder / WEIGHTS, folder / CONFIG]
+
+
+def seed_initialisation(context: Context, purpose: str) -> None:
+    """Seed torch's default generator for the initial weights of one network."""
+    torch.manual_seed(derive_seed(context.seed, "initialisation", purpose))
+
+
+def to_device(network: Network, device: torch.device) -> Network:
+    """Move the weights, channels last: on CPUs convolutions are several times faster so."""
+    network.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
+def check_classes(network: Network, names: tuple[str, ...], where: str) -> None:
+    """Refuse a network whose class list is not the data set's.
+
+    Raises:
+        DataError: with both lists.
+    """
+    unnamed = network.class_names == [str(c) for c in range(len(names))]
+    if tuple(network.class_names) != names and not unnamed:
+        raise DataError(
+            f"{where} has the classes {network.class_names[:4]}… ({len(network.class_names)}), the data set has "
+            f"{list(names[:4])}… ({len(names)}); they must be the same, in the same order"
+        )

@@ -1,0 +1,171 @@
+"""The options that every stage takes, and the context they make."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.config import Recipe, load_recipe
+from pipeline.errors import RecipeError, UsageError
+from pipeline.runs import Run
+from stages.console import Console
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_RECIPE = "digits"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with."""
+
+    run: Run
+    recipe: Recipe
+    seed: int
+    data: Path | None
+    device_name: str
+    precision: str
+    console: Console
+    force: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+
+    @property
+    def device(self) -> "torch.device":
+        """The device; `auto` is an accelerator where there is one.
+
+        Raises:
+            UsageError: the device asked for is not there.
+        """
+        import torch
+
+        name = self.device_name
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--device {name} cannot be used here: {reason}; try --device cpu") from error
+        return device
+
+    @property
+    def autocast(self) -> "torch.dtype | None":
+        """dtype of mixed precision, or None."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+
+def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the common options to a command; it receives a `Context` first."""
+
+    @functools.wraps(function)
+    def command(
+        run: Path,
+        recipe: str | None,
+        changes: tuple[str, ...],
+        data: Path | None,
+        seed: int | None,
+        device: str,
+        precision: str,
+        dry_run: bool,
+        force: bool,
+        as_json: bool,
+        **others: Any,
+    ) -> Any:
+        context = make_context(
+            run, recipe, changes, data, seed, device, precision, dry_run=dry_run, force=force, as_json=as_json
+        )
+        return function(context, **others)
+
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+OPTIONS = (
+    click.option(
+        "--run", type=click.Path(path_type=Path), default=Path("runs/default"), envvar="MPL_RUN",
+        show_default=True, show_envvar=True, help="Run directory.",
+    ),
+    click.option("--recipe", help="Recipe: a name or a YAML file. [default: the run's own, else digits]"),
+    click.option("--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; repeatable."),
+    click.option(
+        "--data", type=click.Path(path_type=Path), envvar="MPL_DATA", show_envvar=True, help="Data folder."
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed. [default: the run's own, else 0]"),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
+    click.option(
+        "--precision", type=click.Choice(["float32", "bf16"]), default="float32", show_default=True,
+        help="bf16: mixed precision.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Say what would be done and why; do nothing."),
+    click.option("--force", is_flag=True, help="Make again what is there."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output."),
+)  # fmt: skip
+
+
+def make_context(
+    run: Path,
+    recipe: str | None,
+    changes: tuple[str, ...] = (),
+    data: Path | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> Context:
+    """Resolve options against what the run already knows: its recipe, seed and data folder."""
+    here = Run(run)
+    known = here.description
+    if recipe is None and known is not None:
+        resolved = changed(known["recipe"], changes, str(here / "run.json"))
+    else:
+        resolved = load_recipe(recipe or DEFAULT_RECIPE, changes)
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data {data} is not a directory")
+    if data is None and known is not None and known["data"] is not None:
+        data = Path(known["data"])
+    return Context(
+        run=here,
+        recipe=resolved,
+        seed=seed if seed is not None else (known["seed"] if known is not None else 0),
+        data=data.resolve() if data is not None else None,
+        device_name=device,
+        precision=precision,
+        console=console or Console(),
+        force=force,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+def changed(tree: dict[str, Any], changes: tuple[str, ...], origin: str) -> Recipe:
+    """A kept recipe with `a.b=value` changes applied."""
+    from pipeline.config import apply_changes, parse_recipe
+
+    return parse_recipe(apply_changes(tree, changes), origin)
+
+
+def with_changes(context: Context, **changes: Any) -> Context:
+    """The context with settings of its recipe replaced, `filter__k=5` for filter.k; None leaves one alone."""
+    from dataclasses import replace
+
+    texts = tuple(f"{key.replace('__', '.')}={value}" for key, value in changes.items() if value is not None)
+    if not texts:
+        return context
+    try:
+        recipe = changed(context.recipe.model_dump(mode="json"), texts, context.recipe.name)
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+    return replace(context, recipe=recipe)

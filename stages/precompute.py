@@ -1,0 +1,168 @@
+"""`mpl precompute`: teacher + selection → targets/."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.errors import RunError, TargetsError
+from stages.options import Context, stage_options
+
+if TYPE_CHECKING:
+    from pipeline.precompute import StoreSettings
+    from pipeline.runs import Run
+    from stages.execution import Stage
+
+
+@click.command()
+@stage_options
+@click.option("--teacher", type=click.Path(path_type=Path, file_okay=False),
+              help="Another teacher than the one that scored the pool; its distributions are inferred.")  # fmt: skip
+@click.option("--check", type=click.IntRange(1), metavar="N",
+              help="Infer N stored rows again and report the largest difference; writes nothing.")  # fmt: skip
+def command(context: Context, teacher: Path | None, check: int | None) -> None:
+    """Store the selected images with the teacher's distributions, and those of the labelled images.
+
+    Reads: selection.parquet, scores/, the pool. Writes: targets/.
+    """
+    from stages.execution import execute
+
+    if check is not None:
+        _check(context, check)
+        return
+    execute(context, lambda c: plan(c, teacher))
+
+
+def plan(context: Context, teacher: Path | None = None) -> "Stage":
+    """Plan the stage."""
+    from pipeline.files import sha256_file
+    from pipeline.models import WEIGHTS
+    from stages.execution import Stage
+    from stages.filter import teacher_folder
+    from stages.learning import split_of
+
+    filtered = require_fresh_selection(context.run)
+    folder = teacher_folder(context, teacher)
+    settings = context.recipe.precompute
+    basis = {
+        "selection": filtered["result"]["fingerprint"],
+        "teacher": sha256_file(folder / WEIGHTS) if teacher is not None else filtered["result"]["teacher_sha256"],
+        "labelled": split_of(context, "labelled").fingerprint(),
+        "settings": settings.model_dump(mode="json", exclude={"batch"}),
+        "seed": context.seed,
+        "precision": context.precision,
+    }
+    return Stage(
+        name="precompute",
+        basis=basis,
+        outputs=[context.run / "targets" / "_manifest.json"],
+        work=lambda: work(context, folder, basis),
+        summary=lambda result: (
+            f"{result['pool']:,} pool images and {result['labelled']:,} labelled ones, "
+            f"{result['bytes'] / 2**20:,.1f} MiB"
+        ),
+        replaces=["targets"],
+    )
+
+
+def require_fresh_selection(run: "Run") -> dict[str, Any]:
+    """The record of `filter`, made with the run's present teacher.
+
+    Raises:
+        RunError: it is not there, or the teacher was trained anew since.
+    """
+    filtered = run.require("filter", "mpl filter")
+    pretrained = run.record("pretrain")
+    own = (run / "teacher").resolve() == Path(filtered["result"]["teacher"])
+    if own and pretrained and pretrained["result"]["weights_sha256"] != filtered["result"]["teacher_sha256"]:
+        raise RunError(f"{run.root}: the teacher was trained anew after the pool was scored; run mpl filter --force")
+    return filtered
+
+
+def require_fresh_targets(run: "Run") -> dict[str, Any]:
+    """The record of `precompute`, made from the run's present selection.
+
+    Raises:
+        RunError: it is not there.
+        TargetsError: the selection changed since.
+    """
+    record = run.require("precompute", "mpl precompute")
+    if record["basis"]["selection"] != require_fresh_selection(run)["result"]["fingerprint"]:
+        raise TargetsError(f"{run / 'targets'} was made from another selection; run mpl precompute --force")
+    return record
+
+
+def store_settings(context: Context, basis: dict[str, Any]) -> "StoreSettings":
+    """How the store is made."""
+    from pipeline.precompute import StoreSettings
+
+    settings = context.recipe.precompute
+    return StoreSettings(
+        teacher=basis["teacher"],
+        labelled=basis["labelled"],
+        dtype=settings.dtype,
+        shard_rows=settings.shard_rows,
+        seed=context.seed,
+    )
+
+
+def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
+    """Gather stored distributions where the teacher is the one that scored, else infer; then write."""
+    from pipeline.pool.scored import open_scored
+    from pipeline.pool.selection import read_selection
+    from pipeline.precompute import precompute
+    from stages.filter import load_teacher, scorer
+    from stages.learning import split_of
+
+    filtered = context.run.require("filter", "mpl filter")["result"]
+    shards = split_of(context, "unlabelled").shards
+    network = load_teacher(context, folder)
+    scores = None
+    if basis["teacher"] == filtered["teacher_sha256"]:
+        scores = open_scored(shards, context.run / "scores", filtered["scores_fingerprint"])
+    manifest = precompute(
+        context.run / "targets",
+        read_selection(context.run / "selection.parquet"),
+        shards,
+        split_of(context, "labelled").read(),
+        scorer(context, network),
+        store_settings(context, basis),
+        scores=scores,
+        preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
+    )
+    files = [file for kind in ("pool", "labelled") for file in manifest[kind]["files"]]
+    return {
+        "fingerprint": manifest["fingerprint"],
+        "teacher": str(folder),
+        "teacher_sha256": basis["teacher"],
+        "pool": manifest["pool"]["rows"],
+        "labelled": manifest["labelled"]["rows"],
+        "inferred": manifest["inferred"],
+        "bytes": sum(file["bytes"] for file in files),
+    }
+
+
+def _check(context: Context, rows: int) -> None:
+    """`--check N`."""
+    import json
+
+    from pipeline.precompute import check_targets
+    from pipeline.targets import TargetsStore
+    from stages.filter import load_teacher, scorer
+
+    record = context.run.require("precompute", "mpl precompute")["result"]
+    network = load_teacher(context, Path(record["teacher"]))
+    store = TargetsStore.open(
+        context.run / "targets", teacher=record["teacher_sha256"], class_names=network.class_names, verify=True
+    )
+    largest = check_targets(store, scorer(context, network), rows, context.seed)
+    allowed = {"float16": 1e-3, "float32": 1e-5}[store.dtype]
+    rows = min(rows, store.count)
+    context.console.note(f"precompute --check: {rows:,} rows inferred again; largest difference {largest:.2g}")
+    if context.as_json:
+        click.echo(json.dumps({"rows": rows, "largest_difference": largest, "allowed": allowed}))
+    if not largest <= allowed:
+        raise TargetsError(
+            f"{store.folder} differs from its teacher by {largest:.3g} (allowed {allowed:g} at {store.dtype}); "
+            "run mpl precompute --force"
+        )

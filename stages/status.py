@@ -1,0 +1,74 @@
+"""`mpl status`: where a run stands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+ORDER = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate")
+
+
+@click.command()
+@click.option("--run", type=click.Path(path_type=Path), default=Path("runs/default"), envvar="MPL_RUN",
+              show_default=True, show_envvar=True, help="Run directory.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def command(run: Path, as_json: bool) -> None:
+    """Show which stages of a run are done, begun or to come, and their main figures."""
+    from pipeline.errors import RunError
+    from pipeline.runs import Run
+
+    here = Run(run)
+    known = here.description
+    if known is None:
+        raise RunError(f"there is no run at {run}; begin one with: mpl pretrain --run {run}")
+    rows = [stage_status(here, name) for name in stage_names(here)]
+    if as_json:
+        click.echo(json.dumps({"run": str(run), "recipe": known["recipe"]["name"], "seed": known["seed"], "stages": rows}))
+        return
+    click.echo(f"{run}: recipe {known['recipe']['name']}, seed {known['seed']}, begun {known['created']}")
+    for row in rows:
+        click.echo(f"  {row['stage']:<24} {row['state']:<12} {row['detail']}")
+
+
+def stage_names(run: Any) -> list[str]:
+    """The stages in pipeline order, then the named variants that are there."""
+    from pipeline.runs import RECORD_FILE, STARTED_FILE
+
+    found = {p.parent.name for name in (RECORD_FILE, STARTED_FILE) for p in run.root.glob(f"*/{name}")}
+    return [*ORDER, *sorted(found - set(ORDER))]
+
+
+def stage_status(run: Any, stage: str) -> dict[str, Any]:
+    """State of one stage, and what it left or where it is."""
+    from pipeline.files import read_json
+    from pipeline.logs import read_metrics
+    from pipeline.runs import STARTED_FILE
+
+    record = run.record(stage)
+    if record is not None:
+        result = record["result"]
+        top1 = result.get("top1", result.get("validation", {}).get("top1"))
+        split = result.get("split", "validation")
+        detail = f"{record['seconds']:.0f} s"
+        if top1 is not None:
+            detail += f", top-1 {top1:.2f}% on {split}"
+        if "kept" in result:
+            detail += f", {result['kept']:,} of {result['images']:,} images kept"
+        return {"stage": stage, "state": "done", "detail": detail, "ended": record["ended"]}
+    started = run.root / stage / STARTED_FILE
+    if not started.exists():
+        return {"stage": stage, "state": "to come", "detail": ""}
+    rows = read_metrics(run.root / metrics_folder(stage) / "metrics.csv")
+    detail = f"begun {read_json(started)['started']}" + (f", at step {rows[-1]['step']}" if rows else "")
+    return {"stage": stage, "state": "unfinished", "detail": detail}
+
+
+def metrics_folder(stage: str) -> str:
+    """Folder that a stage writes its metrics to; a folder without any for stages that do not train."""
+    if stage == "pretrain":
+        return "teacher"
+    for prefix, suffix in (("train-reduced", ""), ("finetune", "-finetuned")):
+        if stage.startswith(prefix):
+            return f"student{stage.removeprefix(prefix)}{suffix}"
+    return stage

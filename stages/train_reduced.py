@@ -1,0 +1,173 @@
+"""`mpl train-reduced`: targets + labelled images → student/, with the calibrator, or with a baseline's teacher."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.options import Context, stage_options, with_changes
+
+if TYPE_CHECKING:
+    from pipeline.data.batches import Images
+    from pipeline.student_data import LabelledSet, PoolSet
+    from pipeline.targets import TargetsStore
+    from stages.execution import Stage
+
+NAME_HELP = "Keep this student beside others: student-NAME/ instead of student/."
+
+
+@click.command()
+@stage_options
+@click.option("--teacher", type=click.Choice(["calibrator", "fixed", "none"]),
+              help="calibrator: Reduced MPL. fixed: NoisyStudent. none: Supervised.")  # fmt: skip
+@click.option("--name", help=NAME_HELP)
+def command(context: Context, teacher: str | None, name: str | None) -> None:
+    """Train the student.
+
+    Reads: targets/ and the labelled split. Writes: student/model.safetensors, config.json, metrics.csv,
+    calibrator.safetensors.
+    """
+    from stages.execution import execute
+
+    context = with_changes(context, train_reduced__teacher=teacher)
+    execute(context, lambda c: plan(c, name))
+
+
+def student_folder(context: Context, name: str | None) -> Path:
+    """student/, or student-NAME/."""
+    return context.run / (f"student-{name}" if name else "student")
+
+
+def stage_name(name: str | None) -> str:
+    """Folder of the record."""
+    return f"train-reduced-{name}" if name else "train-reduced"
+
+
+def plan(context: Context, name: str | None = None) -> "Stage":
+    """Plan the stage."""
+    from stages.execution import Stage
+    from stages.learning import network_outputs, split_of, training_basis
+    from stages.precompute import require_fresh_targets
+
+    settings = context.recipe.train_reduced
+    folder = student_folder(context, name)
+    inputs: dict[str, Any] = {"labelled": split_of(context, "labelled").fingerprint()}
+    irrelevant = {"none": {"calibrator", "feedback", "student_data", "labelled_target", "labelled_share"},
+                  "fixed": {"calibrator", "feedback"}, "calibrator": set()}[settings.teacher]  # fmt: skip
+    if settings.teacher != "none":
+        inputs["targets"] = require_fresh_targets(context.run)["result"]["fingerprint"]
+    basis = training_basis(context, settings, **inputs)
+    basis["settings"] = {k: v for k, v in basis["settings"].items() if k not in irrelevant}
+    outputs = network_outputs(folder)
+    if settings.teacher == "calibrator":
+        outputs.append(folder / "calibrator.safetensors")
+    return Stage(
+        name=stage_name(name),
+        basis=basis,
+        outputs=outputs,
+        work=lambda: work(context, folder, basis),
+        summary=lambda result: f"Student ({result['method']}): {result['validation']['top1']:.2f}% on validation",
+        replaces=[folder.name],
+        keeps_recipe=name is None,
+    )
+
+
+def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
+    """Train the student under the recipe's teacher: one loop, one object exchanged."""
+    from pipeline.models import build_network
+    from pipeline.student_data import StudentData, mixture
+    from pipeline.targets import TargetsStore
+    from pipeline.teachers import Calibrator, FixedTargets
+    from stages.learning import load_split, seed_initialisation, split_of, to_device, train_and_save
+
+    recipe, settings = context.recipe, context.recipe.train_reduced
+    split = split_of(context, "labelled")
+    store = None
+    if settings.teacher != "none":
+        precomputed = context.run.require("precompute", "mpl precompute")["result"]
+        store = TargetsStore.open(
+            context.run / "targets", teacher=precomputed["teacher_sha256"], class_names=split.class_names
+        )
+    composition = mixture(settings, settings.teacher)
+    labelled = labelled_set(load_split(context, split), store)
+    pool = pool_set(context, store) if store is not None and composition.pool else None
+    seed_initialisation(context, "student")  # the same initial student for every method of a seed
+    network = build_network(
+        settings.model, split.class_names, recipe.data.image_size, recipe.data.mean, recipe.data.std
+    )
+    to_device(network, context.device)
+    data = StudentData(
+        labelled, pool, composition, settings,
+        classes=len(split.class_names), mean=recipe.data.mean, std=recipe.data.std,
+        seed=context.seed, device=context.device,
+        feedback_batch=settings.feedback.batch, feedback_augment=settings.feedback.augment,
+        held_out=settings.feedback.held_out if settings.teacher == "calibrator" else 0.0,
+    )  # fmt: skip
+    if settings.teacher == "calibrator":
+        seed_initialisation(context, "calibrator")
+        calibrator = Calibrator(len(split.class_names), settings.calibrator, settings.feedback, context.device)
+        figures = train_and_save(context, network, calibrator, data, settings, folder, basis)
+        save_calibrator(folder / "calibrator.safetensors", calibrator)
+    else:
+        figures = train_and_save(context, network, FixedTargets(), data, settings, folder, basis)
+    method = {"calibrator": "Reduced MPL", "fixed": "NoisyStudent", "none": "Supervised"}[settings.teacher]
+    return figures | {
+        "method": method,
+        "labelled_images": len(labelled.labels),
+        "pool_images": 0 if pool is None else len(pool.repeat),
+        "batch_of": {"labelled": composition.labelled, "pool": composition.pool},
+        "labelled_target": "true" if composition.true_labels else "teacher",
+    }
+
+
+def labelled_set(images: "Images", store: "TargetsStore | None") -> "LabelledSet":
+    """Labelled images, with the teacher's stored distributions joined by (shard, row)."""
+    import torch
+
+    from pipeline.errors import TargetsError
+    from pipeline.student_data import LabelledSet
+
+    if store is None:
+        return LabelledSet(images.images, images.labels)
+    stored = store.labelled()
+    places = {identity: i for i, identity in enumerate(zip(stored.shard, stored.row.tolist(), strict=True))}
+    try:
+        order = [places[identity] for identity in zip(images.shards, images.rows.tolist(), strict=True)]
+    except KeyError as error:
+        raise TargetsError(
+            f"targets/ holds no distribution for labelled image {error.args[0]}: it was made for other labelled "
+            "images. Run mpl precompute --force"
+        ) from None
+    return LabelledSet(images.images, images.labels, torch.from_numpy(stored.distributions[order]))
+
+
+def pool_set(context: Context, store: "TargetsStore") -> "PoolSet":
+    """The selected pool, decoded, with distributions and repeats."""
+    import torch
+
+    from pipeline.data.batches import load_images
+    from pipeline.errors import TargetsError
+    from pipeline.student_data import PoolSet
+    from stages.learning import THREADS
+
+    settings = context.recipe.data
+    images = load_images(
+        store.samples(),
+        settings.image_size,
+        cache=context.run.root,
+        memory_limit=int(settings.memory_gib * 2**30),
+        workers=THREADS,
+    )
+    if images.skipped:
+        raise TargetsError(f"{len(images.skipped)} images in targets/ do not decode; run mpl precompute --force")
+    return PoolSet(images.images, torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats()))
+
+
+def save_calibrator(path: Path, calibrator: Any) -> None:
+    """Write q_Ψ's weights."""
+    from safetensors.torch import save_file
+
+    from pipeline.files import whole_file
+
+    with whole_file(path) as temporary:
+        save_file({k: v.contiguous() for k, v in calibrator.network.state_dict().items()}, temporary)
