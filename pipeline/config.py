@@ -136,11 +136,11 @@ class PrecomputeSettings(Settings):
 class CalibratorSettings(Settings):
     """q_Ψ: a five-layer perceptron from the stored distribution to the one that the student learns."""
 
-    kind: Literal["mixture", "residual", "perceptron"] = "mixture"
+    kind: Literal["residual", "perceptron"] = "residual"  # residual: starts near the identity
     hidden: PositiveInt = 128  # paper: 128 (CIFAR-10, SVHN), 512 (ImageNet)
     layers: int = Field(default=5, ge=2)
-    floor: float = Field(default=0.05, gt=0.0, lt=1.0)  # share moved away from the identity at the start
-    lr: PositiveFloat = 1e-3
+    floor: float = Field(default=0.1, gt=0.0, lt=1.0)  # share of the start that is uniform: (1 − floor)·q + floor/C
+    lr: PositiveFloat = 3e-4  # docs/results/swapped-teacher.md
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-7
     weight_decay: NonNegativeFloat = 1e-4  # L2, coupled, as in the paper
@@ -166,7 +166,7 @@ class TrainReducedSettings(TrainSettings):
     model: ModelSettings
     teacher: TeacherKind = "calibrator"
     student_data: Literal["auto", "pool", "pool+labelled"] = "auto"
-    labelled_target: Literal["auto", "true", "teacher"] = "auto"
+    labelled_target: Literal["auto", "label", "teacher"] = "auto"
     labelled_share: float = Field(default=0.25, gt=0.0, lt=1.0)  # of the batch, with pool+labelled
     calibrator: CalibratorSettings = CalibratorSettings()
     feedback: FeedbackSettings = FeedbackSettings()
@@ -203,6 +203,7 @@ class Recipe(Settings):
     name: str
     description: str = ""
     source: str = ""
+    differs: str = ""  # from the paper, in a plain sentence
     reach: dict[str, Any] = Field(default_factory=dict)  # figures that the recipe should reach, for people
     data: DataSettings
     pretrain: PretrainSettings

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import CalibratorSettings, FeedbackSettings
+from pipeline.errors import NonFiniteError
 from pipeline.student import StudentStep
 
 Metrics = dict[str, Tensor]
@@ -92,41 +93,31 @@ class CalibratorNetwork(nn.Module):
     """q_Ψ: distribution (B, C) → distribution (B, C), a perceptron with ReLU.
 
     Kinds:
-        mixture: (1 − a)·q + a·softmax(MLP(q)), with a gate a(q) from the same perceptron. It starts at
-            (1 − floor)·q + floor/C: the output layer is zero, so the softmax is uniform and a = floor.
-            A confident q does not silence it: the derivative in the softmax's logits is a·p(1 − p) with p
-            near 1/C, whatever q is.
-        residual: softmax(log((1 − floor)·q + floor/C) + MLP(q)), the output layer zero at the start.
+        residual: softmax(log((1 − floor)·q + floor/C) + MLP(q)). The output layer starts at zero, so it
+            starts at (1 − floor)·q + floor/C: near the identity, and not saturated where q is confident.
+            The floor is a share of the whole, so a one-hot keeps 1 − floor whatever C is.
         perceptron: softmax(MLP(q)) alone, five linear layers, no identity at the start.
     """
 
     def __init__(self, classes: int, settings: CalibratorSettings) -> None:
         super().__init__()
-        self.kind, self.floor = settings.kind, settings.floor
-        outputs = classes + 1 if self.kind == "mixture" else classes
-        widths = [classes, *[settings.hidden] * (settings.layers - 1), outputs]
+        self.residual, self.floor = settings.kind == "residual", settings.floor
+        widths = [classes, *[settings.hidden] * (settings.layers - 1), classes]
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+            linear = nn.Linear(fan_in, fan_out)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
-        for linear in self.layers:
-            if isinstance(linear, nn.Linear):
-                nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-                nn.init.zeros_(linear.bias)
-        if self.kind != "perceptron":
-            nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
-        if self.kind == "mixture":
-            with torch.no_grad():
-                self.layers[-1].bias[-1] = torch.logit(torch.tensor(self.floor))  # type: ignore[index]
+        if self.residual:
+            nn.init.zeros_(linear.weight)
 
     def forward(self, q: Tensor) -> Tensor:
-        out = self.layers(q)
-        if self.kind == "perceptron":
-            return out.softmax(dim=1)
-        if self.kind == "residual":
-            return (torch.log((1 - self.floor) * q + self.floor / q.shape[1]) + out).softmax(dim=1)
-        gate = out[:, -1:].sigmoid()  # (B, 1)
-        return (1 - gate) * q + gate * out[:, :-1].softmax(dim=1)
+        logits = self.layers(q)  # (B, C)
+        if self.residual:
+            logits = logits + torch.log((1 - self.floor) * q + self.floor / q.shape[1])
+        return logits.softmax(dim=1)
 
 
 class Calibrator:
@@ -170,6 +161,8 @@ class Calibrator:
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()
+        if not torch.isfinite(objective):
+            raise NonFiniteError(f"the calibrator's objective is {float(objective)}")
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.optimizer.step()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_RECIPE = "digits"
+DEFAULT_RUN = Path("runs/default")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 OPTIONS = (
     click.option(
-        "--run", type=click.Path(path_type=Path), default=Path("runs/default"), envvar="MPL_RUN",
+        "--run", type=click.Path(path_type=Path), default=DEFAULT_RUN, envvar="MPL_RUN",
         show_default=True, show_envvar=True, help="Run directory.",
     ),
     click.option("--recipe", help="Recipe: a name or a YAML file. [default: the run's own, else digits]"),
@@ -124,11 +125,17 @@ def make_context(
     force: bool = False,
     as_json: bool = False,
     console: Console | None = None,
+    parsed: Recipe | None = None,
 ) -> Context:
-    """Resolve options against what the run already knows: its recipe, seed and data folder."""
+    """Resolve options against what the run already knows: its recipe, seed and data folder.
+
+    `parsed` is a recipe that is resolved already, and goes before all.
+    """
     here = Run(run)
     known = here.description
-    if recipe is None and known is not None:
+    if parsed is not None:
+        resolved = parsed
+    elif recipe is None and known is not None:
         resolved = changed(known["recipe"], changes, str(here / "run.json"))
     else:
         resolved = load_recipe(recipe or DEFAULT_RECIPE, changes)

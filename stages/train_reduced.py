@@ -116,7 +116,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         "labelled_images": len(labelled.labels),
         "pool_images": 0 if pool is None else len(pool.repeat),
         "batch_of": {"labelled": composition.labelled, "pool": composition.pool},
-        "labelled_target": "true" if composition.true_labels else "teacher",
+        "labelled_target": "label" if composition.true_labels else "teacher",
     }
 
 

@@ -16,8 +16,8 @@ def test_derive_seed_is_the_sha256_of_its_arguments() -> None:
 
 def test_stored_orders_stay_what_they_were() -> None:
     """Values written down once; a new NumPy that changed them would change every partition."""
-    assert permutation(8, 0, "order").tolist() == [7, 6, 4, 1, 3, 5, 2, 0]
-    assert derive_seed(0) == 3418082637195545240
+    assert permutation(8, 0, "order").tolist() == [2, 0, 7, 4, 6, 1, 5, 3]
+    assert derive_seed(0) == 7520536977032167579
 
 
 @given(st.integers(0, 2**31), st.text(max_size=5), st.text(max_size=5), st.integers(0, 9))

@@ -193,19 +193,16 @@ def _parse(text: str, where: str, folder: Path | None) -> Manifest:
         raise DataError("\n".join(_explain(where, error))) from error
 
 
-_KEYS = {key for model in (FileSpec, SplitSpec, ImageSpec, Manifest) for key in model.model_fields} | {
-    "from",
-    *SPLITS,
-}
-
-
 def _explain(where: str, error: ValidationError) -> Iterator[str]:
+    """A line for each mistake: file, key, what is wrong, and the key that was probably meant."""
+    models = (FileSpec, SplitSpec, ImageSpec, Manifest)
+    known = {"from", *SPLITS, *(key for model in models for key in model.model_fields)}
     for item in error.errors():
-        place = ".".join(str(part) for part in item["loc"] if part != "[key]")
-        if item["type"] in ("extra_forbidden", "literal_error") and item["loc"]:
-            hint = suggestion(str(item["loc"][-2 if item["loc"][-1] == "[key]" else -1]), _KEYS)
-            if item["type"] == "extra_forbidden":
-                yield f"manifest {where}: {place} is not a key{'; ' + hint if hint else ''}"
-                continue
-        message = item["msg"].removeprefix("Value error, ")
-        yield f"manifest {where}: {place + ': ' if place else ''}{message}"
+        path = [str(part) for part in item["loc"] if part != "[key]"]
+        wrong_key = item["type"] == "extra_forbidden" or "[key]" in item["loc"]
+        if wrong_key:
+            hint = suggestion(path[-1], known - {path[-1]})
+            text = f"{'.'.join(path)} is not a key{'; ' + hint if hint else ''}"
+        else:
+            text = f"{'.'.join(path)}{': ' if path else ''}{item['msg'].removeprefix('Value error, ')}"
+        yield f"manifest {where}: {text}"
