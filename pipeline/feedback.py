@@ -101,7 +101,9 @@ def forward_mode(replay: Replay, direction: Tensors) -> tuple[Tensor, Tensor]:
         }
         try:
             primal, tangent = forward_ad.unpack_dual(replay.log_probabilities(duals))
-        except NotImplementedError as error:
+        except RuntimeError as error:  # NotImplementedError is one, and custom functions raise it bare
+            if "forward" not in str(error).lower():
+                raise
             raise FeedbackError(
                 f"an operation of {type(replay.module).__name__} has no forward-mode derivative ({error}); "
                 "set the feedback engine to 'central' (finite differences)"

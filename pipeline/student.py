@@ -82,7 +82,7 @@ class Student:
         row_loss = -(targets.to(log_p.dtype) * log_p).sum(dim=1)  # (B,) nats
         loss = (row_loss if weight is None else weight * row_loss).mean()
         if not torch.isfinite(loss):
-            raise NonFiniteError(f"the student's loss is {float(loss)} at its step {self.steps_taken + 1}")
+            raise NonFiniteError(f"the student's loss is {float(loss.detach())} at its step {self.steps_taken + 1}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = self._clip()

@@ -162,7 +162,7 @@ class Calibrator:
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()
         if not torch.isfinite(objective):
-            raise NonFiniteError(f"the calibrator's objective is {float(objective)}")
+            raise NonFiniteError(f"the calibrator's objective is {float(objective.detach())}")
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.optimizer.step()

@@ -102,11 +102,13 @@ def evaluation_splits(context: Context) -> "list[Any]":
 
 def rules(context: Context) -> "Rules":
     """What is kept, from the recipe."""
-    from pipeline.pool.copies import CopyIndex
+    from pipeline.pool.copies import default_threshold
     from pipeline.pool.filter import Rules
 
     settings = context.recipe.filter
-    threshold = CopyIndex.threshold if settings.copies.threshold is None else settings.copies.threshold
+    threshold = settings.copies.threshold
+    if threshold is None:
+        threshold = default_threshold(context.recipe.data.image_size)
     return Rules(
         k=settings.k,
         assign=settings.assign,

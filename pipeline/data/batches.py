@@ -130,8 +130,9 @@ class _Pixels:
         self._pack()
         shape = (self.count, 3, self.size, self.size)
         if self.file is not None:
-            # Mode "c": pages are read as they are needed, and nothing is ever written back.
-            return torch.from_numpy(np.memmap(self.file, np.uint8, "c", shape=shape))
+            with self.file:  # the mapping outlives it
+                # Mode "c": pages are read as they are needed, and nothing is ever written back.
+                return torch.from_numpy(np.memmap(self.file, np.uint8, "c", shape=shape))
         whole = torch.empty(shape, dtype=torch.uint8)
         start = 0
         self.chunks.reverse()

@@ -16,6 +16,7 @@ MAX_PIXELS = 89_478_485
 """Width times height; more is `too_large`. It is Pillow's own limit: a quarter GiB of RGB."""
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """What is tried. Pillow knows more, of which EPS would start Ghostscript on bytes from the web."""
+TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 CHUNK = 64  # images that a thread decodes at a time …
 CHUNK_BYTES = 16 << 20  # … or less, when they are large
 T = TypeVar("T")
@@ -56,10 +57,10 @@ def decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
-                return None, Status.too_large, f"{image.width} × {image.height} pixels"
+                return None, Status.too_large, TOO_LARGE
             return _pixels(image, size), Status.ok, ""
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return None, Status.too_large, str(error)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None, Status.too_large, TOO_LARGE
     except UnidentifiedImageError:
         return None, Status.decode_error, f"not an image of a known format ({', '.join(_formats())})"
     except Exception as error:  # Pillow's plugins raise a dozen kinds on malformed bytes

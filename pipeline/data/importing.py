@@ -31,7 +31,7 @@ class ImportSettings:
     """How an import divides the labelled images."""
 
     validation: float = 0.1
-    """Part of each class that is for choosing, never for training."""
+    """Part of each class that is for choosing, never for training; classes of three images give one."""
     test: float = 0.2
     """Part of each class that is for the final evaluation only."""
     seed: int = 0
@@ -179,13 +179,23 @@ def _divide(kept: list[Kept], classes: list[str], settings: ImportSettings) -> d
     parts["unlabelled"] = of_class[None]
     for kind in classes:
         own = _shuffled(of_class[kind], settings.seed, kind)
-        test = min(round(len(own) * settings.test), len(own) - 1)
-        rest = test + min(round(len(own) * settings.validation), len(own) - 1 - test)
+        test, validation = _held_out(len(own), settings)
+        rest = test + validation
         parts["test"] += own[:test]
         parts["validation"] += own[test:rest]
         parts["labelled"] += own[rest:]
     _refuse_empty(parts, settings)
     return {split: _shuffled(part, settings.seed, split) for split, part in parts.items() if part}
+
+
+def _held_out(count: int, settings: ImportSettings) -> tuple[int, int]:
+    """Test and validation images of a class of `count`: at least one each of three or more, and never all."""
+    if count < 3:
+        return 0, 0
+    test = max(round(count * settings.test), 1) if settings.test else 0
+    validation = max(round(count * settings.validation), 1) if settings.validation else 0
+    test = min(test, count - 1 - (validation > 0))
+    return test, min(validation, count - 1 - test)
 
 
 def _shuffled(kept: list[Kept], seed: int, purpose: str) -> list[Kept]:
@@ -195,10 +205,10 @@ def _shuffled(kept: list[Kept], seed: int, purpose: str) -> list[Kept]:
 def _refuse_empty(parts: dict[SplitName, list[Kept]], settings: ImportSettings) -> None:
     wanted: dict[SplitName, float] = {"validation": settings.validation, "test": settings.test}
     for split, part in wanted.items():
-        if part > 0 and not parts[split]:
+        if part and not parts[split]:
             raise DataError(
-                f"the {split} split would be empty: no class has enough images for a part of {part:g}. "
-                f"Add images, raise --{split}, or set it to 0"
+                f"the {split} split would be empty: no class has the three images that it takes. "
+                f"Add images, or set --{split} to 0"
             )
 
 

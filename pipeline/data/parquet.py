@@ -86,6 +86,8 @@ class ParquetShard(Shard):
                     "which is no class name of the manifest"
                 )
             column = codes
+        if pa.types.is_null(column.type):
+            column = column.cast(pa.int64())
         if not pa.types.is_integer(column.type):
             raise DataError(
                 f"{self.path}: column {self.label!r} is {column.type}; labels are integers or names"

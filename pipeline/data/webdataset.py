@@ -150,7 +150,7 @@ def _key_and_suffix(name: str) -> tuple[str, str] | None:
     """`a/b.seg.png` → (`a/b`, `seg.png`), as webdataset has it; None for what belongs to no sample."""
     path = PurePosixPath(name)
     stem, dot, suffix = path.name.partition(".")
-    if not dot or not stem or (path.name.startswith("__") and path.name.endswith("__")):
+    if not dot or not stem:
         return None
     return str(path.with_name(stem)), suffix.lower()
 

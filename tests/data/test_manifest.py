@@ -73,16 +73,28 @@ def test_unknown_name_is_answered_with_a_suggestion() -> None:
         ({"classes": 1}, "classes: Input should be greater than or equal to 2"),
         ({"class_names": ["cat"]}, "classes is 2, class_names has 1"),
         ({"class_names": ["cat", "cat"]}, "a name twice"),
-        ({"splits": {"labelled": {"from": "trian"}}}, r"splits.labelled.from is 'trian'.*did you mean train\?"),
+        (
+            {"splits": {"labelled": {"from": "trian"}}},
+            r"splits.labelled.from is 'trian'.*did you mean train\?",
+        ),
         ({"splits": {"labeled": {"from": "train"}}}, r"splits.labeled.*did you mean labelled\?"),
-        ({"splits": {"labelled": {"from": "train", "frist": 3}}}, r"frist is not a key; did you mean first\?"),
+        (
+            {"splits": {"labelled": {"from": "train", "frist": 3}}},
+            r"frist is not a key; did you mean first\?",
+        ),
         ({"splits": {"labelled": {"from": "train", "first": 3, "last": 3}}}, "give either `first` or `last`"),
         ({"splits": {"labelled": {"from": "train", "first": -3}}}, "greater than or equal to 0"),
-        ({"files": {"train": {"path": "a", "glob": "b", "reader": "parquet"}}}, "give either `path` or `glob`"),
+        (
+            {"files": {"train": {"path": "a", "glob": "b", "reader": "parquet"}}},
+            "give either `path` or `glob`",
+        ),
         ({"files": {"train": {"reader": "parquet"}}}, "give either `path` or `glob`"),
         ({"files": {"train": {"path": "../a", "reader": "parquet"}}}, "leaves the data folder"),
         ({"files": {"train": {"path": "/a", "reader": "parquet"}}}, "leaves the data folder"),
-        ({"files": {"train": {"path": "a", "reader": "parqet"}}}, "files.train.reader: Input should be 'digits'"),
+        (
+            {"files": {"train": {"path": "a", "reader": "parqet"}}},
+            "files.train.reader: Input should be 'digits'",
+        ),
         ({"folder": "x"}, "folder is not a key"),
     ],
 )

@@ -1,0 +1,241 @@
+"""Decoding: every kind of image to RGB of one size, and a status for everything else."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_images import encode, noise
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pipeline.data.decode import MAX_PIXELS, Status, decode, decode_stream
+
+
+def decoded(data: bytes, size: int) -> np.ndarray:
+    image, status, detail = decode(data, size)
+    assert status is Status.ok and detail == "", (status, detail)
+    assert image is not None and image.shape == (size, size, 3) and image.dtype == np.uint8
+    assert image.flags.c_contiguous and image.flags.writeable
+    return image
+
+
+def refused(data: bytes) -> tuple[Status, str]:
+    image, status, detail = decode(data, 8)
+    assert image is None and detail
+    return status, detail
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP"])
+def test_an_image_of_the_size_keeps_its_pixels(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(decoded(encode(noise(17), kind, **options), 17), noise(17))
+
+
+def test_shorter_side_and_centre() -> None:
+    """Oracle: Pillow's resize of the whole picture, then a crop of the middle."""
+    photo = Image.fromarray(load_sample_image("china.jpg"))  # 640 × 427
+    whole = photo.resize((96, 64), Image.Resampling.BICUBIC).crop((16, 0, 80, 64))
+    difference = np.asarray(whole, float) - decoded(encode(photo), 64)
+    assert np.abs(difference).mean() < 1.5  # 427 / 640 · 96 is 64.05: half a pixel of play at the edge
+    tall = decoded(encode(photo.transpose(Image.Transpose.ROTATE_90)), 64)
+    turned = np.rot90(decoded(encode(photo), 64))
+    assert np.abs(tall.astype(float) - turned).max() <= 2  # rounding, in the other order
+
+
+@pytest.mark.parametrize("size", [8, 32, 100])
+def test_large_jpegs_are_decoded_small_without_a_visible_difference(size: int) -> None:
+    """Oracle: the same JPEG decoded in full."""
+    photo = Image.fromarray(load_sample_image("flower.jpg"))
+    data = encode(photo.resize((1600, 1068)), "JPEG", quality=95)
+    full = decoded(encode(Image.open(io.BytesIO(data))), size)
+    difference = np.abs(full.astype(float) - decoded(data, size))
+    assert difference.mean() < 2.5 and np.percentile(difference, 99) < 16
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (100, 0), (255, 255, 255)),
+        ("LA", (100, 255), (100, 100, 100)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
+        ("I;16", 257 * 99, (99, 99, 99)),
+        ("I;16", 128, (0, 0, 0)),
+        ("I", 257 * 99, (99, 99, 99)),
+    ],
+)
+def test_modes(mode: str, value: object, expected: tuple[int, int, int]) -> None:
+    image = Image.new(mode, (5, 5), value)  # type: ignore[arg-type]
+    kind = "TIFF" if mode == "I" else "PNG"
+    assert decoded(encode(image, kind), 4)[2, 2].tolist() == list(expected)
+
+
+def test_sixteen_bits_of_grey_use_the_whole_range() -> None:
+    values = np.linspace(0, 65535, 256).reshape(16, 16).round().astype(np.uint16)
+    image = decoded(encode(Image.fromarray(values)), 16)
+    np.testing.assert_allclose(image[..., 0], values / 257, atol=0.51)
+
+
+def test_real_numbers_from_zero_to_one() -> None:
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    np.testing.assert_allclose(decoded(encode(values, "TIFF"), 8)[..., 1], values * 255, atol=0.51)
+    values[0, 0] = np.nan
+    assert decoded(encode(values, "TIFF"), 8)[0, 0, 0] == 0
+
+
+def test_palette_with_transparency_lies_on_white() -> None:
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    assert decoded(encode(image), 2)[0, 0].tolist() == [10, 20, 30]
+    assert decoded(encode(image, transparency=0), 2)[0, 0].tolist() == [255, 255, 255]
+
+
+def test_cmyk() -> None:
+    """Oracle: Pillow's conversion of the decoded file."""
+    image = Image.fromarray(load_sample_image("china.jpg")).resize((24, 24)).convert("CMYK")
+    data = encode(image, "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decoded(data, 24), expected)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_show_their_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    assert decoded(data, 6)[3, 3].tolist() == [255, 0, 0]
+
+
+def test_exif_turns_the_picture_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen, turn by 90 degrees clockwise
+    image = decoded(encode(noise(12), exif=exif), 12)
+    np.testing.assert_array_equal(image, np.rot90(noise(12), -1))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest's own filters undo ours
+def test_broken_exif_loses_no_picture() -> None:
+    data = encode(noise(12), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    decoded(data, 12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (2, 1)])
+def test_tiny_and_narrow_images(shape: tuple[int, int]) -> None:
+    image = decoded(encode(np.full((*shape, 3), 90, np.uint8)), 32)
+    assert (image == 90).all()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of such a size in a hundred bytes: its pixels are missing, but nobody should look."""
+    chunks = b""
+    for name, body in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b"")):
+        chunks += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize("side", [50_000, 12_000, 9_500])
+def test_huge_images_are_refused_by_their_header(side: int) -> None:
+    """Below and above the sizes at which Pillow warns and refuses; no memory is taken."""
+    assert side * side > MAX_PIXELS
+    status, detail = refused(png_header(side, side))
+    assert status is Status.too_large and detail == "more than 89,478,485 pixels"
+
+
+def test_pillows_warnings_do_not_reach_the_person() -> None:
+    decode(encode(noise(2)), 2)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        decode.__globals__["_formats"].cache_clear()
+        decode(png_header(9_500, 9_500), 8)
+    assert seen == []
+
+
+def test_no_bytes() -> None:
+    assert refused(b"") == (Status.empty, "no bytes")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_truncated_files(kind: str, part: float) -> None:
+    data = encode(noise(64), kind)
+    status, _ = refused(data[: int(len(data) * part)])
+    assert status is Status.decode_error
+
+
+def test_details_are_the_same_every_time() -> None:
+    """They are stored, and stored files are compared."""
+    assert refused(b"junk" * 9) == refused(b"junk" * 9)
+    assert "0x" not in refused(b"junk" * 9)[1]
+
+
+def test_postscript_is_not_run() -> None:
+    """Pillow would hand it to Ghostscript."""
+    status, detail = refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    assert status is Status.decode_error and "known format" in detail
+
+
+FILES = [
+    encode(noise(20), "PNG"),
+    encode(noise(20), "JPEG"),
+    encode(noise(20), "WEBP"),
+    encode(Image.fromarray(noise(20)).quantize(16), "GIF"),
+    encode(noise(20), "TIFF", compression="tiff_lzw"),
+    encode(noise(20), "BMP"),
+    encode(noise(20), "PPM"),
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(FILES),
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=8),
+    st.integers(0, 4000),
+)
+def test_damaged_files_never_raise(data: bytes, changes: list[tuple[int, int]], cut: int) -> None:
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    image, status, detail = decode(bytes(damaged[:cut]), 16)
+    assert (image is None) == (status is not Status.ok) == bool(detail)
+    assert image is None or image.shape == (16, 16, 3)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise(data: bytes) -> None:
+    assert decode(data, 8)[1] in (Status.empty, Status.decode_error)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_streams_keep_their_order(workers: int) -> None:
+    items = [(i, encode(noise(4 + i % 5, i)) if i % 7 else b"junk") for i in range(300)]
+    out = list(decode_stream(iter(items), 4, workers, data_of=lambda item: item[1]))
+    assert [item for item, _, _, _ in out] == items
+    for (number, data), image, status, detail in out:
+        expected = decode(data, 4)
+        assert (status, detail) == expected[1:], number
+        np.testing.assert_array_equal(image, expected[0])  # type: ignore[arg-type]
+
+
+def test_streams_read_ahead_within_bounds() -> None:
+    """At most two chunks for each thread, and the one that is being filled."""
+    taken = 0
+
+    def items():  # type: ignore[no-untyped-def]
+        nonlocal taken
+        for _ in range(10_000):
+            taken += 1
+            yield encoded
+
+    encoded = encode(noise(2))
+    stream = decode_stream(items(), 2, 2, data_of=lambda data: data)
+    next(stream)
+    assert taken <= 64 * (2 * 2 + 1)
+    stream.close()  # type: ignore[attr-defined]

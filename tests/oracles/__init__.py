@@ -1,0 +1,1 @@
+"""Independent implementations to compare against, written from the papers' equations alone."""

@@ -1,0 +1,180 @@
+"""The meta-gradient against autograd through the whole step, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import CalibratorSettings
+from pipeline.errors import FeedbackError, NonFiniteError
+from pipeline.student import Student
+from pipeline.teachers import CalibratorNetwork
+from tests.oracles.double_backward import step_and_loss, teacher_gradient
+from tests.problems import NETWORKS, RULES, all_pairs, make_problem, optimizer_of, relative_error
+
+ONOFF = (False, True)
+CASES = list(
+    all_pairs(
+        {
+            "rule": RULES,
+            "network": tuple(NETWORKS),
+            "warm": ONOFF,
+            "clip": ONOFF,
+            "decay": ONOFF,
+            "dropout": ONOFF,
+            "drop_path": ONOFF,
+        }
+    )
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_target_gradient_equals_double_backward(case: dict) -> None:
+    """Over all pairs of rule, network, state, clipping, weight decay, dropout and drop path."""
+    problem = make_problem(**case)
+    exact = problem.oracle()
+    found = problem.learn().target_gradient(problem.labelled, problem.labels)
+    assert relative_error(found, exact) < (1e-8 if case["network"] == "efficientnet" else 1e-9)
+
+
+def test_the_cases_cover_every_rule_on_every_network() -> None:
+    assert {(c["rule"], c["network"]) for c in CASES} == {(r, n) for r in RULES for n in NETWORKS}
+    assert {(c["rule"], c["warm"]) for c in CASES} == {(r, w) for r in RULES for w in ONOFF}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_oracle_takes_the_step_that_the_optimiser_takes(rule: str) -> None:
+    """Otherwise the oracle would be an oracle of another rule."""
+    problem = make_problem(rule=rule, clip=True, decay=True)
+    _, after = step_and_loss(*problem.oracle_arguments(), clip_norm=0.5, seed=problem.seed)
+    problem.learn()
+    for name, p in problem.student.model.named_parameters():
+        torch.testing.assert_close(p.detach(), after[name].detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_weights_per_row() -> None:
+    problem = make_problem()
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    exact = problem.oracle(weight=weight)
+    found = problem.learn(weight=weight).target_gradient(problem.labelled, problem.labels)
+    assert relative_error(found, exact) < 1e-9
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_finite_differences_in_float32(network: str) -> None:
+    """Against the exact gradient of the same float32 step; smooth networks, so that kinks do not count."""
+    problem = make_problem(network, "rmsprop_tf", dtype=torch.float32)
+    for module in problem.student.model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.SiLU())
+    step = problem.learn()
+    exact = step.target_gradient(problem.labelled, problem.labels)
+    central = step.target_gradient(problem.labelled, problem.labels, engine="central")
+    one_sided = step.target_gradient(problem.labelled, problem.labels, engine="one_sided")
+    assert relative_error(central, exact) < 1e-2
+    assert relative_error(one_sided, exact) < 5e-2
+
+
+@pytest.mark.parametrize("kind", ["residual", "perceptron"])
+def test_gradient_in_the_calibrator_equals_equation_2(kind: str) -> None:
+    """End to end: through q_Ψ and the student's whole update."""
+    problem = make_problem(rule="rmsprop", clip=True, dropout=True)
+    torch.manual_seed(5)
+    calibrator = CalibratorNetwork(5, CalibratorSettings(kind=kind, hidden=16)).double()
+    nn.init.normal_(calibrator.layers[-1].weight, std=0.1)  # off its start, where most gradients are zero
+    q_large, parameters = problem.targets, list(calibrator.parameters())
+    model, optimizer, images, _, labelled, labels = problem.oracle_arguments()
+    literal = teacher_gradient(
+        lambda: calibrator(q_large), parameters, model, optimizer, images, labelled, labels,
+        clip_norm=0.5, seed=problem.seed,
+    )  # fmt: skip
+    targets = calibrator(q_large)
+    problem.targets = targets.detach()
+    step = problem.learn()
+    (targets * step.target_gradient(labelled, labels)).sum().backward()
+    for p, expected in zip(parameters, literal, strict=True):
+        assert p.grad is not None
+        assert relative_error(p.grad, expected) < 1e-9
+
+
+def test_a_step_without_replay_gives_no_feedback() -> None:
+    problem = make_problem(rule="sgd")
+    with pytest.raises(FeedbackError, match="replay=True"):
+        problem.learn(replay=False).target_gradient(problem.labelled, problem.labels)
+
+
+def test_a_stale_step_gives_no_feedback() -> None:
+    problem = make_problem(rule="sgd")
+    step = problem.learn()
+    problem.learn(replay=False)
+    with pytest.raises(FeedbackError, match="1 more step"):
+        step.target_gradient(problem.labelled, problem.labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening"),
+        (lambda p: torch.optim.RMSprop(p, centered=True), "centered"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "maximize"),
+        (lambda p: torch.optim.Adadelta(p), "Adadelta"),
+    ],
+)
+def test_rules_without_a_derivative_are_refused_by_name(make, option: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    student = Student(model, make(list(model.parameters())))
+    images, targets = torch.randn(2, 3, 2, 2), torch.full((2, 3), 1 / 3)
+    with pytest.raises(FeedbackError, match=option):
+        student.learn(images, targets)
+    student.learn(images, targets, replay=False)  # without feedback any optimiser will do
+
+
+@pytest.mark.parametrize("rule", ["rmsprop_tf", "adamw"])
+def test_a_non_finite_loss_stops_before_the_update(rule: str) -> None:
+    problem = make_problem(rule=rule)
+    before = {k: v.clone() for k, v in problem.student.model.named_parameters()}
+    state = [
+        v.clone() for s in problem.student.optimizer.state.values() for v in s.values() if torch.is_tensor(v)
+    ]
+    problem.images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="step 3"):
+        problem.learn()
+    for name, p in problem.student.model.named_parameters():
+        assert torch.equal(p, before[name])
+    after = [v for s in problem.student.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    assert all(torch.equal(a, b) for a, b in zip(after, state, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_of_zero_gives_a_finite_derivative(rule: str) -> None:
+    """Fresh averages and an exactly zero gradient: s = 0 in every denominator."""
+    from pipeline.optim import update_derivative
+
+    model = nn.Linear(2, 2).double()
+    optimizer = optimizer_of(rule, model, 0.0)
+    group, p = optimizer.param_groups[0], model.weight
+    found = torch.as_tensor(update_derivative(optimizer, group, p, torch.zeros_like(p)))
+    lr, eps = group["lr"], group.get("eps", 1.0)
+    expected = {
+        "sgd": -lr,
+        "momentum": -lr,
+        "nesterov": -lr * 1.9,
+        "rmsprop": -lr / eps,
+        "rmsprop_tf": -lr / (0.9 + eps) ** 0.5,
+        "adam": -lr / eps,
+        "adamw": -lr / eps,
+    }[rule]
+    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-12, atol=0)
+
+
+def test_mixed_precision_keeps_the_direction() -> None:
+    """bf16 autocast on the CPU against float32: the same as double backward would lose, not more."""
+    exact = make_problem(dtype=torch.float32)
+    mixed = make_problem(dtype=torch.float32)
+    mixed.student.autocast = torch.bfloat16
+    a = exact.learn().target_gradient(exact.labelled, exact.labels)
+    b = mixed.learn().target_gradient(mixed.labelled, mixed.labels)
+    assert float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.98
+    with pytest.raises(FeedbackError, match="mixed precision"):
+        mixed.learn().target_gradient(mixed.labelled, mixed.labels, engine="central")

@@ -1,0 +1,279 @@
+"""Each way to get the meta-gradient wrong that was met in practice must be noticed.
+
+A mutant puts one mistake in; `broken` says what it broke, or None. Without a mutant it must say None, and with
+each of them something else: so these are tests of the tests as well.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import RMSpropTF
+from torch import nn
+
+from pipeline import feedback, optim, student
+from pipeline.errors import FeedbackError
+from pipeline.student import Student, StudentStep
+from tests.problems import Problem, make_problem, relative_error
+
+Patch = pytest.MonkeyPatch
+BN = nn.modules.batchnorm._BatchNorm
+
+
+def the_problem() -> Problem:
+    return make_problem("efficientnet", "rmsprop_tf", clip=True, dropout=True, drop_path=True)
+
+
+def broken(problem: Problem) -> str | None:
+    """What is wrong with the gradient or left behind by it."""
+    exact = problem.oracle()
+    step = problem.learn()
+    model = problem.student.model
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    modes = [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    try:
+        found = step.target_gradient(problem.labelled, problem.labels)
+    except FeedbackError as error:
+        return f"guard: {error}"
+    if any(not torch.equal(b, before[name]) for name, b in model.named_buffers()):
+        return "running statistics moved"
+    if any(p.grad is not None and not torch.equal(p.grad, grads[name]) for name, p in model.named_parameters()):
+        return ".grad was disturbed"
+    if modes != [m.training for m in model.modules()]:
+        return "training modes were left changed"
+    if not torch.equal(random, torch.get_rng_state()):
+        return "the random state moved"
+    error = relative_error(found, exact)
+    return None if error < 1e-8 else f"gradient off by {error:.1e}"
+
+
+def test_nothing_is_broken_without_a_mistake() -> None:
+    assert broken(the_problem()) is None
+
+
+def other_masks(patch: Patch) -> None:
+    patch.setattr(feedback, "replayed_random_numbers", lambda rng, device: nullcontext())
+
+
+def without_guard(patch: Patch) -> None:
+    patch.setattr(feedback, "check_replay", lambda *_: None)
+
+
+def other_masks_unguarded(patch: Patch) -> None:
+    @contextmanager
+    def reseeded(rng, device):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(99)
+            yield
+
+    without_guard(patch)
+    patch.setattr(feedback, "replayed_random_numbers", reseeded)
+
+
+def changed_record(patch: Patch, change: Callable[[feedback.Replay], feedback.Replay]) -> None:
+    original = feedback.record
+    patch.setattr(student, "record", lambda *a: change(original(*a)))
+
+
+def batch_norm_in_eval_mode(patch: Patch) -> None:
+    without_guard(patch)
+    changed_record(
+        patch,
+        lambda r: replace(
+            r, modes={n: r.modes[n] and not isinstance(m, BN) for n, m in r.module.named_modules()}
+        ),
+    )
+
+
+def replay_at_the_new_weights(patch: Patch) -> None:
+    without_guard(patch)
+    changed_record(patch, lambda r: replace(r, parameters={n: p.detach() for n, p in r.module.named_parameters()}))
+
+
+def labelled_gradient_at_the_old_weights(patch: Patch) -> None:
+    kept: list[feedback.Replay] = []
+    original = feedback.labelled_loss_gradient
+
+    def keep(r: feedback.Replay) -> feedback.Replay:
+        kept.append(r)
+        return r
+
+    def at_old(module, *args):
+        now = {n: p.detach().clone() for n, p in module.named_parameters()}
+        with torch.no_grad():
+            for n, p in module.named_parameters():
+                p.copy_(kept[-1].parameters[n])
+            result = None
+        result = original(module, *args)
+        with torch.no_grad():
+            for n, p in module.named_parameters():
+                p.copy_(now[n])
+        return result
+
+    changed_record(patch, keep)
+    patch.setattr(student, "labelled_loss_gradient", at_old)
+
+
+def sgd_derivative_on_rmsprop(patch: Patch) -> None:
+    patch.setitem(optim.DERIVATIVES, RMSpropTF, lambda group, state, g: -group["lr"])
+
+
+def denominator_taken_as_constant(patch: Patch) -> None:
+    def constant(group, state, g):
+        square = group["alpha"] * state["square_avg"] + (1 - group["alpha"]) * g**2
+        return -group["lr"] / (square + group["eps"]).sqrt()
+
+    patch.setitem(optim.DERIVATIVES, RMSpropTF, constant)
+
+
+def last_layer_only(patch: Patch) -> None:
+    original = StudentStep._through_the_update
+    patch.setattr(
+        StudentStep,
+        "_through_the_update",
+        lambda self, g: {n: v for n, v in original(self, g).items() if "classifier" in n},
+    )
+
+
+def clipping_term_ignored(patch: Patch) -> None:
+    patch.setattr(
+        StudentStep, "_through_the_update", lambda self, g: {n: g[n] * d for n, d in self._derivative.items()}
+    )
+
+
+def labelled_loss_with_dropout(patch: Patch) -> None:
+    patch.setattr(feedback, "labelled_loss_modes", lambda module: {n: m.training for n, m in module.named_modules()})
+
+
+def labelled_loss_in_eval_mode(patch: Patch) -> None:
+    patch.setattr(feedback, "labelled_loss_modes", lambda module: {n: False for n, m in module.named_modules()})
+
+
+def labelled_loss_by_the_model_itself(patch: Patch) -> None:
+    def directly(module, images, labels, autocast):
+        with feedback.training_modes(module, feedback.labelled_loss_modes(module)):
+            loss = F.cross_entropy(module(images), labels)
+        named = dict(module.named_parameters())
+        return loss.detach(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+    patch.setattr(student, "labelled_loss_gradient", directly)
+
+
+def labelled_loss_by_backward(patch: Patch) -> None:
+    def backward(module, images, labels, autocast):
+        buffers = {n: b.clone() for n, b in module.named_buffers()}
+        with feedback.training_modes(module, feedback.labelled_loss_modes(module)):
+            loss = F.cross_entropy(torch.func.functional_call(module, buffers, (images,)), labels)
+        module.zero_grad()
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters()}
+
+    patch.setattr(student, "labelled_loss_gradient", backward)
+
+
+def replay_updates_running_statistics(patch: Patch) -> None:
+    changed_record(patch, lambda r: replace(r, buffers={}))
+
+
+def sign_flipped(patch: Patch) -> None:
+    original = student.directional_derivative
+    patch.setattr(student, "directional_derivative", lambda *a: -original(*a))
+
+
+MUTANTS = [
+    other_masks,
+    other_masks_unguarded,
+    batch_norm_in_eval_mode,
+    replay_at_the_new_weights,
+    labelled_gradient_at_the_old_weights,
+    sgd_derivative_on_rmsprop,
+    denominator_taken_as_constant,
+    last_layer_only,
+    clipping_term_ignored,
+    labelled_loss_with_dropout,
+    labelled_loss_in_eval_mode,
+    labelled_loss_by_the_model_itself,
+    labelled_loss_by_backward,
+    replay_updates_running_statistics,
+    sign_flipped,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
+def test_every_mistake_is_noticed(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    problem = the_problem()
+    mutant(monkeypatch)
+    assert broken(problem) is not None
+
+
+class OwnNoise(nn.Module):
+    """Draws from a generator of its own, which cannot be replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(12, 3), torch.Generator().manual_seed(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(x.shape[0], 12, generator=self.generator)
+        return self.linear(x.flatten(1) + noise)
+
+
+class Opaque(nn.Module):
+    """Ignores dual numbers, as a compiled function does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.autograd.forward_ad._current_level >= 0:
+            return F.linear(x.flatten(1), self.linear.weight.detach(), self.linear.bias.detach()).data
+        return self.linear(x.flatten(1))
+
+
+class Square(torch.autograd.Function):
+    """A custom function without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Square.apply(self.linear(x.flatten(1)))
+
+
+def step_of(model: nn.Module) -> StudentStep:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 2, 2)
+    return Student(model, torch.optim.SGD(model.parameters(), lr=0.1)).learn(images, torch.full((4, 3), 1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [(OwnNoise, "default generators"), (Opaque, "eager module"), (Custom, "central")]
+)
+def test_networks_that_cannot_be_replayed_are_refused(model: type[nn.Module], words: str) -> None:
+    with pytest.raises(FeedbackError, match=words):
+        step_of(model()).target_gradient(torch.randn(3, 3, 2, 2), torch.arange(3))
+
+
+def test_finite_differences_serve_where_forward_mode_cannot() -> None:
+    step = step_of(Custom().double().float())
+    found = step.target_gradient(torch.randn(3, 3, 2, 2), torch.arange(3), engine="central")
+    assert torch.isfinite(found).all()
+    assert float(found.abs().max()) > 0
