@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 import click
@@ -64,6 +65,7 @@ def mpl() -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     _refuse_shadowed_package()
+    silence_torch()
     try:
         status = mpl.main(standalone_mode=False)
     except click.exceptions.Exit as exit_:
@@ -83,6 +85,12 @@ def main() -> None:
         _say(f"Error: {error}", resume=not usage)
         status = 2 if usage else 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def silence_torch() -> None:
+    """torch's forward-mode rules call its own deprecated torch.jit.script; nobody here can mend that."""
+    warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
 
 
 def command_line() -> str:

@@ -101,10 +101,12 @@ def run_step(values: dict[str, Any], step: Step, threads: int) -> dict[str, Any]
 
     import torch
 
+    from stages.cli import silence_torch
     from stages.console import Console
     from stages.execution import execute
     from stages.options import changed
 
+    silence_torch()
     torch.set_num_threads(threads)
     values = dict(values)
     recipe = changed(values.pop("recipe"), values.pop("changes"), "recipe")

@@ -78,6 +78,7 @@ def make_problem(
     dropout: bool = False,
     drop_path: bool = False,
     dtype: torch.dtype = torch.float64,
+    batch: int = BATCH,
 ) -> Problem:
     """A problem; `warm` takes two steps first, so that averages and momentum are not fresh."""
     torch.manual_seed(3)
@@ -90,9 +91,10 @@ def make_problem(
         **options,
     )
     model = copy.deepcopy(model).to(dtype).train()
-    images = torch.randn(3, BATCH, 3, 32, 32, dtype=dtype)
-    targets = torch.randn(3, BATCH, CLASSES, dtype=dtype).mul(2).softmax(2)
-    labelled, labels = torch.randn(LABELLED, 3, 32, 32, dtype=dtype), torch.arange(LABELLED)
+    images = torch.randn(3, batch, 3, 32, 32, dtype=dtype)
+    targets = torch.randn(3, batch, CLASSES, dtype=dtype).mul(2).softmax(2)
+    count = LABELLED if batch == BATCH else batch
+    labelled, labels = torch.randn(count, 3, 32, 32, dtype=dtype), torch.arange(count) % CLASSES
     student = Student(
         model, optimizer_of(rule, model, 1e-2 if decay else 0.0), clip_norm=0.5 if clip else None
     )

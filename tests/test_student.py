@@ -61,8 +61,11 @@ def test_weights_per_row() -> None:
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_finite_differences_in_float32(network: str) -> None:
-    """Against the exact gradient of the same float32 step; smooth networks, so that kinks do not count."""
-    problem = make_problem(network, "rmsprop_tf", dtype=torch.float32)
+    """Against the exact gradient of the same float32 step; smooth networks, so that kinks do not count.
+
+    Sixteen images: batch statistics over four are too ill-conditioned for any difference quotient.
+    """
+    problem = make_problem(network, "rmsprop_tf", dtype=torch.float32, batch=16)
     for module in problem.student.model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU):
@@ -168,13 +171,14 @@ def test_a_gradient_of_zero_gives_a_finite_derivative(rule: str) -> None:
     torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-12, atol=0)
 
 
-def test_mixed_precision_keeps_the_direction() -> None:
-    """bf16 autocast on the CPU against float32: the same as double backward would lose, not more."""
-    exact = make_problem(dtype=torch.float32)
-    mixed = make_problem(dtype=torch.float32)
+@pytest.mark.parametrize(("network", "cosine"), [("vit", 0.999), ("efficientnet", 0.95)])
+def test_mixed_precision_keeps_the_direction(network: str, cosine: float) -> None:
+    """bf16 autocast on the CPU against float32."""
+    exact = make_problem(network, dtype=torch.float32, batch=16)
+    mixed = make_problem(network, dtype=torch.float32, batch=16)
     mixed.student.autocast = torch.bfloat16
     a = exact.learn().target_gradient(exact.labelled, exact.labels)
     b = mixed.learn().target_gradient(mixed.labelled, mixed.labels)
-    assert float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > 0.98
+    assert float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)) > cosine
     with pytest.raises(FeedbackError, match="mixed precision"):
         mixed.learn().target_gradient(mixed.labelled, mixed.labels, engine="central")

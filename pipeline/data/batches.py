@@ -103,9 +103,7 @@ def batch_indices(n: int, batch: int, seed: int, purpose: str, step: int) -> np.
 
 @lru_cache(maxsize=8)
 def _epoch_order(n: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
-    order = permutation(n, seed, "order", purpose, epoch)
-    order.flags.writeable = False
-    return order
+    return permutation(n, seed, "order", purpose, epoch)
 
 
 class _Pixels:

@@ -17,7 +17,7 @@ class Draws:
     """
 
     def __init__(self, seed: int, total: int, first: int, count: int) -> None:
-        assert first >= 0 and first + count <= total, (first, count, total)
+        assert 0 <= first <= total - count, (first, count, total)
         self.seed, self.total, self.rows = seed, total, slice(first, first + count)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:

@@ -13,7 +13,10 @@ from pipeline.errors import DataError
 from pipeline.files import fingerprint
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .jp2 .avif .mpo".split()
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif"),
+        *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+    )
 )
 FILES_PER_SHARD = 5_000
 

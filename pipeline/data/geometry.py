@@ -13,7 +13,7 @@ GREY = 128  # what NoisyStudent's code puts where an image has nothing to show
 
 
 def flip_and_crop(images: Tensor, settings: AugmentSettings, draw: Draws) -> Tensor:
-    """Mirror, and shift by whole pixels, in a single gather: pixels keep their values.
+    """Mirror, and shift by whole pixels; pixels keep their values.
 
     Takes and returns uint8 (B, 3, S, S).
     """
@@ -25,9 +25,10 @@ def flip_and_crop(images: Tensor, settings: AugmentSettings, draw: Draws) -> Ten
     if settings.flip:
         x = torch.where(draw.coin("flip")[:, None], x.flip(1), x)
     rows, columns = _reflected(y, height).to(images.device), _reflected(x, width).to(images.device)
-    rows = rows[:, None, :, None].expand(count, 3, height, width)
-    columns = columns[:, None, None, :].expand(count, 3, height, width)
-    moved = images.gather(2, rows).gather(3, columns)
+    planes = height * torch.arange(3 * count, device=images.device).view(count, 3, 1)
+    # Whole rows are copied, several times faster than pixels; only columns are picked one by one.
+    picked = images.reshape(-1, width).index_select(0, (planes + rows[:, None]).flatten())
+    moved = picked.view_as(images).gather(3, columns[:, None, None].expand(images.shape))
     if pad and settings.border == "zero":
         inside = _inside(y, height)[:, None, :, None] & _inside(x, width)[:, None, None, :]
         moved = moved * inside.to(images.device)

@@ -5,12 +5,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from made_images import noise
+from PIL import Image
 from pydantic import ValidationError
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from pipeline.data.augment import AugmentSettings, augment, normalize
+from pipeline.data.draws import Draws
 from pipeline.data.geometry import affine
+from tests.data.made_images import noise
 
 EVERYTHING = AugmentSettings(
     flip=True,
@@ -44,9 +47,12 @@ def test_shape_range_input_and_repetition(size: int) -> None:
     images = batch(40, size)
     before = images.clone()
     first, second = augment(images, EVERYTHING, 7), augment(images, EVERYTHING, 7)
-    assert first.shape == images.shape and first.dtype == torch.float32
-    assert first.min() >= 0 and first.max() <= 1
-    assert torch.equal(first, second) and torch.equal(images, before)
+    assert first.shape == images.shape
+    assert first.dtype == torch.float32
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert torch.equal(first, second)
+    assert torch.equal(images, before)
     assert (augment(images, EVERYTHING, 8) != first).flatten(1).any(1).float().mean() > 0.9
 
 
@@ -66,7 +72,8 @@ def test_switching_one_thing_on_leaves_the_others_alone() -> None:
     flipped = augment(images, AugmentSettings(flip=True), 0)
     both = augment(images, AugmentSettings(flip=True, cutout=4), 0)
     kept = (both != 128 / 255).all(1, keepdim=True).expand_as(both)
-    assert torch.equal(both[kept], flipped[kept]) and kept.float().mean() > 0.7
+    assert torch.equal(both[kept], flipped[kept])
+    assert kept.float().mean() > 0.7
 
 
 def test_flips_mirror_half_of_the_images() -> None:
@@ -75,7 +82,8 @@ def test_flips_mirror_half_of_the_images() -> None:
     plain = images.float() / 255
     same = (result == plain).flatten(1).all(1)
     mirrored = (result == plain.flip(3)).flatten(1).all(1)
-    assert (same ^ mirrored).all() and abs(mirrored.sum() - 1000) < 5 * 500**0.5
+    assert (same ^ mirrored).all()
+    assert abs(mirrored.sum() - 1000) < 5 * 500**0.5
 
 
 @pytest.mark.parametrize(("border", "mode"), [("reflect", "reflect"), ("zero", "constant")])
@@ -96,7 +104,8 @@ def test_crops_are_crops_of_numpys_padding(border: str, mode: str, size: int, pa
         ]
         assert len(windows) == 1
         shifts[windows[0]] += 1
-    assert len(shifts) > 0.95 * side**2 and max(shifts.values()) < 400 / side**2 + 6 * (400 / side**2) ** 0.5
+    assert len(shifts) > 0.95 * side**2
+    assert max(shifts.values()) < 400 / side**2 + 6 * (400 / side**2) ** 0.5
 
 
 def test_flip_and_crop_together() -> None:
@@ -136,7 +145,9 @@ def test_cutout_is_one_grey_square(side: int) -> None:
         assert len(rows) == side or rows[0] == 0 or rows[-1] == 15
         centres.append((rows[0] + rows[-1]) / 2)
     if side <= 4:  # uniform centres, over the edge included
-        assert 6 < np.mean(centres) < 9 and min(centres) <= 1 and max(centres) >= 14
+        assert 6 < np.mean(centres) < 9
+        assert min(centres) <= 1
+        assert max(centres) >= 14
 
 
 def test_resized_crops_show_a_window_of_the_stated_area() -> None:
@@ -149,13 +160,16 @@ def test_resized_crops_show_a_window_of_the_stated_area() -> None:
             augment(images[i : i + 1], AugmentSettings(random_resized_crop=0.25), seed) for i in (0, 1)
         )
         x, y = across[0, 0, 32].numpy(), down[0, 0, :, 32].numpy()
-        assert np.all(np.diff(x) >= 0) and np.all(np.diff(y) >= 0)  # never mirrored, never outside
+        assert np.all(np.diff(x) >= 0)
+        assert np.all(np.diff(y) >= 0)
         widths.append((x[48] - x[16]) / (32 / 63))
         heights.append((y[48] - y[16]) / (32 / 63))
     area = np.array(widths) * np.array(heights)
     aspect = np.array(widths) / np.array(heights)
-    assert 0.22 < area.min() < 0.32 and 0.8 < area.max() < 1.05
-    assert 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.45
+    assert 0.22 < area.min() < 0.32
+    assert 0.8 < area.max() < 1.05
+    assert 0.7 < aspect.min() < 0.8
+    assert 1.25 < aspect.max() < 1.45
 
 
 def test_rotations_stay_within_their_limit_and_go_both_ways() -> None:
@@ -170,7 +184,22 @@ def test_rotations_stay_within_their_limit_and_go_both_ways() -> None:
         angles.append(
             0.5 * np.degrees(np.arctan2(2 * (weight * x * y).sum(), (weight * (x**2 - y**2)).sum()))
         )
-    assert 25 < max(angles) < 31 and -31 < min(angles) < -25 and abs(np.mean(angles)) < 4
+    assert 25 < max(angles) < 31
+    assert -31 < min(angles) < -25
+    assert abs(np.mean(angles)) < 4
+
+
+def test_a_rotation_is_pillows() -> None:
+    """Away from the frame, by the angle that was drawn, on a picture without symmetry."""
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize((96, 96))
+    images = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None]
+    y, x = np.mgrid[:96, :96] - 47.5
+    inside = np.hypot(x, y) < 44
+    for seed in range(8):
+        angle = 40 * float(Draws(seed, 1, 0, 1).signed("rotate"))
+        expected = np.asarray(photo.rotate(angle, Image.Resampling.BILINEAR), int)
+        result = pixels(augment(images, AugmentSettings(rotate=40), seed))[0]
+        assert np.abs(expected - result)[inside].max() <= 1
 
 
 def test_translations_stay_within_their_limit() -> None:
@@ -182,7 +211,8 @@ def test_translations_stay_within_their_limit() -> None:
         shifts.append([(moved.sum(axis) * (np.arange(33) - 16)).sum() / moved.sum() for axis in (0, 1)])
     limit = 0.2 * 33
     found = np.array(shifts)
-    assert np.abs(found).max() < limit + 0.05 and (found.max(0) > 0.9 * limit).all()
+    assert np.abs(found).max() < limit + 0.05
+    assert (found.max(0) > 0.9 * limit).all()
     assert (found.min(0) < -0.9 * limit).all()
 
 
@@ -197,7 +227,8 @@ def test_affine_moves_whole_pixels_exactly() -> None:
 def test_grey_images_stay_grey() -> None:
     grey = batch(64, 16)[:, :1].expand(-1, 3, -1, -1)
     result = augment(grey, EVERYTHING, 0)
-    assert torch.equal(result[:, 0], result[:, 1]) and torch.equal(result[:, 0], result[:, 2])
+    assert torch.equal(result[:, 0], result[:, 1])
+    assert torch.equal(result[:, 0], result[:, 2])
 
 
 def test_normalize() -> None:
@@ -213,8 +244,9 @@ def test_normalize() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"flipp": True}, {"rotate": -1}, {"cutout": -1}, {"random_resized_crop": 0}, {"randaugment_magnitude": 11},
-     {"randaugment_probability": 1.5}, {"randaugment_operations": ["blur"]}, {"randaugment_operations": []}],
+    [{"flipp": True}, {"rotate": -1}, {"cutout": -1}, {"random_resized_crop": 0},
+     {"randaugment_magnitude": 11}, {"randaugment_probability": 1.5},
+     {"randaugment_operations": ["blur"]}, {"randaugment_operations": []}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_images import encode, noise
 
 from pipeline.data import batches
 from pipeline.data.batches import batch_indices, load_images
 from pipeline.data.decode import Status
 from pipeline.data.shards import Sample
 from pipeline.errors import DataError
+from tests.data.made_images import encode, noise
 
 SIZE = 6
 
@@ -45,8 +45,10 @@ def test_pixels_order_and_identity(
     expected = np.stack([noise(SIZE, i).transpose(2, 0, 1) for i in good])
     assert images.images.dtype == torch.uint8
     np.testing.assert_array_equal(images.images.numpy(), expected)
-    assert images.labels.tolist() == [i % 3 for i in good] and images.labels.dtype == torch.int64
-    assert images.keys == [f"key{i}" for i in good] and len(images) == 697
+    assert images.labels.tolist() == [i % 3 for i in good]
+    assert images.labels.dtype == torch.int64
+    assert images.keys == [f"key{i}" for i in good]
+    assert len(images) == 697
     assert images.shards == [f"shard-{i // 100}" for i in good]
     assert images.rows.tolist() == [i % 100 for i in good]
     assert [(one.shard, one.row, one.key, one.status) for one in images.skipped] == [
@@ -59,7 +61,8 @@ def test_pixels_order_and_identity(
 def test_a_repeated_key_confuses_nothing() -> None:
     samples = [("a", Sample(i, "same", encode(noise(SIZE, i)), 0)) for i in range(3)]
     images = load_images(samples, SIZE)
-    assert images.keys == ["same"] * 3 and images.rows.tolist() == [0, 1, 2]
+    assert images.keys == ["same"] * 3
+    assert images.rows.tolist() == [0, 1, 2]
 
 
 def test_nothing_decoded() -> None:
@@ -76,7 +79,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(batches.tempfile, "TemporaryFile", no_space)
-    with pytest.raises(DataError, match="cannot be kept in .*: No space left on device. Free some space"):
+    with pytest.raises(DataError, match=r"cannot be kept in .*: No space left on device. Free some space"):
         load_images(entries(9), SIZE, cache=tmp_path, memory_limit=0)
 
 
@@ -87,7 +90,8 @@ def test_batches_are_consecutive_parts_of_one_sequence_of_epochs(
 ) -> None:
     """Every epoch is a permutation, whatever the batch; a remainder is not lost."""
     sequence = np.concatenate([batch_indices(n, batch, seed, "x", step) for step in range(steps + 1)])
-    assert len(sequence) == (steps + 1) * batch and sequence.dtype == np.int64
+    assert len(sequence) == (steps + 1) * batch
+    assert sequence.dtype == np.int64
     for start in range(0, len(sequence) - n + 1, n):
         assert sorted(sequence[start : start + n]) == list(range(n))
     one_by_one = [batch_indices(n, 1, seed, "x", step)[0] for step in range(len(sequence))]

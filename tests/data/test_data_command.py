@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from made_images import encode, noise, write_parquet
 
 from pipeline.errors import DataError
 from stages.data import group
+from tests.data.made_images import encode, noise, write_parquet
 
 CAT, DOG = encode(noise(6, 1)), encode(noise(6, 2))
 
@@ -40,8 +40,10 @@ def test_list_says_what_is_ready(tmp_path: Path) -> None:
     result = mpl_data("list", "--json")
     assert result.exit_code == 0
     missing = {row["name"]: row["missing"] for row in last_object(result)["manifests"]}
-    assert missing["digits"] is None and missing["cifar10"] == "cifar10/train.parquet"
-    assert "digits" in result.stderr and "ready" in result.stderr
+    assert missing["digits"] is None
+    assert missing["cifar10"] == "cifar10/train.parquet"
+    assert "digits" in result.stderr
+    assert "ready" in result.stderr
     assert mpl_data("list", "--data", tmp_path).exit_code == 0
     assert mpl_data("list", "--data", tmp_path / "nowhere").exit_code == 2
 
@@ -50,14 +52,14 @@ def test_check_of_the_embedded_digits() -> None:
     result = mpl_data("check", "--all", "--json")
     assert result.exit_code == 0, result.output
     report = last_object(result)
-    assert report["usable"] and report["manifest"] == "digits"
+    assert report["usable"]
+    assert report["manifest"] == "digits"
     assert {split: one["rows"] for split, one in report["splits"].items()} == {
         "labelled": 50, "validation": 300, "unlabelled": 1347, "test": 500
     }  # fmt: skip
     assert report["splits"]["labelled"]["per_class"] == {str(digit): 5 for digit in range(10)}
-    assert (
-        report["splits"]["unlabelled"]["read"] == 1347 and not report["splits"]["unlabelled"]["undecodable"]
-    )
+    assert report["splits"]["unlabelled"]["read"] == 1347
+    assert not report["splits"]["unlabelled"]["undecodable"]
 
 
 def test_import_then_check_then_use(tmp_path: Path) -> None:
@@ -72,7 +74,8 @@ def test_import_then_check_then_use(tmp_path: Path) -> None:
     assert f"--data {tmp_path / 'mine'} --set data.manifest=mine" in result.stderr
     for arguments in (("mine", "--data", tmp_path / "mine"), (report["manifest"],)):
         checked = mpl_data("check", *arguments, "--all", "--json")
-        assert checked.exit_code == 0 and last_object(checked)["usable"]
+        assert checked.exit_code == 0
+        assert last_object(checked)["usable"]
     assert "mine" in mpl_data("list", "--data", tmp_path / "mine").stderr
 
 
@@ -100,7 +103,8 @@ def broken(tmp_path: Path) -> Path:
         "{name: broken, classes: 3, class_names: [cat, dog, emu], image: {size: 6}, files: {"
         "train: {path: train.parquet, reader: parquet}, test: {path: test.parquet, reader: parquet},"
         "pool: {path: pool.parquet, reader: parquet}, gone: {path: gone.parquet, reader: parquet}},"
-        "splits: {labelled: {from: train}, test: {from: test}, unlabelled: {from: pool}, validation: {from: gone}}}"
+        "splits: {labelled: {from: train}, test: {from: test}, unlabelled: {from: pool},"
+        "validation: {from: gone}}}"
     )
     write_parquet(tmp_path / "train.parquet", [CAT, DOG], [0, 1])
     write_parquet(tmp_path / "test.parquet", [CAT, DOG], [0, 3])
@@ -116,8 +120,10 @@ def test_check_tells_every_trouble_and_exits_with_1(broken: Path) -> None:
     assert not report["usable"]
     assert "gone.parquet" in splits["validation"]["problem"]
     assert "row 1 has label 3" in splits["test"]["problem"]
-    assert splits["labelled"]["problem"] is None and splits["labelled"]["per_class"]["emu"] == 0
-    assert splits["unlabelled"]["problem"] is None and splits["unlabelled"]["rows"] == 4
+    assert splits["labelled"]["problem"] is None
+    assert splits["labelled"]["per_class"]["emu"] == 0
+    assert splits["unlabelled"]["problem"] is None
+    assert splits["unlabelled"]["rows"] == 4
     assert [bad[3] for bad in splits["unlabelled"]["undecodable"]] == ["decode_error", "empty"]
     assert "1 classes without an image: emu" in result.stderr
     assert "2 entries that are no image: pool/1.png (not an image" in result.stderr
@@ -147,4 +153,5 @@ def test_check_refuses_a_split_of_no_images(broken: Path) -> None:
 
 def test_check_of_an_unknown_data_set() -> None:
     result = mpl_data("check", "digitz")
-    assert isinstance(result.exception, DataError) and "did you mean digits?" in str(result.exception)
+    assert isinstance(result.exception, DataError)
+    assert "did you mean digits?" in str(result.exception)

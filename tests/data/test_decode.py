@@ -9,24 +9,28 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_images import encode, noise
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from pipeline.data.decode import MAX_PIXELS, Status, decode, decode_stream
+from tests.data.made_images import encode, noise
 
 
 def decoded(data: bytes, size: int) -> np.ndarray:
     image, status, detail = decode(data, size)
-    assert status is Status.ok and detail == "", (status, detail)
-    assert image is not None and image.shape == (size, size, 3) and image.dtype == np.uint8
-    assert image.flags.c_contiguous and image.flags.writeable
+    assert (status, detail) == (Status.ok, "")
+    assert image is not None
+    assert image.shape == (size, size, 3)
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    assert image.flags.writeable
     return image
 
 
 def refused(data: bytes) -> tuple[Status, str]:
     image, status, detail = decode(data, 8)
-    assert image is None and detail
+    assert image is None
+    assert detail
     return status, detail
 
 
@@ -54,7 +58,8 @@ def test_large_jpegs_are_decoded_small_without_a_visible_difference(size: int) -
     data = encode(photo.resize((1600, 1068)), "JPEG", quality=95)
     full = decoded(encode(Image.open(io.BytesIO(data))), size)
     difference = np.abs(full.astype(float) - decoded(data, size))
-    assert difference.mean() < 2.5 and np.percentile(difference, 99) < 16
+    assert difference.mean() < 2.5
+    assert np.percentile(difference, 99) < 16
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,8 @@ def test_huge_images_are_refused_by_their_header(side: int) -> None:
     """Below and above the sizes at which Pillow warns and refuses; no memory is taken."""
     assert side * side > MAX_PIXELS
     status, detail = refused(png_header(side, side))
-    assert status is Status.too_large and detail == "more than 89,478,485 pixels"
+    assert status is Status.too_large
+    assert detail == "more than 89,478,485 pixels"
 
 
 def test_pillows_warnings_do_not_reach_the_person() -> None:
@@ -179,7 +185,8 @@ def test_details_are_the_same_every_time() -> None:
 def test_postscript_is_not_run() -> None:
     """Pillow would hand it to Ghostscript."""
     status, detail = refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    assert status is Status.decode_error and "known format" in detail
+    assert status is Status.decode_error
+    assert "known format" in detail
 
 
 FILES = [

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_images import encode, noise
 
 from pipeline.data import folder
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 from pipeline.errors import DataError
+from tests.data.made_images import encode, noise
 
 FILES = ["cat/1.png", "cat/deeper/2.PNG", "dog/3.jpg", "dog/4.jpeg", "dog/5.webp"]
 
@@ -40,7 +40,8 @@ def test_sub_folders_are_classes_and_paths_are_keys(data_set: Callable[..., Path
     assert [sample.label for _, sample in read] == [0, 0, 1, 1, 1] == split.labels().tolist()
     assert all(sample.data == (root / sample.key).read_bytes() for _, sample in read)
     pool = open_split(load_manifest(path), "unlabelled")
-    assert pool.labels().tolist() == [-1] * 5 and pool.shards[0].name == "photos-00000"
+    assert pool.labels().tolist() == [-1] * 5
+    assert pool.shards[0].name == "photos-00000"
 
 
 def test_labels_follow_the_manifests_names(data_set: Callable[..., Path]) -> None:
@@ -75,7 +76,8 @@ def test_many_files_make_several_shards(
     fill(path.parent / "photos", FILES)
     split = open_split(load_manifest(path), "labelled")
     assert [(shard, sample.row) for shard, sample in split.read()] == [
-        ("photos-00000", 0), ("photos-00000", 1), ("photos-00001", 0), ("photos-00001", 1), ("photos-00002", 0)
+        ("photos-00000", 0), ("photos-00000", 1), ("photos-00001", 0), ("photos-00001", 1),
+        ("photos-00002", 0),
     ]  # fmt: skip
 
 

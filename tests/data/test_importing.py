@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from made_images import encode, noise
 
 from pipeline.data import importing, layout
 from pipeline.data.importing import Imported, ImportSettings, import_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 from pipeline.errors import DataError, RunError, UsageError
+from tests.data.made_images import encode, noise
 
 SPLITS = ("labelled", "validation", "test")
 KINDS = {"ant": 20, "bee": 11, "cat": 40}
@@ -49,8 +49,10 @@ def counts(imported: Imported) -> dict[str, int]:
 def test_every_image_is_in_one_split_with_its_class(tmp_path: Path) -> None:
     source = photos(tmp_path / "photos")
     imported = import_images(source, tmp_path / "out")
-    assert imported.manifest.class_names == ("ant", "bee", "cat") and imported.left_out == []
-    assert imported.manifest.name == "out" and imported.manifest.image.size == 11
+    assert imported.manifest.class_names == ("ant", "bee", "cat")
+    assert imported.left_out == []
+    assert imported.manifest.name == "out"
+    assert imported.manifest.image.size == 11
     found = contents(tmp_path / "out")
     everything = [entry for split in found.values() for entry in split]
     files = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*.png")}
@@ -103,7 +105,8 @@ def test_a_tar_of_folders_gives_what_the_folder_gives(tmp_path: Path) -> None:
     plain = import_images(source, tmp_path / "a", unlabelled=unlabelled)
     tars = pack(source, tmp_path / "photos.tar"), pack(unlabelled, tmp_path / "web.tar")
     packed = import_images(tars[0], tmp_path / "b", unlabelled=tars[1])
-    assert plain.per_class == packed.per_class and plain.counts == packed.counts
+    assert plain.per_class == packed.per_class
+    assert plain.counts == packed.counts
     for split, rows in contents(tmp_path / "b").items():
         assert {data for _, data, _ in rows} <= {path.read_bytes() for path in tmp_path.rglob("*.png")}
         assert len(rows) == plain.counts[split]  # type: ignore[index]

@@ -16,7 +16,9 @@ def test_embedded_manifests_are_complete() -> None:
     assert set(manifests) == {"digits", "cifar10", "svhn", "imagenet"}
     for manifest in manifests.values():
         assert set(manifest.splits) == {"labelled", "validation", "unlabelled", "test"}
-        assert manifest.title and manifest.license and manifest.homepage
+        assert manifest.title
+        assert manifest.license
+        assert manifest.homepage
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,9 @@ def test_validation_rows_are_not_labelled_rows(name: str, held_out: int) -> None
     assert total is not None
     labelled, validation = manifest.splits["labelled"].rows(total), manifest.splits["validation"].rows(total)
     assert len(validation) == held_out
-    assert labelled.stop == validation.start and validation.stop == total and labelled.start == 0
+    assert labelled.stop == validation.start
+    assert validation.stop == total
+    assert labelled.start == 0
 
 
 def test_data_folders_own_manifest_comes_first(data_set: Callable[..., Path]) -> None:

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_images import encode, noise, write_parquet
 
 from pipeline.data.manifest import load_manifest
 from pipeline.data.parquet import ParquetShard
 from pipeline.data.sources import Split, Window, open_split
 from pipeline.errors import DataError
+from tests.data.made_images import encode, noise, write_parquet
 
 IMAGE = encode(noise(4))
 DataSet = Callable[..., Path]
@@ -71,7 +71,7 @@ def test_split_reads_the_rows_of_one_long_list(
         rows = rows[max(0, len(rows) - count) :] if at_end else rows[:count]
     identities = [(f"part-{number}", row) for number, size in enumerate(sizes) for row in range(size)]
     if not rows or (first is not None and len(rows) < first):
-        with pytest.raises(DataError, match="is empty|were asked for"):
+        with pytest.raises(DataError, match=r"is empty|were asked for"):
             opened(path, first=first)  # type: ignore[arg-type]
         return
     rows = rows[:first]

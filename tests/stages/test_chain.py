@@ -1,0 +1,213 @@
+"""The stages one after another, as a person runs them."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+STAGES = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate")
+
+
+def test_the_whole_chain_without_arguments(mpl, tmp_path, monkeypatch, recipe) -> None:
+    """pretrain, filter --k 12800, precompute, train-reduced, evaluate in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    short = ["--set", "pretrain.steps=60", "--set", "train_reduced.steps=60"]
+    assert mpl("pretrain", *short).status == 0
+    filtered = mpl("filter", "--k", 12800)
+    assert filtered.status == 0
+    assert "Fewer than K = 12,800 are available" in filtered.err
+    for stage in ("precompute", "train-reduced"):
+        assert mpl(stage).status == 0
+    judged = mpl("evaluate", "--json")
+    assert judged.status == 0
+    result = json.loads(judged.out.splitlines()[-1])["result"]
+    assert result == json.loads((tmp_path / "runs/default/evaluation.json").read_text())
+    assert result["images"] == 500
+    assert 10 < result["top1"] <= result["top5"] <= 100
+    kept = json.loads((tmp_path / "runs/default/run.json").read_text())["recipe"]
+    assert (kept["filter"]["k"], kept["pretrain"]["steps"]) == (12800, 60)
+
+
+def test_a_second_time_nothing_is_done(mpl, run) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    for stage in ("pretrain", "filter", "precompute", "train-reduced", "evaluate"):
+        outcome = mpl(stage, "--run", run)
+        assert outcome.status == 0
+        assert "already done" in outcome.err
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_every_image_is_kept_or_rejected_with_a_reason(run) -> None:
+    selection = pq.read_table(run / "selection.parquet")
+    rejected = [pq.read_table(path) for path in sorted((run / "rejected").glob("*.parquet"))]
+    kept = set(zip(selection["shard"].to_pylist(), selection["row"].to_pylist(), strict=True))
+    dropped = {
+        pair for t in rejected for pair in zip(t["shard"].to_pylist(), t["row"].to_pylist(), strict=True)
+    }
+    assert not kept & dropped
+    assert len(kept) + len(dropped) == 1347
+    assert all(reason for t in rejected for reason in t["reason"].to_pylist())
+
+
+def test_networks_load_by_timm_from_their_folder(run) -> None:
+    model = timm.create_model(f"local-dir:{run / 'student'}", pretrained=True)
+    expected = load_file(run / "student" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_another_k_selects_again_without_the_teacher_and_marks_the_targets_stale(mpl, run) -> None:
+    scores = {p: p.stat().st_mtime_ns for p in (run / "scores").iterdir()}
+    outcome = mpl("filter", "--run", run, "--k", 10)
+    assert outcome.status == 0
+    assert "rules.k: 30 → 10" in outcome.err
+    assert scores == {p: p.stat().st_mtime_ns for p in (run / "scores").iterdir()}
+    stale = mpl("train-reduced", "--run", run)
+    assert stale.status == 1
+    assert "another selection" in stale.err
+    assert "mpl precompute --force" in stale.err
+    refused = mpl("precompute", "--run", run)
+    assert refused.status == 1
+    assert "--force" in refused.err
+    assert mpl("precompute", "--run", run, "--force").status == 0
+
+
+def test_changed_settings_are_refused_with_both_ways_out(mpl, run) -> None:
+    outcome = mpl("train-reduced", "--run", run, "--set", "train_reduced.steps=30")
+    assert outcome.status == 1
+    for words in ("settings.steps: 24 → 30", "--force", "another --run"):
+        assert words in outcome.err
+
+
+def test_dry_run_does_nothing_and_says_why(mpl, run, tmp_path) -> None:
+    outcome = mpl("train-reduced", "--run", run, "--seed", 5, "--dry-run", "--json")
+    assert json.loads(outcome.out)["action"] == "refuse"
+    assert "seed: 0 → 5" in outcome.err
+    new = tmp_path / "new"
+    assert mpl("pretrain", "--run", new, "--dry-run").status == 0
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("teacher", ["fixed", "none"])
+def test_baselines_are_the_same_loop_with_another_teacher(mpl, run, teacher) -> None:
+    outcome = mpl("train-reduced", "--run", run, "--teacher", teacher, "--name", teacher, "--json")
+    assert outcome.status == 0
+    result = json.loads(outcome.out.splitlines()[-1])["result"]
+    assert result["method"] == {"fixed": "NoisyStudent", "none": "Supervised"}[teacher]
+    assert result["batch_of"] == {"fixed": {"labelled": 4, "pool": 12}, "none": {"labelled": 16, "pool": 0}}[teacher]
+    assert json.loads((run / "run.json").read_text())["recipe"]["train_reduced"]["teacher"] == "calibrator"
+    assert mpl("evaluate", "--run", run, "--name", teacher).status == 0
+    assert (run / f"evaluation-{teacher}.json").exists()
+
+
+def test_finetune_then_evaluate_judges_the_finetuned_student(mpl, run) -> None:
+    assert mpl("finetune", "--run", run).status == 0
+    assert mpl("evaluate", "--run", run).status == 0
+    assert json.loads((run / "evaluation.json").read_text())["network"].endswith("student-finetuned")
+
+
+def test_precompute_check_infers_again(mpl, run) -> None:
+    outcome = mpl("precompute", "--run", run, "--check", 50, "--json")
+    assert outcome.status == 0
+    assert 0 < json.loads(outcome.out)["largest_difference"] < 1e-3
+
+
+def test_a_teacher_of_your_own(mpl, run, tmp_path, recipe) -> None:
+    """`filter --teacher PATH` in a run that never trained one."""
+    other = tmp_path / "other"
+    assert mpl("filter", "--recipe", recipe, "--run", other, "--teacher", run / "teacher").status == 0
+    assert mpl("precompute", "--run", other).status == 0
+    assert pq.read_table(other / "selection.parquet").equals(pq.read_table(run / "selection.parquet"))
+
+
+def test_a_teacher_with_other_classes_is_refused(mpl, run, tmp_path, recipe) -> None:
+    config = json.loads((run / "teacher/config.json").read_text())
+    config["label_names"] = config["label_names"][::-1]
+    (run / "teacher/config.json").write_text(json.dumps(config))
+    outcome = mpl("filter", "--recipe", recipe, "--run", tmp_path / "other", "--teacher", run / "teacher")
+    assert outcome.status == 1
+    assert "same order" in outcome.err
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_predict_any_images(mpl, run, tmp_path, suffix) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("L", (30, 20), 200).save(folder / "grey.png")
+    Image.new("RGBA", (9, 9), (255, 0, 0, 128)).save(folder / "clear.png")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    output = tmp_path / f"table.{suffix}"
+    outcome = mpl("predict", "--run", run, folder, "--output", output, "--json")
+    assert outcome.status == 0
+    assert json.loads(outcome.out)["skipped"] == 1
+    if suffix == "csv":
+        rows = list(csv.DictReader(output.read_text().splitlines()))
+        assert {row["key"]: row["status"] for row in rows}["broken.jpg"] == "decode_error"
+        good = next(row for row in rows if row["key"] == "grey.png")
+        assert sum(float(good[str(c)]) for c in range(10)) == pytest.approx(1, abs=1e-6)
+    else:
+        assert pq.read_table(output).num_rows == 3
+
+
+def test_status_shows_where_a_run_stands(mpl, run) -> None:
+    outcome = mpl("status", "--run", run, "--json")
+    states = {row["stage"]: row["state"] for row in json.loads(outcome.out)["stages"]}
+    assert states == {stage: "to come" if stage == "finetune" else "done" for stage in STAGES}
+
+
+def test_doctor_finds_nothing_wrong(mpl) -> None:
+    outcome = mpl("doctor", "--json")
+    assert outcome.status == 0
+    assert "digits" in json.loads(outcome.out)["data sets"]
+
+
+def test_reproduce_table2_and_again(mpl, tmp_path, recipe) -> None:
+    run = tmp_path / "table2"
+    outcome = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2, "--jobs", 2)
+    assert outcome.status == 0, outcome.err
+    table = json.loads((run / "table2.json").read_text())
+    assert list(table["methods"]) == [
+        "Supervised", "NoisyStudent", "NoisyStudent, on Reduced MPL's data", "Reduced MPL",
+    ]  # fmt: skip
+    rows = list(csv.DictReader((run / "table2.csv").read_text().splitlines()))
+    assert len(rows) == 8
+    assert {len(m["results"]) for m in table["methods"].values()} == {2}
+    assert "95% interval" in (run / "table2.md").read_text()
+    assert (run / "table2.png").read_bytes().startswith(b"\x89PNG")
+    again = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2)
+    assert "already done" in again.err
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['mpl', '--help']\n"
+        "from stages.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'timm', 'numpy', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    commands = done.stdout.split("Commands:")[1]
+    order = ["pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate", "predict", "reproduce"]
+    places = [commands.index(f"\n  {name} ") for name in order]
+    assert places == sorted(places)
+
+
+def test_a_shadowing_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").write_text("")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", "from stages.cli import main; main()"],
+        cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": f"{tmp_path}:{root}"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert str(tmp_path / "pipeline.py") in done.stderr

@@ -1,0 +1,74 @@
+"""Recipes: every shipped one, and every way to get one wrong."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import load_recipe, parse_recipe, recipe_names
+from pipeline.errors import RecipeError
+
+
+def test_shipped_recipes() -> None:
+    assert recipe_names() == ["cifar10", "cifar10-small", "digits", "imagenet", "svhn"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-small", "digits", "imagenet", "svhn"])
+def test_every_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    tree = yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert parse_recipe(tree, "copy") == recipe
+
+
+@pytest.mark.parametrize(("name", "k", "hidden"), [("cifar10", 50000, 128), ("svhn", 35000, 128), ("imagenet", 12800, 512)])
+def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
+    """arXiv:2003.10580v1, section 4.2 and appendix C.2."""
+    recipe = load_recipe(name)
+    calibrator = recipe.train_reduced.calibrator
+    assert recipe.filter.k == k
+    assert (calibrator.hidden, calibrator.layers, calibrator.lr, calibrator.eps) == (hidden, 5, 1e-4, 1e-7)
+    assert calibrator.weight_decay == 1e-4
+    optimizer = recipe.train_reduced.optimizer
+    assert (optimizer.rule, optimizer.momentum, optimizer.alpha, optimizer.eps) == ("rmsprop_tf", 0.9, 0.9, 1e-3)
+    assert optimizer.lr == pytest.approx(0.256 * recipe.train_reduced.batch / 4096)
+
+
+def test_changes_apply_and_numbers_in_e_notation_are_numbers() -> None:
+    recipe = load_recipe("digits", ["pretrain.optimizer.lr=1e-3", "train_reduced.teacher=fixed"])
+    assert recipe.pretrain.optimizer.lr == 1e-3
+    assert recipe.train_reduced.teacher == "fixed"
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        load_recipe("digits").filter.k = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train_reduced.calibrator.hiden=3", "did you mean train_reduced.calibrator.hidden?"),
+        ("trainreduced.steps=3", "did you mean train_reduced?"),
+        ("pretrain.steps=0", "pretrain.steps"),
+        ("pretrain.steps=1.5", "pretrain.steps"),
+        ("pretrain.optimizer.momentum=1.0", "pretrain.optimizer.momentum"),
+        ("pretrain.optimizer.lr=.nan", "pretrain.optimizer.lr"),
+        ("pretrain.schedule.warmup_steps=5000", "must be below steps"),
+        ("name.first=3", "is a value, not a section"),
+        ("=3", "expected section.key=value"),
+        ("filter.k=[", "not YAML"),
+    ],
+)
+def test_mistakes_are_explained(change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words.replace("?", r"\?")):
+        load_recipe("digits", [change])
+
+
+@pytest.mark.parametrize(("text", "words"), [("- a", "mapping"), ("a: [", "not YAML"), ("name: x", "data is missing")])
+def test_bad_files_are_explained(text: str, words: str, tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(str(path))
+    with pytest.raises(RecipeError, match="cannot read"):
+        load_recipe(str(tmp_path / "absent.yaml"))

@@ -1,0 +1,97 @@
+"""Networks: counts, stems, files."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from pipeline.config import ModelSettings
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.models import Network, build_network, load_network, save_network
+
+NAMES = [f"class {i}" for i in range(10)]
+HALF = (0.5, 0.5, 0.5)
+
+
+def make(name: str, size: int = 32, **settings) -> Network:
+    torch.manual_seed(0)
+    return build_network(ModelSettings(name=name, **settings), NAMES, size, HALF, HALF)
+
+
+def test_wrn_28_2_has_1_47_million_parameters() -> None:
+    assert sum(p.numel() for p in make("wrn_28_2").model.parameters()) == 1_467_610
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_wrn_sizes(size: int) -> None:
+    assert make("wrn_10_1", size).model(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["wrn_16_2", "resnet10t", "resnet18", "test_efficientnet", "efficientnet_b0", "vit_tiny_patch16_224"])
+def test_saved_networks_load_here_and_by_timm(name: str, tmp_path) -> None:
+    network = make(name, dropout=0.1, drop_path=0.1)
+    digest = save_network(tmp_path, network, network.model.state_dict())
+    loaded = load_network(tmp_path)
+    by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    images = torch.randn(2, 3, 32, 32)
+    expected = network.model.eval()(images)
+    assert torch.equal(loaded.model.eval()(images), expected)
+    assert torch.equal(by_timm.eval()(images), expected)
+    assert (loaded.class_names, loaded.image_size, loaded.mean) == (NAMES, 32, HALF)
+    assert json.loads((tmp_path / "config.json").read_text())["weights_sha256"] == digest
+
+
+@pytest.mark.parametrize(("name", "pixels"), [("resnet18", 4), ("efficientnet_b0", 2)])
+def test_small_images_get_a_small_stem(name: str, pixels: int) -> None:
+    """At 32 pixels a standard stem would leave the last layers one pixel."""
+    images = torch.randn(1, 3, 32, 32)
+    assert make(name).model.eval().forward_features(images).shape[-1] == pixels
+    assert make(name, stem="standard").model.eval().forward_features(images).shape[-1] == 1
+    assert "small_stem" not in make(name, size=224).architecture
+
+
+def test_small_images_get_small_patches() -> None:
+    assert make("vit_tiny_patch16_224").arguments["patch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "resnet81"}, "did you mean"),
+        ({"name": "convnext_tiny", "stem": "small"}, "no small stem is known"),
+        ({"name": "resnet18", "options": {"colour": 1}}, "cannot build model"),
+    ],
+)
+def test_unknown_networks_are_refused(settings, words) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make(**settings)
+
+
+@pytest.mark.parametrize("damage", ["cut", "edited", "missing"])
+def test_damaged_weights_are_noticed(damage: str, tmp_path) -> None:
+    network = make("wrn_10_1")
+    save_network(tmp_path, network, network.model.state_dict())
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:1000] if damage == "cut" else data[:-5] + b"x" + data[-4:])
+    with pytest.raises(CheckpointError, match="missing" if damage == "missing" else "cut short or edited"):
+        load_network(tmp_path)
+
+
+def test_a_config_that_does_not_fit_is_refused(tmp_path) -> None:
+    network = make("wrn_10_1")
+    save_network(tmp_path, network, network.model.state_dict())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (
+        ({"architecture": "wrn_16_1"}, "does not hold the weights"),
+        ({"architecture": "nothing"}, "cannot build"),
+        ({"label_names": ["a"]}, "1 label_names for 10 classes"),
+        ({"pretrained_cfg": {}}, "lacks or misstates"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=words):
+            load_network(tmp_path)

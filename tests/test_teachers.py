@@ -1,0 +1,125 @@
+"""The calibrator, and whether its feedback acts."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.config import (
+    AugmentSettings,
+    CalibratorSettings,
+    FeedbackSettings,
+    ModelSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    TrainSettings,
+)
+from pipeline.data.batches import load_images
+from pipeline.data.manifest import load_manifest
+from pipeline.data.sources import open_split
+from pipeline.evaluate import evaluate_logits, predict_logits
+from pipeline.models import build_network
+from pipeline.student_data import LabelledSet, Mixture, PoolSet, StudentData
+from pipeline.teachers import Batch, Calibrator, CalibratorNetwork, FixedTargets
+from pipeline.training import Training
+
+CPU = torch.device("cpu")
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_the_calibrator_starts_near_the_identity(classes: int) -> None:
+    """At (1 − floor)·q + floor/C, whatever C is; confident rows keep their class and can still move."""
+    torch.manual_seed(0)
+    network = CalibratorNetwork(classes, CalibratorSettings(floor=0.1))
+    q = torch.cat([F.one_hot(torch.tensor([3]), classes).float(), torch.randn(4, classes).softmax(1)])
+    out = network(q)
+    torch.testing.assert_close(out, 0.9 * q + 0.1 / classes)
+    torch.testing.assert_close(out.sum(1), torch.ones(5))
+    out[0, 5].backward()
+    assert float(network.layers[-1].bias.grad.abs().max()) > 1e-6 / classes
+
+
+def test_a_plain_perceptron_has_five_linear_layers() -> None:
+    layers = CalibratorNetwork(10, CalibratorSettings(kind="perceptron")).layers
+    widths = [(m.in_features, m.out_features) for m in layers if isinstance(m, torch.nn.Linear)]
+    assert widths == [(10, 128), (128, 128), (128, 128), (128, 128), (128, 10)]
+
+
+def test_rows_with_their_true_label_are_not_calibrated() -> None:
+    torch.manual_seed(0)
+    calibrator = Calibrator(4, CalibratorSettings(), FeedbackSettings(), CPU)
+    q = torch.eye(4)
+    batch = Batch(torch.zeros(4, 3, 2, 2), q, torch.tensor([True, False, True, False]))
+    out = calibrator(batch)
+    assert torch.equal(out[[1, 3]], q[[1, 3]])
+    assert out[0, 0].item() < 1
+
+
+@functools.lru_cache
+def digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and labels; the pool's true labels are the validation split's here."""
+    images = load_images(open_split(load_manifest("digits"), split).read(), 8)
+    return images.images, images.labels
+
+
+def student_accuracy(tmp_path, *, swapped: bool, feedback: FeedbackSettings | None) -> float:
+    """Top-1 on the test digits of a student taught on the validation digits by a teacher that knows them,
+    but for two pairs of classes, and by feedback alone where it is given."""
+    pixels, labels = digits("validation")
+    order = torch.tensor([1, 0, 3, 2, 4, 5, 6, 7, 8, 9]) if swapped else torch.arange(10)
+    smooth = 0.95 * F.one_hot(order, 10).float() + 0.005
+    x, y = digits("labelled")
+    settings = TrainSettings(
+        steps=300,
+        batch=64,
+        ema_decay=0.95,
+        optimizer=OptimizerSettings(rule="rmsprop_tf", lr=0.01, eps=1e-3),
+        schedule=ScheduleSettings(warmup_steps=20),
+        augment=AugmentSettings(rotate=10, translate=0.1, border="zero"),
+    )
+    data = StudentData(
+        LabelledSet(x, y, smooth[y]),
+        PoolSet(pixels, smooth[labels], torch.ones(len(labels), dtype=torch.long)),
+        Mixture(0, 64, true_labels=True),
+        settings,
+        classes=10, mean=HALF, std=HALF, seed=0, device=CPU,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = build_network(ModelSettings(name="wrn_10_1"), list("0123456789"), 8, HALF, HALF)
+    network.model.to(memory_format=torch.channels_last)
+    torch.manual_seed(1)
+    teacher = FixedTargets() if feedback is None else Calibrator(10, CalibratorSettings(lr=1e-3), feedback, CPU)
+    training = Training(
+        network.model, teacher, data, settings,
+        folder=tmp_path / "student", identity="test", seed=0, observer=Silent(), validate=lambda model: {},
+    )  # fmt: skip
+    training.run()
+    images, truth = digits("test")
+    logits = predict_logits(training.average.module, images, HALF, HALF, batch=500, device=CPU)
+    return evaluate_logits(logits, truth).top1
+
+
+class Silent:
+    """An observer that says nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+def test_feedback_alone_undoes_a_swap_and_its_controls_do_not(tmp_path) -> None:
+    """The small version of `mpl reproduce swapped-teacher`, one seed."""
+    right = student_accuracy(tmp_path / "a", swapped=False, feedback=None)
+    fixed = student_accuracy(tmp_path / "b", swapped=True, feedback=None)
+    acting = student_accuracy(tmp_path / "c", swapped=True, feedback=FeedbackSettings())
+    shuffled = student_accuracy(tmp_path / "d", swapped=True, feedback=FeedbackSettings(control="shuffled"))
+    flipped = student_accuracy(tmp_path / "e", swapped=True, feedback=FeedbackSettings(control="flipped"))
+    assert right - fixed > 25
+    assert (acting - fixed) / (right - fixed) > 0.5
+    assert (shuffled - fixed) / (right - fixed) < 0.2
+    assert (flipped - fixed) / (right - fixed) < 0.1
