@@ -49,7 +49,9 @@ COPIES = {
     "darkened by 20%": lambda im: encoded(ImageEnhance.Brightness(im).enhance(0.8), "JPEG", quality=85),
     "desaturated": lambda im: encoded(ImageEnhance.Color(im).enhance(0.0), "JPEG", quality=85),
     "cropped by 2, scaled back": lambda im: encoded(
-        im.crop((2, 2, im.width - 2, im.height - 2)).resize(im.size, Image.Resampling.BICUBIC), "JPEG", quality=85
+        im.crop((2, 2, im.width - 2, im.height - 2)).resize(im.size, Image.Resampling.BICUBIC),
+        "JPEG",
+        quality=85,
     ),
 }
 
@@ -82,7 +84,12 @@ def main() -> None:
     samples = (entry for i, entry in zip(range(arguments.honest), pool.read(), strict=False))
     honest = np.unique(load_images(samples, 32).images.permute(0, 2, 3, 1).numpy(), axis=0)
     similarity, _ = similarities(index, honest)
-    rows.append([f"pool ({len(honest):,} images), taken", *(f"{100 * np.mean(similarity >= t):.2f}" for t in thresholds)])
+    rows.append(
+        [
+            f"pool ({len(honest):,} images), taken",
+            *(f"{100 * np.mean(similarity >= t):.2f}" for t in thresholds),
+        ]
+    )
     write_table(
         "copies",
         ["% found at similarity ≥", *map(str, thresholds)],

@@ -20,5 +20,11 @@ def write_table(name: str, head: Sequence[str], rows: Sequence[Sequence[object]]
     write_text(RESULTS / f"{name}.md", text)
     write_json(
         RESULTS / f"{name}.json",
-        {"command": command, "made": now(), "machine": facts, "head": list(head), "rows": [list(row) for row in rows]},
+        {
+            "command": command,
+            "made": now(),
+            "machine": facts,
+            "head": list(head),
+            "rows": [list(row) for row in rows],
+        },
     )

@@ -1,6 +1,6 @@
 """Seconds that `mpl --help` takes: the median of 20 runs.
 
-    python -m benchmarks.startup
+python -m benchmarks.startup
 """
 
 import statistics

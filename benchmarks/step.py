@@ -45,8 +45,7 @@ def make(name: str, size: int, batch: int, device: str, precision: str) -> dict[
     autocast = torch.bfloat16 if precision == "bf16" else None
     student = Student(model, optimizer, autocast=autocast)
     images, labelled = (
-        torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        for _ in range(2)
+        torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)
     )
     targets = torch.randn(batch, CLASSES, device=device).softmax(1)
     labels = torch.randint(0, CLASSES, (batch,), device=device)
@@ -163,7 +162,15 @@ def main() -> None:
                     *(f"{memory[v] / memory['plain']:.2f}×" for v in VARIANTS[1:]),
                 ]
             )
-    head = ["", "plain step", "exact feedback", "double backward", "plain peak", "exact feedback", "double backward"]
+    head = [
+        "",
+        "plain step",
+        "exact feedback",
+        "double backward",
+        "plain peak",
+        "exact feedback",
+        "double backward",
+    ]
     batches = " ".join(map(str, a.batches))
     write_table(
         f"step-{a.device.split(':')[0]}-{a.precision}",

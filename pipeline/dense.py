@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 def fixed_binary(values: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa.Array:
     """(n, C) numbers as n fixed-size binary values; rows that are not valid, (n,), become null."""
     width = values.shape[1] * values.dtype.itemsize
-    data = np.ascontiguousarray(
-        values if valid is None else np.where(valid[:, None], values, 0), values.dtype
-    )
+    data = np.ascontiguousarray(values if valid is None else np.where(valid[:, None], values, 0), values.dtype)
     bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little").tobytes())
     return pa.Array.from_buffers(pa.binary(width), len(values), [bits, pa.py_buffer(data)])
 

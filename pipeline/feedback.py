@@ -63,9 +63,7 @@ class Replay:
             )
 
 
-def log_probabilities(
-    network: Callable[[Tensor], Tensor], images: Tensor, autocast: torch.dtype | None
-) -> Tensor:
+def log_probabilities(network: Callable[[Tensor], Tensor], images: Tensor, autocast: torch.dtype | None) -> Tensor:
     """log softmax of the network's logits, (B, C), at least in float32."""
     with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
         logits = network(images)
@@ -158,9 +156,7 @@ def check_replay(primal: Tensor, recorded: Tensor, replay: Replay) -> None:
         )
 
 
-def record(
-    module: nn.Module, images: Tensor, autocast: torch.dtype | None
-) -> Replay:
+def record(module: nn.Module, images: Tensor, autocast: torch.dtype | None) -> Replay:
     """Record what the coming forward depends on; call it before that forward."""
     on_device = images.device.type != "cpu"
     return Replay(
@@ -223,9 +219,7 @@ def labelled_loss_gradient(
     modes = labelled_loss_modes(module)
     with torch.enable_grad(), training_modes(module, modes):
         loss = F.nll_loss(
-            log_probabilities(
-                lambda x: functional_call(module, parameters | fixed | buffers, (x,)), images, autocast
-            ),
+            log_probabilities(lambda x: functional_call(module, parameters | fixed | buffers, (x,)), images, autocast),
             labels,
         )
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

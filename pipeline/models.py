@@ -79,7 +79,8 @@ class WideResNet(nn.Module):
         self.num_classes, self.num_features, self.drop_rate = num_classes, 64 * width, drop_rate
         self.conv = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
         rates = torch.linspace(0, drop_path_rate, 3 * blocks).tolist()
-        layers, channels_in = [], 16
+        layers: list[nn.Module] = []
+        channels_in = 16
         for group in range(3):
             for block in range(blocks):
                 stride = 2 if group and not block else 1
@@ -117,16 +118,16 @@ def shrink_stem(model: nn.Module) -> nn.Module:
     Raises:
         RecipeError: the family has neither `conv1` and `maxpool` nor `conv_stem`.
     """
-    if hasattr(model, "maxpool") and isinstance(getattr(model, "conv1", None), nn.Module):
-        first = next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))  # deep stems are sequential
-        if first is model.conv1:
+    if hasattr(model, "maxpool") and isinstance(conv1 := getattr(model, "conv1", None), nn.Module):
+        first = next(m for m in conv1.modules() if isinstance(m, nn.Conv2d))  # deep stems are sequential
+        if first is conv1:
             model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         else:
             first.stride = (1, 1)
         model.maxpool = nn.Identity()
-    elif isinstance(getattr(model, "conv_stem", None), nn.Conv2d):
-        model.conv_stem.stride = (1, 1)
+    elif isinstance(stem := getattr(model, "conv_stem", None), nn.Conv2d):
+        stem.stride = (1, 1)
     else:
         raise RecipeError(
             f"no small stem is known for {type(model).__name__}; use stem: standard, a network of the families "
@@ -159,9 +160,7 @@ def _register() -> None:
         for width in (1, 2, 4, 8, 10):
             _entrypoint(f"wrn_{depth}_{width}", partial(WideResNet, depth, width))
     for name in timm.list_models(list(SMALL_STEM_FAMILIES)):
-        _entrypoint(
-            f"{name}_small_stem", lambda name=name, **kwargs: shrink_stem(timm.create_model(name, **kwargs))
-        )
+        _entrypoint(f"{name}_small_stem", lambda name=name, **kwargs: shrink_stem(timm.create_model(name, **kwargs)))
 
 
 _register()
@@ -236,9 +235,7 @@ def resolve(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, An
     name = settings.name
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise RecipeError(
-            f"timm knows no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-        )
+        raise RecipeError(f"timm knows no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     arguments: dict[str, Any] = dict(settings.options)
     if settings.dropout:
         arguments["drop_rate"] = settings.dropout

@@ -19,6 +19,7 @@ from pipeline.config import OptimizerSettings, ScheduleSettings
 from pipeline.errors import FeedbackError
 
 Group = dict[str, Any]  # one entry of optimizer.param_groups
+Tensors = tuple[Tensor, ...] | list[Tensor]
 State = dict[str, Any]  # optimizer.state[parameter]; empty before the first step
 
 
@@ -28,7 +29,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     Weight decay spares biases and normalisation (parameters with fewer than two dimensions) unless
     `settings.decay_norm`.
     """
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             spare = parameter.ndim < 2 and not settings.decay_norm
@@ -45,9 +47,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         case "nesterov":
             return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True)
         case "rmsprop":
-            return torch.optim.RMSprop(
-                groups, lr=lr, alpha=settings.alpha, eps=settings.eps, momentum=momentum
-            )
+            return torch.optim.RMSprop(groups, lr=lr, alpha=settings.alpha, eps=settings.eps, momentum=momentum)
         case "rmsprop_tf":
             return RMSpropTF(groups, lr=lr, alpha=settings.alpha, eps=settings.eps, momentum=momentum)
         case "adamw":
@@ -78,7 +78,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def average_with_warmup(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def average_with_warmup(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """Moving average with decay min(decay, (1 + t) / (10 + t)) for torch's `AveragedModel`.
 
     Batch statistics are averaged with the weights; counters are copied. The form of the early decay is
@@ -86,7 +86,7 @@ def average_with_warmup(decay: float) -> Callable[[list[Tensor], list[Tensor], T
     """
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         t = int(count)
         weight = 1.0 - min(decay, (1 + t) / (10 + t))
         if averaged[0].is_floating_point():

@@ -159,9 +159,7 @@ def distinct_images(selection: SelectionFile, shard_names: Sequence[str]) -> Cho
     found = pc.index_in(column, pa.array(shard_names, pa.string()))
     if found.null_count:
         lost = column.filter(found.is_null())[0].as_py()
-        raise DataError(
-            f"the selection names the shard {lost!r}, which the pool does not have; run `mpl filter` again"
-        )
+        raise DataError(f"the selection names the shard {lost!r}, which the pool does not have; run `mpl filter` again")
     shard = found.to_numpy().astype(np.int64)
     row, label, repeat = (table.column(name).to_numpy() for name in ("row", "class", "repeat"))
     order = np.lexsort((label, row, shard))
@@ -231,9 +229,7 @@ class _Plan:
     def deal(self, at: int) -> None:
         """Read shard `at` once and write its images, by training shard, to its spill file."""
         mine = self.images_of(at)
-        waiting = [
-            f for f in np.unique(self.file_of[mine]) if not file_is_done(self.target(int(f)), self.mark)
-        ]
+        waiting = [f for f in np.unique(self.file_of[mine]) if not file_is_done(self.target(int(f)), self.mark)]
         if not waiting or _spill_is_done(self.spill(at), self.mark):
             return
         table = self._table(at, mine)
@@ -242,9 +238,7 @@ class _Plan:
         with whole_file(self.spill(at)) as temporary, pa.ipc.new_file(temporary, schema) as writer:
             for file in range(self.files):
                 rows = pa.array(np.flatnonzero(file_of == file))
-                writer.write_batch(
-                    table.take(rows).combine_chunks().to_batches()[0] if len(rows) else _empty(schema)
-                )
+                writer.write_batch(table.take(rows).combine_chunks().to_batches()[0] if len(rows) else _empty(schema))
 
     def gather(self, file: int) -> None:
         """Write training shard `file` from all spill files, in the order of the shuffle."""
@@ -272,17 +266,13 @@ class _Plan:
                 "shard": pa.array([self.shards[at].name] * len(samples), pa.string()),
                 "row": rows,
                 "image": pa.array([sample.data for sample in samples], pa.large_binary()),
-                "distribution": fixed_binary(
-                    self._distributions(at, rows, samples).astype(ITEM[self.settings.dtype])
-                ),
+                "distribution": fixed_binary(self._distributions(at, rows, samples).astype(ITEM[self.settings.dtype])),
                 "classes": self.chosen.classes.slice(mine.start, mine.stop - mine.start),
                 "repeat": self.chosen.repeat[mine],
             }
         )
 
-    def _distributions(
-        self, at: int, rows: NDArray[np.int64], samples: Sequence[Sample]
-    ) -> NDArray[np.float64]:
+    def _distributions(self, at: int, rows: NDArray[np.int64], samples: Sequence[Sample]) -> NDArray[np.float64]:
         """(n, C), from the scores, or inferred where the teacher is another one."""
         if self.scores is None:
             found, good = infer(samples, self.scorer)
@@ -376,8 +366,7 @@ def _pick(shard: Shard, rows: Sequence[int]) -> list[Sample]:
             if len(found) == len(rows):
                 return found
     raise DataError(
-        f"shard {shard.name} has changed: {len(rows) - len(found)} selected rows are missing; "
-        "run `mpl filter` again"
+        f"shard {shard.name} has changed: {len(rows) - len(found)} selected rows are missing; run `mpl filter` again"
     )
 
 

@@ -183,9 +183,7 @@ class Run:
             return self._changed(f"{stage} was begun with other inputs or settings", started["basis"], basis, cheap)
         return Decision(Action.RUN, NOT_DONE)
 
-    def _changed(
-        self, what: str, before: dict[str, Any], after: dict[str, Any], cheap: frozenset[str]
-    ) -> Decision:
+    def _changed(self, what: str, before: dict[str, Any], after: dict[str, Any], cheap: frozenset[str]) -> Decision:
         changes = "; ".join(differences(before, after)) or "the format changed"
         if {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= cheap:
             return Decision(Action.RUN, f"made again: {changes}")

@@ -182,9 +182,7 @@ class StudentStep:
             return v
         scale = clip / (n + 1e-6)
         parameters = dict(self.student.module.named_parameters())
-        raw = {name: parameters[name].grad / scale for name in self._derivative}  # type: ignore[operator]
+        raw = {name: g / scale for name in self._derivative if (g := parameters[name].grad) is not None}
         along = sum(((v[name] * raw[name]).sum() for name in v), torch.zeros_like(n))
         clipped_away = along / (n * (n + 1e-6))
-        return {
-            name: scale * (v.get(name, 0.0) - g * clipped_away) for name, g in raw.items()
-        }
+        return {name: scale * (v.get(name, 0.0) - g * clipped_away) for name, g in raw.items()}

@@ -16,7 +16,6 @@ from pipeline.seeds import derive_seed
 from pipeline.teachers import Batch, Labelled
 
 
-
 @dataclass(frozen=True)
 class LabelledSet:
     """Labelled images: pixels uint8 (N, 3, S, S), labels (N,), q_large (N, C) where it is stored."""
@@ -128,7 +127,8 @@ class StudentData:
             targets.append(self._true_targets(chosen.labels) if stored is None else stored)
             calibrated += [stored is not None] * self.mixture.labelled
         if self.mixture.pool:
-            assert self.pool is not None and self._counted is not None
+            assert self.pool is not None
+            assert self._counted is not None
             index = batch_indices(len(self._counted), self.mixture.pool, self.seed, "pool", step)
             rows = self._counted[torch.from_numpy(index)]
             pixels.append(self.pool.pixels[rows])

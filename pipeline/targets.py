@@ -141,10 +141,7 @@ def write_manifest(
         preprocessing: size, mean, std.
         more: counts for people.
     """
-    kinds = {
-        kind: [_entry(path) for path in sorted(folder.glob(f"{kind}-*.parquet"))]
-        for kind in ("pool", "labelled")
-    }
+    kinds = {kind: [_entry(path) for path in sorted(folder.glob(f"{kind}-*.parquet"))] for kind in ("pool", "labelled")}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -154,10 +151,7 @@ def write_manifest(
         "dtype": dtype,
         "preprocessing": preprocessing,
         **more,
-        **{
-            kind: {"rows": sum(file["rows"] for file in files), "files": files}
-            for kind, files in kinds.items()
-        },
+        **{kind: {"rows": sum(file["rows"] for file in files), "files": files} for kind, files in kinds.items()},
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -209,9 +203,7 @@ class TargetsStore:
                 "run `mpl precompute` again, or use the run that the store belongs to"
             )
         if class_names is not None and manifest["class_names"] != list(class_names):
-            raise TargetsError(
-                f"{folder} has other classes: {_difference(manifest['class_names'], class_names)}"
-            )
+            raise TargetsError(f"{folder} has other classes: {_difference(manifest['class_names'], class_names)}")
         files = [file for kind in ("pool", "labelled") for file in manifest[kind]["files"]]
         full = verify if verify is not None else sum(file["bytes"] for file in files) <= HASHED
         for file in files:
@@ -221,9 +213,7 @@ class TargetsStore:
     def batches(self, batch: int = GROUP) -> Iterator[StoredBatch]:
         """All rows in their stored, shuffled order, `batch` at most at a time; constant memory."""
         for part in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
-            keys, shards, rows, images = (
-                part.column(name).to_pylist() for name in ("key", "shard", "row", "image")
-            )
+            keys, shards, rows, images = (part.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
             yield StoredBatch(
                 samples=[
                     (shard, Sample(row, key, data))
@@ -269,9 +259,7 @@ class TargetsStore:
             keys=[key for part in parts for key in part.column("key").to_pylist()],
             shard=[name for part in parts for name in part.column("shard").to_pylist()],
             row=np.concatenate([np.empty(0, np.int64), *(part.column("row").to_numpy() for part in parts)]),
-            labels=np.concatenate(
-                [np.empty(0, np.int64), *(part.column("label").to_numpy() for part in parts)]
-            ),
+            labels=np.concatenate([np.empty(0, np.int64), *(part.column("label").to_numpy() for part in parts)]),
             distributions=np.concatenate([empty, *(self._distributions(part) for part in parts)]),
         )
 
@@ -301,15 +289,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise TargetsError(
-            f"{folder} is no finished store: {MANIFEST} is missing; run `mpl precompute`"
-        ) from error
+        raise TargetsError(f"{folder} is no finished store: {MANIFEST} is missing; run `mpl precompute`") from error
     except (OSError, ValueError) as error:
         raise TargetsError(f"{path} cannot be read ({error}); run `mpl precompute --force`") from error
     found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise TargetsError(
-            f"{path} is {found[0]} version {found[1]}, expected {FORMAT} version {VERSION}; run `mpl precompute --force`"
+            f"{path} is {found[0]} version {found[1]}, expected {FORMAT} version {VERSION}; "
+            "run `mpl precompute --force`"
         )
     lacking = REQUIRED - manifest.keys()
     if lacking:
@@ -333,8 +320,7 @@ def _check_file(folder: Path, file: dict[str, Any], full: bool) -> None:
         raise TargetsError(f"{path} is missing; {remedy}")
     if (size := path.stat().st_size) != file["bytes"]:
         raise TargetsError(
-            f"{path} has {size:,} bytes, its manifest says {file['bytes']:,}: it was cut short "
-            f"or changed; {remedy}"
+            f"{path} has {size:,} bytes, its manifest says {file['bytes']:,}: it was cut short or changed; {remedy}"
         )
     try:
         rows = pq.read_metadata(path).num_rows

@@ -5,6 +5,7 @@ Reduced MPL is `Calibrator`, "the only difference" being that it adapts (arXiv:2
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -104,7 +105,7 @@ class CalibratorNetwork(nn.Module):
         self.residual, self.floor = settings.kind == "residual", settings.floor
         widths = [classes, *[settings.hidden] * (settings.layers - 1), classes]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        for fan_in, fan_out in pairwise(widths):
             linear = nn.Linear(fan_in, fan_out)
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
@@ -142,9 +143,7 @@ class Calibrator:
         )
 
     def __call__(self, batch: Batch) -> Tensor:
-        return torch.where(
-            batch.calibrated[:, None], self.network(batch.distributions), batch.distributions
-        )
+        return torch.where(batch.calibrated[:, None], self.network(batch.distributions), batch.distributions)
 
     def wants_feedback(self, step: int) -> bool:
         return step % self.feedback.every == 0

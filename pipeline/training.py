@@ -101,9 +101,7 @@ class Training:
             clip_norm=settings.optimizer.clip_norm,
             autocast=autocast,
         )
-        self.average = AveragedModel(
-            model, multi_avg_fn=average_with_warmup(settings.ema_decay), use_buffers=True
-        )
+        self.average = AveragedModel(model, multi_avg_fn=average_with_warmup(settings.ema_decay), use_buffers=True)
         self.checkpoints = Checkpoints(folder / "checkpoints", identity)
         self.at = Progress()
         self._device = next(model.parameters()).device
@@ -132,7 +130,11 @@ class Training:
                     saved = time.monotonic()
                 if stop and not last:
                     raise Interrupted(f"stopped after step {self.at.step} of {self.settings.steps}")
-        return {"steps": self.at.step, "batch": self.settings.batch, "train_seconds": round(self.at.seconds, 3)}
+        return {
+            "steps": self.at.step,
+            "batch": self.settings.batch,
+            "train_seconds": round(self.at.seconds, 3),
+        }
 
     def averaged_state(self) -> dict[str, Tensor]:
         """Weights and batch statistics of the moving average."""

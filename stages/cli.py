@@ -12,7 +12,10 @@ import click
 COMMANDS = {  # name: (module:attribute, one line of help), in the order in which a person uses them
     "pretrain": ("stages.pretrain:command", "labelled images → the large teacher"),
     "filter": ("stages.filter:command", "teacher + pool → scores and the K best images per class"),
-    "precompute": ("stages.precompute:command", "teacher + selection → images with the teacher's distributions"),
+    "precompute": (
+        "stages.precompute:command",
+        "teacher + selection → images with the teacher's distributions",
+    ),
     "train-reduced": ("stages.train_reduced:command", "targets + labelled images → student and calibrator"),
     "finetune": ("stages.finetune:command", "student + labelled images → finetuned student"),
     "evaluate": ("stages.evaluate:command", "a network + a split → top-1, top-5, NLL, ECE, per class"),

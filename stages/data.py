@@ -45,9 +45,7 @@ def list_(data: Path | None, as_json: bool) -> None:
     found = [(manifest, _missing(manifest, data)) for manifest in list_manifests(data)]
     for manifest, missing in found:
         state = f"needs {missing}" if missing else "ready"
-        click.echo(
-            f"{manifest.name:<12} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True
-        )
+        click.echo(f"{manifest.name:<12} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True)
     if as_json:
         rows = [
             {"name": manifest.name, "title": manifest.title, "classes": manifest.classes, "missing": missing}
@@ -59,15 +57,11 @@ def list_(data: Path | None, as_json: bool) -> None:
 @group.command()
 @click.argument("manifest", default="digits")
 @data_option
-@click.option(
-    "--sample", type=click.IntRange(1), default=256, show_default=True, help="Entries to decode per split."
-)
+@click.option("--sample", type=click.IntRange(1), default=256, show_default=True, help="Entries to decode per split.")
 @click.option("--all", "everything", is_flag=True, help="Decode every entry.")
 @workers_option
 @json_option
-def check(
-    manifest: str, data: Path | None, sample: int, everything: bool, workers: int, as_json: bool
-) -> None:
+def check(manifest: str, data: Path | None, sample: int, everything: bool, workers: int, as_json: bool) -> None:
     """Open each split of MANIFEST (a name or a YAML file), count it and decode a sample.
 
     Exit status 1 if a split cannot be used.
@@ -78,16 +72,12 @@ def check(
     described = load_manifest(manifest, data)
     reports = {}
     for split in described.splits:
-        reports[split] = check_split(
-            described, split, data, sample=None if everything else sample, workers=workers
-        )
+        reports[split] = check_split(described, split, data, sample=None if everything else sample, workers=workers)
         _say_report(split, reports[split])
     usable = all(report.problem is None for report in reports.values())
     if as_json:
         result = {split: asdict(report) for split, report in reports.items()}
-        click.echo(
-            json.dumps({"manifest": described.name, "usable": usable, "splits": result}, ensure_ascii=False)
-        )
+        click.echo(json.dumps({"manifest": described.name, "usable": usable, "splits": result}, ensure_ascii=False))
     if not usable:
         raise click.exceptions.Exit(1)
 
@@ -99,13 +89,9 @@ def check(
 @click.option(
     "--unlabelled", type=click.Path(path_type=Path, exists=True), help="Folder or tar of images for the pool."
 )
-@click.option(
-    "--validation", type=float, default=0.1, show_default=True, help="Part of each class for choosing."
-)
+@click.option("--validation", type=float, default=0.1, show_default=True, help="Part of each class for choosing.")
 @click.option("--test", type=float, default=0.2, show_default=True, help="Part of each class for evaluation.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the splits."
-)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the splits.")
 @workers_option
 @json_option
 def import_(
@@ -127,9 +113,7 @@ def import_(
     from pipeline.data.importing import ImportSettings, import_images
 
     settings = ImportSettings(validation, test, seed)
-    imported = import_images(
-        source, out, name=name, unlabelled=unlabelled, settings=settings, workers=workers
-    )
+    imported = import_images(source, out, name=name, unlabelled=unlabelled, settings=settings, workers=workers)
     _say_imported(imported, out)
     if as_json:
         result = {
@@ -185,7 +169,5 @@ def _say_imported(imported: "Imported", out: Path) -> None:
     for reason, count in reasons.items():
         click.echo(f"left out, {reason}: {count:,} (see {out / 'left_out.csv'})", err=True)
     if "unlabelled" not in imported.counts:
-        click.echo(
-            "There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.", err=True
-        )
+        click.echo("There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.", err=True)
     click.echo(f"Use it with: --data {out} --set data.manifest={imported.manifest.name}", err=True)

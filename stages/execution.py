@@ -83,9 +83,7 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
 
 
 def _decide(context: Context, stage: Stage) -> Decision:
-    return context.run.decide(
-        stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap
-    )
+    return context.run.decide(stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap)
 
 
 def _tell(context: Context, value: dict[str, Any]) -> dict[str, Any]:

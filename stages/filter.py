@@ -138,7 +138,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
     """Score every shard that is not scored yet, then select."""
     from pipeline.files import fingerprint
     from pipeline.pool.filter import filter_pool
-    from pipeline.pool.score import is_scored, score_shard
+    from pipeline.pool.score import is_scored
     from pipeline.pool.scored import open_scored
     from stages.learning import split_of
 
@@ -162,7 +162,12 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
 
 
 def _score(
-    context: Context, shards: "list[Shard]", network: "Network", copies: "CopyIndex | None", scores: Path, mark: str
+    context: Context,
+    shards: "list[Shard]",
+    network: "Network",
+    copies: "CopyIndex | None",
+    scores: Path,
+    mark: str,
 ) -> None:
     """Score `shards`, one file each."""
     from pipeline.pool.score import score_shard

@@ -153,7 +153,10 @@ def _check(context: Context, rows: int) -> None:
     record = context.run.require("precompute", "mpl precompute")["result"]
     network = load_teacher(context, Path(record["teacher"]))
     store = TargetsStore.open(
-        context.run / "targets", teacher=record["teacher_sha256"], class_names=network.class_names, verify=True
+        context.run / "targets",
+        teacher=record["teacher_sha256"],
+        class_names=network.class_names,
+        verify=True,
     )
     largest = check_targets(store, scorer(context, network), rows, context.seed)
     allowed = {"float16": 1e-3, "float32": 1e-5}[store.dtype]

@@ -103,4 +103,9 @@ def work(context: Context, shards: "list[Shard]", network: Path | None, output: 
             pyarrow.csv.write_csv(table, temporary)
         else:
             pyarrow.parquet.write_table(table, temporary)
-    return {"images": len(images), "skipped": len(images.skipped), "network": str(folder), "output": str(output)}
+    return {
+        "images": len(images),
+        "skipped": len(images.skipped),
+        "network": str(folder),
+        "output": str(output),
+    }

@@ -11,7 +11,7 @@ from stages.options import Context, stage_options
 if TYPE_CHECKING:
     from pipeline.report.table import Comparison, MethodRuns
     from stages.execution import Stage
-    from stages.seeds import Step
+    from stages.seeds import Chain, Step
 
 SUPERVISED, NOISY, NOISY_SAME, REDUCED = "supervised", "noisystudent", "noisystudent-same-data", "reduced-mpl"
 LABELS = {
@@ -117,8 +117,12 @@ def table2_methods(context: Context) -> dict[str, tuple[str, ...]]:
     from pipeline.student_data import mixture
 
     settings = context.recipe.train_reduced
-    methods = {SUPERVISED: ("train_reduced.teacher=none",)}
-    paper = ("train_reduced.teacher=fixed", "train_reduced.student_data=auto", "train_reduced.labelled_target=auto")
+    methods: dict[str, tuple[str, ...]] = {SUPERVISED: ("train_reduced.teacher=none",)}
+    paper = (
+        "train_reduced.teacher=fixed",
+        "train_reduced.student_data=auto",
+        "train_reduced.labelled_target=auto",
+    )
     methods[NOISY] = paper
     auto = settings.model_copy(update={"student_data": "auto", "labelled_target": "auto"})
     reduced = mixture(settings, "calibrator")
@@ -168,7 +172,7 @@ def work_table2(context: Context, seeds: int, jobs: int | None) -> dict[str, Any
     from stages.seeds import run_chains
 
     methods = table2_methods(context)
-    chains = {
+    chains: dict[int, Chain] = {
         seed: [
             *upstream(seed_run(context, seed)),
             *(step for name, changes in methods.items()
@@ -200,9 +204,7 @@ def paper_figure(context: Context, method: str) -> str:
     return f"{value}" + (f" ± {deviation}" if deviation is not None else "")
 
 
-def table2_comparison(
-    context: Context, rows: "list[MethodRuns]", shared: list[list[dict[str, Any]]]
-) -> "Comparison":
+def table2_comparison(context: Context, rows: "list[MethodRuns]", shared: list[list[dict[str, Any]]]) -> "Comparison":
     """The table with its sentences."""
     from pipeline.report.table import Comparison, compare
     from stages.learning import manifest_of

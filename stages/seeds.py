@@ -1,4 +1,4 @@
-"""Run the stages over seeds: a chain per seed, every stage in a process of its own, so that its peak memory is its own."""
+"""Run the stages over seeds: a chain per seed, every stage in a process (and with a peak memory) of its own."""
 
 import multiprocessing
 import os

@@ -24,7 +24,9 @@ def command(run: Path, as_json: bool) -> None:
         raise RunError(f"there is no run at {run}; begin one with: mpl pretrain --run {run}")
     rows = [stage_status(here, name) for name in stage_names(here)]
     if as_json:
-        click.echo(json.dumps({"run": str(run), "recipe": known["recipe"]["name"], "seed": known["seed"], "stages": rows}))
+        click.echo(
+            json.dumps({"run": str(run), "recipe": known["recipe"]["name"], "seed": known["seed"], "stages": rows})
+        )
         return
     click.echo(f"{run}: recipe {known['recipe']['name']}, seed {known['seed']}, begun {known['created']}")
     for row in rows:

@@ -5,7 +5,7 @@ feedback alone must undo it. With its sign flipped, or its rows shuffled over th
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from pipeline.report.table import Comparison, MethodRuns, compare
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce import comparison_basis, results_of, seed_run, student_steps, upstream
-from stages.seeds import Step, run_chains
+from stages.seeds import Chain, Step, run_chains
 
 PAIRS = ((0, 1), (2, 3))
 SAME_DATA = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")
@@ -44,19 +44,20 @@ def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
         outputs=outputs,
         work=lambda: work(context, seeds, jobs),
         summary=lambda result: f"won back: {100 * result['won_back']['feedback']:.0f}%; {outputs[0]}",
-        replaces=[path.name for path in outputs] + [f"seed-{s}{part}" for s in range(seeds) for part in ("", "-swapped")],
+        replaces=[path.name for path in outputs]
+        + [f"seed-{s}{part}" for s in range(seeds) for part in ("", "-swapped")],
         cheap=frozenset({"seeds"}),
     )
 
 
 def work(context: Context, seeds: int, jobs: int | None) -> dict[str, Any]:
     """Run all chains, then write the table."""
-    first = {
+    first: dict[int, Chain] = {
         seed: [*upstream(seed_run(context, seed)), *student_steps(seed_run(context, seed), "fixed", FIXED)]
         for seed in range(seeds)
     }
     unswapped = run_chains(context, first, jobs)
-    second = {seed: _swapped_chain(context, seed) for seed in range(seeds)}
+    second: dict[int, Chain] = {seed: _swapped_chain(context, seed) for seed in range(seeds)}
     swapped = run_chains(context, second, jobs)
     rows = [MethodRuns(UNSWAPPED, [results_of(unswapped[seed][3:5]) for seed in range(seeds)])]
     for place, (label, _) in enumerate(VARIANTS.values()):
@@ -111,7 +112,10 @@ def comparison(
     """The table with its sentences."""
     recipe, by_name = context.recipe, {row.name: row for row in rows}
     fixed = by_name[VARIANTS["fixed"][0]]
-    lines = ["Won back of what the swap costs, (variant − fixed) / (unswapped − fixed), of the means; ± over seeds:", ""]
+    lines = [
+        "Won back of what the swap costs, (variant − fixed) / (unswapped − fixed), of the means; ± over seeds:",
+        "",
+    ]
     for name, values in fractions.items():
         each = summarise([100 * value for value in values["per_seed"]])
         spread = "" if each.std is None else f" ± {each.std:.0f}"
@@ -121,8 +125,8 @@ def comparison(
         "\n".join(lines),
         f"Classes {classes} are exchanged in the teacher's outputs, on pool and labelled images. All students: "
         f"{recipe.train_reduced.model.name}, {recipe.train_reduced.steps:,} steps on batches of "
-        f"{recipe.train_reduced.batch} pool images, never a labelled image. Checkpoint: the last step's moving average. "
-        "Split: test.",
+        f"{recipe.train_reduced.batch} pool images, never a labelled image. Checkpoint: the last step's moving "
+        "average. Split: test.",
     ]
     differences = [compare("Feedback alone − fixed", by_name[VARIANTS["feedback"][0]], fixed)]
     command = f"mpl reproduce swapped-teacher --recipe {recipe.name} --seeds {seeds}"

@@ -44,9 +44,7 @@ class Problem:
     def oracle(self, **kwargs: Any) -> Tensor:
         from tests.oracles.double_backward import target_gradient
 
-        return target_gradient(
-            *self.oracle_arguments(), clip_norm=self.student.clip_norm, seed=self.seed, **kwargs
-        )
+        return target_gradient(*self.oracle_arguments(), clip_norm=self.student.clip_norm, seed=self.seed, **kwargs)
 
 
 def optimizer_of(rule: str, model: nn.Module, weight_decay: float, lr: float = 0.05) -> torch.optim.Optimizer:
@@ -95,9 +93,7 @@ def make_problem(
     targets = torch.randn(3, batch, CLASSES, dtype=dtype).mul(2).softmax(2)
     count = LABELLED if batch == BATCH else batch
     labelled, labels = torch.randn(count, 3, 32, 32, dtype=dtype), torch.arange(count) % CLASSES
-    student = Student(
-        model, optimizer_of(rule, model, 1e-2 if decay else 0.0), clip_norm=0.5 if clip else None
-    )
+    student = Student(model, optimizer_of(rule, model, 1e-2 if decay else 0.0), clip_norm=0.5 if clip else None)
     if warm:
         for step in range(2):
             student.learn(images[step], targets[step], replay=False)
@@ -112,12 +108,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def all_pairs(factors: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Few cases in which every pair of values of every two factors occurs; greedy, deterministic."""
     names = list(factors)
-    left = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x in factors[a]
-        for y in factors[b]
-    }
+    left = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     product = [dict(zip(names, values, strict=True)) for values in itertools.product(*factors.values())]
     while left:
         covered, case = max(

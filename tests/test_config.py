@@ -20,7 +20,9 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
     assert parse_recipe(tree, "copy") == recipe
 
 
-@pytest.mark.parametrize(("name", "k", "hidden"), [("cifar10", 50000, 128), ("svhn", 35000, 128), ("imagenet", 12800, 512)])
+@pytest.mark.parametrize(
+    ("name", "k", "hidden"), [("cifar10", 50000, 128), ("svhn", 35000, 128), ("imagenet", 12800, 512)]
+)
 def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
     """arXiv:2003.10580v1, section 4.2 and appendix C.2."""
     recipe = load_recipe(name)
@@ -29,7 +31,12 @@ def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
     assert (calibrator.hidden, calibrator.layers, calibrator.lr, calibrator.eps) == (hidden, 5, 1e-4, 1e-7)
     assert calibrator.weight_decay == 1e-4
     optimizer = recipe.train_reduced.optimizer
-    assert (optimizer.rule, optimizer.momentum, optimizer.alpha, optimizer.eps) == ("rmsprop_tf", 0.9, 0.9, 1e-3)
+    assert (optimizer.rule, optimizer.momentum, optimizer.alpha, optimizer.eps) == (
+        "rmsprop_tf",
+        0.9,
+        0.9,
+        1e-3,
+    )
     assert optimizer.lr == pytest.approx(0.256 * recipe.train_reduced.batch / 4096)
 
 

@@ -28,7 +28,10 @@ def test_wrn_sizes(size: int) -> None:
     assert make("wrn_10_1", size).model(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", ["wrn_16_2", "resnet10t", "resnet18", "test_efficientnet", "efficientnet_b0", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["wrn_16_2", "resnet10t", "resnet18", "test_efficientnet", "efficientnet_b0", "vit_tiny_patch16_224"],
+)
 def test_saved_networks_load_here_and_by_timm(name: str, tmp_path) -> None:
     network = make(name, dropout=0.1, drop_path=0.1)
     digest = save_network(tmp_path, network, network.model.state_dict())

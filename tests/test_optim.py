@@ -49,7 +49,11 @@ def test_rmsprop_tf_is_tensorflows_rule() -> None:
     holder = nn.ParameterList([p])
     settings = OptimizerSettings(rule="rmsprop_tf", lr=0.1, momentum=0.9, alpha=0.9, eps=1e-3)
     optimizer = build_optimizer(holder, settings)
-    theta, square, moved = p.detach().clone(), torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    theta, square, moved = (
+        p.detach().clone(),
+        torch.ones(2, dtype=torch.float64),
+        torch.zeros(2, dtype=torch.float64),
+    )
     for step in range(3):
         g = torch.tensor([0.3, -0.7], dtype=torch.float64) * (step + 1)
         p.grad = g.clone()

@@ -137,9 +137,7 @@ def test_rules_without_a_derivative_are_refused_by_name(make, option: str) -> No
 def test_a_non_finite_loss_stops_before_the_update(rule: str) -> None:
     problem = make_problem(rule=rule)
     before = {k: v.clone() for k, v in problem.student.model.named_parameters()}
-    state = [
-        v.clone() for s in problem.student.optimizer.state.values() for v in s.values() if torch.is_tensor(v)
-    ]
+    state = [v.clone() for s in problem.student.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     problem.images[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="step 3"):
         problem.learn()

@@ -56,7 +56,13 @@ def write_store(folder, dtype="float16", rows=(5, 4), labelled=6, extra=b""):
     )
     write_targets(folder / "labelled-00000.parquet", table.cast(labelled_schema(3, dtype, "f")))
     write_manifest(
-        folder, fingerprint="f", teacher="t" * 64, class_names=NAMES, dtype=dtype, preprocessing={"size": 8}, more={}
+        folder,
+        fingerprint="f",
+        teacher="t" * 64,
+        class_names=NAMES,
+        dtype=dtype,
+        preprocessing={"size": 8},
+        more={},
     )
     return np.concatenate(wanted), q
 
@@ -74,7 +80,11 @@ def test_what_is_read_is_what_was_written(tmp_path, dtype, error):
     assert store.keys()[4:6] == ["key-0-4", "key-1-0"]
     assert store.classes() == [[0, 2]] * 9
     assert store.repeats().tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 4]
-    assert [(shard, sample.row, sample.data) for shard, sample in store.samples()][6] == ("s", 101, b"image 1 1")
+    assert [(shard, sample.row, sample.data) for shard, sample in store.samples()][6] == (
+        "s",
+        101,
+        b"image 1 1",
+    )
     found = store.labelled()
     np.testing.assert_allclose(found.distributions, labelled, atol=error)
     assert found.labels.tolist() == [0, 1, 2, 0, 1, 2]
@@ -96,7 +106,9 @@ def test_tiny_probabilities_survive_float16(tmp_path):
         }
     )  # fmt: skip
     write_targets(tmp_path / "pool-00000.parquet", table.cast(pool_schema(3, "float16", "f")))
-    write_manifest(tmp_path, fingerprint="f", teacher="t", class_names=NAMES, dtype="float16", preprocessing={}, more={})
+    write_manifest(
+        tmp_path, fingerprint="f", teacher="t", class_names=NAMES, dtype="float16", preprocessing={}, more={}
+    )
     assert TargetsStore.open(tmp_path).distributions().tolist() == [[0.0, 1.0, 0.0]]
 
 

@@ -1,7 +1,7 @@
 """Each way to get the meta-gradient wrong that was met in practice must be noticed.
 
-A mutant puts one mistake in; `broken` says what it broke, or None. Without a mutant it must say None, and with
-each of them something else: so these are tests of the tests as well.
+A mutant puts one mistake in; `broken` says what it broke, or None. Without a mutant it must say None, and
+with each of them something else: so these are tests of the tests as well.
 """
 
 from collections.abc import Callable
@@ -84,9 +84,7 @@ def batch_norm_in_eval_mode(patch: Patch) -> None:
     without_guard(patch)
     changed_record(
         patch,
-        lambda r: replace(
-            r, modes={n: r.modes[n] and not isinstance(m, BN) for n, m in r.module.named_modules()}
-        ),
+        lambda r: replace(r, modes={n: r.modes[n] and not isinstance(m, BN) for n, m in r.module.named_modules()}),
     )
 
 

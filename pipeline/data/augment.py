@@ -36,6 +36,7 @@ def augment(
     Returns:
         float32 (B, 3, S, S) in [0, 1], on the device of `images`.
     """
+    assert images.dtype == torch.uint8, images.dtype
     draw = Draws(generator_seed, first + len(images) if total is None else total, first, len(images))
     if settings.flip or settings.crop_padding:
         images = flip_and_crop(images, settings, draw)
@@ -45,7 +46,7 @@ def augment(
         images = randaugment(images, settings, draw)
     if settings.cutout:
         images = cutout(images, settings.cutout, draw)
-    return images.float() / 255
+    return images.float().div_(255)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -53,4 +54,4 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     shape = (1, -1, 1, 1)
     centre = torch.tensor(mean, dtype=images.dtype, device=images.device).view(shape)
     scale = torch.tensor(std, dtype=images.dtype, device=images.device).view(shape)
-    return ((images - centre) / scale).contiguous(memory_format=torch.channels_last)
+    return (images - centre).div_(scale).contiguous(memory_format=torch.channels_last)

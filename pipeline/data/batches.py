@@ -77,9 +77,7 @@ def load_images(
     if not keys:
         first = f"; the first: {skipped[0].key}: {skipped[0].detail}" if skipped else ""
         raise DataError(f"no image could be decoded, of {len(skipped)} entries{first}")
-    return Images(
-        pixels.tensor(), torch.tensor(labels), keys, shards, np.array(rows, dtype=np.int64), skipped
-    )
+    return Images(pixels.tensor(), torch.tensor(labels), keys, shards, np.array(rows, dtype=np.int64), skipped)
 
 
 def batch_indices(n: int, batch: int, seed: int, purpose: str, step: int) -> np.ndarray:

@@ -121,9 +121,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _pixels(image: Image.Image, size: int) -> np.ndarray:
-    image.draft(
-        "RGB", (2 * size, 2 * size)
-    )  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
+    image.draft("RGB", (2 * size, 2 * size))  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
     image.load()
     rgb = _rgb(_upright(image))
     if rgb.size != (size, size):

@@ -80,14 +80,12 @@ def folder_shards(name: str, root: Path, names: tuple[str, ...] | None) -> list[
     present = sorted({folder for file in files if (folder := class_folder(file))})
     if names and (unknown := [folder for folder in present if folder not in names]):
         raise DataError(
-            f"{root}: sub-folder {unknown[0]!r} is no class of the manifest; "
-            f"its classes are {', '.join(names)}"
+            f"{root}: sub-folder {unknown[0]!r} is no class of the manifest; its classes are {', '.join(names)}"
         )
     classes = names or tuple(present)
     parts = [files[i : i + FILES_PER_SHARD] for i in range(0, len(files), FILES_PER_SHARD)]
     return [
-        FolderShard(f"{name}-{i:05d}", root, tuple(part), classes, names is not None)
-        for i, part in enumerate(parts)
+        FolderShard(f"{name}-{i:05d}", root, tuple(part), classes, names is not None) for i, part in enumerate(parts)
     ]
 
 

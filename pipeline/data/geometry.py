@@ -80,7 +80,7 @@ def affine(images: Tensor, theta: Tensor, padding: str = "zeros") -> Tensor:
 
 def to_uint8(values: Tensor) -> Tensor:
     """Round, and clip to 0 … 255."""
-    return values.round().clamp(0, 255).to(torch.uint8)
+    return values.round().clamp_(0, 255).to(torch.uint8)
 
 
 def _window(smallest: float, draw: Draws) -> tuple[Tensor, Tensor]:

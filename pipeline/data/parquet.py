@@ -89,9 +89,7 @@ class ParquetShard(Shard):
         if pa.types.is_null(column.type):
             column = column.cast(pa.int64())
         if not pa.types.is_integer(column.type):
-            raise DataError(
-                f"{self.path}: column {self.label!r} is {column.type}; labels are integers or names"
-            )
+            raise DataError(f"{self.path}: column {self.label!r} is {column.type}; labels are integers or names")
         return np.asarray(pc.fill_null(column.cast(pa.int64()), NO_LABEL))
 
     def _require(self, schema: pa.Schema, columns: list[str]) -> None:
@@ -133,14 +131,10 @@ def _encoded(column: Any, shard: ParquetShard) -> tuple[Any, Any]:
         fields = {field.name for field in column.type}
         if "bytes" in fields:
             nothing = pa.nulls(len(column), pa.string())
-            return pc.struct_field(column, "bytes"), pc.struct_field(
-                column, "path"
-            ) if "path" in fields else nothing
+            return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if "path" in fields else nothing
     elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         return column, pa.nulls(len(column), pa.string())
-    raise DataError(
-        f"{shard.path}: column {shard.image!r} is {column.type}; images are binary or struct<bytes, path>"
-    )
+    raise DataError(f"{shard.path}: column {shard.image!r} is {column.type}; images are binary or struct<bytes, path>")
 
 
 def _declared_names(schema: pa.Schema, label: str) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def _layer(images: Tensor, names: tuple[str, ...], chosen: Tensor, strength: Ten
 
 def _geometric(images: Tensor, theta: Tensor) -> Tensor:
     # Shifted by the fill, so that what lies outside, zero, is grey.
-    return to_uint8(affine(images.float() - GREY, theta) + GREY)
+    return to_uint8(affine(images.float().sub_(GREY), theta).add_(GREY))
 
 
 def _theta(names: list[str], strength: Tensor) -> Tensor:

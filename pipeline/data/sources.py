@@ -69,9 +69,7 @@ class Split:
         )
 
 
-def open_split(
-    manifest: Manifest, split: SplitName, data: Path | None = None, *, first: int | None = None
-) -> Split:
+def open_split(manifest: Manifest, split: SplitName, data: Path | None = None, *, first: int | None = None) -> Split:
     """Open a split of a data set.
 
     Args:

@@ -112,13 +112,9 @@ class TarShard(Shard):
         """Refuse what only an attack or a mistake puts into a shard of images."""
         path = PurePosixPath(member.name)
         if not member.isfile():
-            raise DataError(
-                f"{self.path}: {member.name} is a link or a device; a shard holds plain files only"
-            )
+            raise DataError(f"{self.path}: {member.name} is a link or a device; a shard holds plain files only")
         if path.is_absolute() or ".." in path.parts:
-            raise DataError(
-                f"{self.path}: {member.name} points outside the archive; pack it with relative paths"
-            )
+            raise DataError(f"{self.path}: {member.name} points outside the archive; pack it with relative paths")
         return member
 
     @contextmanager
@@ -130,8 +126,7 @@ class TarShard(Shard):
             raise DataError(f"{self.path}: there is no such file") from error
         except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             raise DataError(
-                f"{self.path} cannot be read to its end ({error}): "
-                "it is no tar, or was cut short; get it again"
+                f"{self.path} cannot be read to its end ({error}): it is no tar, or was cut short; get it again"
             ) from error
 
 
@@ -155,9 +150,7 @@ def _key_and_suffix(name: str) -> tuple[str, str] | None:
     return str(path.with_name(stem)), suffix.lower()
 
 
-def _add(
-    group: _Group, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo, with_images: bool
-) -> None:
+def _add(group: _Group, suffix: str, tar: tarfile.TarFile, member: tarfile.TarInfo, with_images: bool) -> None:
     group.names.add(suffix)
     is_image = "." + suffix.rsplit(".", 1)[-1] in SUFFIXES
     if suffix == LABEL or (is_image and with_images):

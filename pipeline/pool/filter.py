@@ -153,9 +153,7 @@ def filter_pool(pool: ScoredPool, folder: Path, rules: Rules) -> Filtered:
 def class_counts(names: tuple[str, ...], chosen: Selection, k: int) -> tuple[ClassCount, ...]:
     """Available, kept, short and threshold of each class."""
     return tuple(
-        ClassCount(
-            name, int(available), len(scores), k - len(scores), float(scores[-1]) if len(scores) else None
-        )
+        ClassCount(name, int(available), len(scores), k - len(scores), float(scores[-1]) if len(scores) else None)
         for name, available, scores in zip(names, chosen.available, chosen.scores, strict=True)
     )
 
@@ -185,9 +183,7 @@ def _repeated_keys(pool: ScoredPool) -> int:
     return len(find_repeats(pool.rows, keys).later)
 
 
-def _candidates(
-    pool: ScoredPool, verdicts: Verdicts
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def _candidates(pool: ScoredPool, verdicts: Verdicts) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     for ordinals, batch in pool.stream([*NEEDED, "log_odds"]):
         free = verdicts(ordinals, batch) == CANDIDATE
         yield ordinals[free], fixed_numbers(batch.column("log_odds"), "<f4")[free]

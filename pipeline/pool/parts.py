@@ -148,9 +148,7 @@ def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
     ok = np.array([status == "ok" for status in rows.status], bool)
     columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in schema}
     arrays = [
-        fixed_binary(rows.log_odds, ok)
-        if field.name == "log_odds"
-        else pa.array(columns[field.name], field.type)
+        fixed_binary(rows.log_odds, ok) if field.name == "log_odds" else pa.array(columns[field.name], field.type)
         for field in schema
     ]
     return pa.record_batch(arrays, schema=schema)
@@ -197,6 +195,4 @@ def read_part(info: PartInfo, columns: Sequence[str]) -> Iterator[pa.RecordBatch
         try:
             yield from file.iter_batches(batch_size=size, columns=list(columns))
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{info.path} is damaged ({error}); delete it and score its shard again"
-            ) from error
+            raise DataError(f"{info.path} is damaged ({error}); delete it and score its shard again") from error

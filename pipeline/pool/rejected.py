@@ -68,9 +68,7 @@ class Verdicts:
         codes = np.full(len(ordinals), CANDIDATE, np.int8)
         codes[self.repeats.first_of(ordinals) >= 0] = REPEAT_OF
         if self.copy_threshold is not None:
-            codes[np.nan_to_num(floats(batch.column("similarity")), nan=-1) >= self.copy_threshold] = (
-                EVAL_COPY
-            )
+            codes[np.nan_to_num(floats(batch.column("similarity")), nan=-1) >= self.copy_threshold] = EVAL_COPY
         known = pc.index_in(batch.column("status"), pa.array(REASONS))  # null for ok
         bad = known.is_valid().to_numpy(zero_copy_only=False)
         codes[bad] = known.drop_null().to_numpy()
@@ -159,9 +157,7 @@ def _rejects(
     copy, repeat = codes == EVAL_COPY, codes == REPEAT_OF
     similarity = np.where(repeat, 1.0, np.where(copy, floats(batch.column("similarity")), np.nan))
     detail = spread(missed, lost, len(codes))
-    detail = pc.coalesce(
-        detail, pc.if_else(pa.array(copy & flags(batch.column("mirrored"))), "mirrored", None)
-    )
+    detail = pc.coalesce(detail, pc.if_else(pa.array(copy & flags(batch.column("mirrored"))), "mirrored", None))
     detail = pc.coalesce(pc.if_else(pa.array(codes < EVAL_COPY), batch.column("detail"), None), detail)
     first = verdicts.repeats.first_of(ordinals[repeat])
     match = pc.coalesce(

@@ -104,9 +104,7 @@ def score_shard(
                 if progress is not None:
                     progress(len(rows.row))
         if score_fingerprint(shard, fingerprint) != mark:
-            raise DataError(
-                f"shard {shard.name} changed while it was being scored; run the same command again"
-            )
+            raise DataError(f"shard {shard.name} changed while it was being scored; run the same command again")
     seconds = time.perf_counter() - began
     return ShardCounts(shard.name, sum(status.values()), dict(status), seconds, waiting)
 

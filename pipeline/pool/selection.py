@@ -88,9 +88,7 @@ def write_selection(
         "mpl.class_names": json.dumps(pool.class_names, ensure_ascii=False),
     }
     with whole_file(path) as temporary:
-        pq.write_table(
-            table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True
-        )
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_selection(path: Path) -> SelectionFile:

@@ -42,9 +42,7 @@ class PairedDifference:
 
 def summarise(values: Sequence[float]) -> Summary:
     """Mean ± standard deviation."""
-    return Summary(
-        len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-    )
+    return Summary(len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference:

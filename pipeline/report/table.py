@@ -78,7 +78,10 @@ class Comparison:
             ]
             lines.append(_row(cells + [method.paper] * paper))
         n = len(self.seeds)
-        lines += ["", f"n = {n} seed{'s' * (n != 1)} ({', '.join(map(str, self.seeds))}); mean ± standard deviation."]
+        lines += [
+            "",
+            f"n = {n} seed{'s' * (n != 1)} ({', '.join(map(str, self.seeds))}); mean ± standard deviation.",
+        ]
         for text, difference in self.differences:
             lines += ["", f"**{text}**: {difference} (points of top-1)."]
         for note in self.notes:
@@ -105,8 +108,7 @@ class Comparison:
             "command": self.command,
             "seeds": self.seeds,
             "methods": {
-                m.name: {"top1": vars(m.summary("top1")), "paper": m.paper, "results": m.results}
-                for m in self.methods
+                m.name: {"top1": vars(m.summary("top1")), "paper": m.paper, "results": m.results} for m in self.methods
             },
             "differences": {text: vars(difference) for text, difference in self.differences},
             "notes": self.notes,
@@ -122,8 +124,8 @@ class Comparison:
 
         fig, ax = plt.subplots(figsize=(1.6 + 1.5 * len(self.methods), 4.2), layout="constrained")
         tops = [[result["top1"] for result in method.results] for method in self.methods]
-        for values in zip(*tops, strict=True):
-            ax.plot(range(len(tops)), values, color="0.8", linewidth=0.8, zorder=1)
+        for of_seed in zip(*tops, strict=True):
+            ax.plot(range(len(tops)), of_seed, color="0.8", linewidth=0.8, zorder=1)
         for x, values in enumerate(tops):
             ax.scatter([x] * len(values), values, s=26, color="#3b6ea8", zorder=3, alpha=0.85)
             ax.hlines(sum(values) / len(values), x - 0.28, x + 0.28, color="#c2410c", linewidth=2.5, zorder=2)

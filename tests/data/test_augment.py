@@ -114,9 +114,7 @@ def test_flip_and_crop_together() -> None:
     result = pixels(augment(images, AugmentSettings(flip=True, crop_padding=2), 0))
     for image, cropped in zip(images.permute(0, 2, 3, 1).numpy(), result, strict=True):
         padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
-        windows = [
-            p[y : y + 8, x : x + 8] for p in (padded, padded[:, ::-1]) for y in range(5) for x in range(5)
-        ]
+        windows = [p[y : y + 8, x : x + 8] for p in (padded, padded[:, ::-1]) for y in range(5) for x in range(5)]
         assert any(np.array_equal(window, cropped) for window in windows)
 
 
@@ -156,9 +154,7 @@ def test_resized_crops_show_a_window_of_the_stated_area() -> None:
     images = torch.cat([ramp, ramp.transpose(2, 3)]).repeat(1, 1, 1, 1)
     widths, heights = [], []
     for seed in range(300):
-        across, down = (
-            augment(images[i : i + 1], AugmentSettings(random_resized_crop=0.25), seed) for i in (0, 1)
-        )
+        across, down = (augment(images[i : i + 1], AugmentSettings(random_resized_crop=0.25), seed) for i in (0, 1))
         x, y = across[0, 0, 32].numpy(), down[0, 0, :, 32].numpy()
         assert np.all(np.diff(x) >= 0)
         assert np.all(np.diff(y) >= 0)
@@ -181,9 +177,7 @@ def test_rotations_stay_within_their_limit_and_go_both_ways() -> None:
         turned = augment(image, AugmentSettings(rotate=30, border="zero"), seed)[0, 0].numpy()
         y, x = np.mgrid[:65, :65] - 32.0
         weight = turned * (np.hypot(x, y) < 25)
-        angles.append(
-            0.5 * np.degrees(np.arctan2(2 * (weight * x * y).sum(), (weight * (x**2 - y**2)).sum()))
-        )
+        angles.append(0.5 * np.degrees(np.arctan2(2 * (weight * x * y).sum(), (weight * (x**2 - y**2)).sum())))
     assert 25 < max(angles) < 31
     assert -31 < min(angles) < -25
     assert abs(np.mean(angles)) < 4

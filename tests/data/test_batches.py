@@ -32,9 +32,7 @@ def entries(count: int, bad: tuple[int, ...] = ()) -> list[tuple[str, Sample]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("limit", [1 << 40, 10_000, 0])
-def test_pixels_order_and_identity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, limit: int
-) -> None:
+def test_pixels_order_and_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, limit: int) -> None:
     """In memory, spilled half way and spilled from the start: the same."""
     spilled = []
     spill = batches._Pixels._spill
@@ -66,9 +64,7 @@ def test_a_repeated_key_confuses_nothing() -> None:
 
 
 def test_nothing_decoded() -> None:
-    with pytest.raises(
-        DataError, match=r"no image could be decoded, of 2 entries; the first: key0: not an image"
-    ):
+    with pytest.raises(DataError, match=r"no image could be decoded, of 2 entries; the first: key0: not an image"):
         load_images(entries(2, (0, 1)), SIZE)
     with pytest.raises(DataError, match="of 0 entries"):
         load_images([], SIZE)
@@ -85,9 +81,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 20), st.integers(1, 45), st.integers(0, 2**40), st.integers(0, 5))
-def test_batches_are_consecutive_parts_of_one_sequence_of_epochs(
-    n: int, batch: int, seed: int, steps: int
-) -> None:
+def test_batches_are_consecutive_parts_of_one_sequence_of_epochs(n: int, batch: int, seed: int, steps: int) -> None:
     """Every epoch is a permutation, whatever the batch; a remainder is not lost."""
     sequence = np.concatenate([batch_indices(n, batch, seed, "x", step) for step in range(steps + 1)])
     assert len(sequence) == (steps + 1) * batch

@@ -49,9 +49,7 @@ def test_labels_follow_the_manifests_names(data_set: Callable[..., Path]) -> Non
     fill(path.parent / "photos", FILES)
     assert open_split(load_manifest(path), "labelled").labels().tolist() == [1, 1, 0, 0, 0]
     fill(path.parent / "photos", ["emu/1.png"])
-    with pytest.raises(
-        DataError, match="sub-folder 'emu' is no class of the manifest; its classes are dog, cat"
-    ):
+    with pytest.raises(DataError, match="sub-folder 'emu' is no class of the manifest; its classes are dog, cat"):
         open_split(load_manifest(path), "labelled")
 
 
@@ -68,9 +66,7 @@ def test_a_class_absent_from_a_test_folder_shifts_no_label(data_set: Callable[..
     assert open_split(load_manifest(path), "test").labels().tolist() == [1, 2]
 
 
-def test_many_files_make_several_shards(
-    data_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_files_make_several_shards(data_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "FILES_PER_SHARD", 2)
     path = manifest(data_set)
     fill(path.parent / "photos", FILES)

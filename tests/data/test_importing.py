@@ -59,9 +59,7 @@ def test_every_image_is_in_one_split_with_its_class(tmp_path: Path) -> None:
     assert len(everything) == len(files) == 78
     assert {key: data for key, data, _ in everything} == files
     for split in SPLITS:
-        assert all(
-            imported.manifest.class_names[label] == key.split("/")[0] for key, _, label in found[split]
-        )
+        assert all(imported.manifest.class_names[label] == key.split("/")[0] for key, _, label in found[split])
     assert all(key.startswith("unlabelled/") and label == -1 for key, _, label in found["unlabelled"])
     assert counts(imported) == {split: len(rows) for split, rows in found.items()}
 
@@ -123,9 +121,7 @@ def test_a_webdataset_has_its_labels_in_cls(tmp_path: Path) -> None:
     imported = import_images(path, tmp_path / "out")
     assert imported.manifest.class_names == tuple(str(i) for i in range(12))  # by value: 2 before 10
     for split in SPLITS:
-        assert all(
-            int(key.split(".")[0]) % 12 == label for key, _, label in contents(tmp_path / "out")[split]
-        )
+        assert all(int(key.split(".")[0]) % 12 == label for key, _, label in contents(tmp_path / "out")[split])
 
 
 def test_files_of_one_stem_are_several_images(tmp_path: Path) -> None:
@@ -181,8 +177,7 @@ def test_the_pool_is_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_class_names_are_in_the_files_too(tmp_path: Path) -> None:
     import_images(photos(tmp_path / "photos"), tmp_path / "out")
     assert (
-        b'"names": ["ant", "bee", "cat"]'
-        in pq.read_schema(tmp_path / "out" / "test.parquet").metadata[b"huggingface"]
+        b'"names": ["ant", "bee", "cat"]' in pq.read_schema(tmp_path / "out" / "test.parquet").metadata[b"huggingface"]
     )
 
 
@@ -242,9 +237,7 @@ def test_a_missing_or_cut_source_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "photos.tar"]
 
 
-@pytest.mark.parametrize(
-    "interruption", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
-)
+@pytest.mark.parametrize("interruption", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_an_interruption_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruption: BaseException
 ) -> None:

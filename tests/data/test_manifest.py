@@ -119,9 +119,7 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
         load_manifest(path)
 
 
-@given(
-    st.integers(0, 20), st.integers(0, 25), st.integers(0, 25), st.integers(0, 25) | st.none(), st.booleans()
-)
+@given(st.integers(0, 20), st.integers(0, 25), st.integers(0, 25), st.integers(0, 25) | st.none(), st.booleans())
 def test_split_rows_equal_list_slicing(
     total: int, drop_first: int, drop_last: int, count: int | None, at_end: bool
 ) -> None:

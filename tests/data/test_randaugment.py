@@ -23,9 +23,7 @@ STRENGTHS = (-1.0, -0.7, -0.2, 0.0, 0.35, 0.9, 1.0)
 
 def pictures(size: int) -> np.ndarray:
     """Photographs, noise, and images with little or nothing in them, uint8 (N, S, S, 3)."""
-    photos = [
-        Image.fromarray(load_sample_image(name)).resize((size, size)) for name in ("china.jpg", "flower.jpg")
-    ]
+    photos = [Image.fromarray(load_sample_image(name)).resize((size, size)) for name in ("china.jpg", "flower.jpg")]
     dark = np.asarray(photos[0]) // 9
     grey = np.repeat(np.asarray(photos[1].convert("L"))[..., None], 3, axis=2)
     flat = np.full((size, size, 3), 77, np.uint8)
@@ -101,9 +99,7 @@ def test_geometric_operations_equal_pillows(name: str, size: int) -> None:
         for image in images:
             picture = Image.fromarray(image)
             options = {"fillcolor": (128, 128, 128), "resample": Image.Resampling.BILINEAR}
-            expected.append(
-                np.asarray(picture.transform(picture.size, Image.Transform.AFFINE, data, **options))
-            )
+            expected.append(np.asarray(picture.transform(picture.size, Image.Transform.AFFINE, data, **options)))
         y, x = np.mgrid[:size, :size] + 0.5
         source_x = data[0] * x + data[1] * y + data[2]
         source_y = data[3] * x + data[4] * y + data[5]
@@ -188,9 +184,7 @@ def test_only_the_operations_asked_for() -> None:
 
 def test_probability_of_a_layer() -> None:
     images = tensor(pictures(8))[:1].repeat(4000, 1, 1, 1)
-    settings = AugmentSettings(
-        randaugment_layers=1, randaugment_operations=("invert",), randaugment_probability=0.3
-    )
+    settings = AugmentSettings(randaugment_layers=1, randaugment_operations=("invert",), randaugment_probability=0.3)
     changed = (augment(images, settings, 0) != images.float() / 255).flatten(1).any(1).sum().item()
     assert abs(changed - 1200) < 5 * (4000 * 0.3 * 0.7) ** 0.5
 

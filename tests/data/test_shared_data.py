@@ -11,9 +11,7 @@ from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 
 DATA = Path(os.environ.get("MPL_DATA", "nowhere"))
-pytestmark = pytest.mark.skipif(
-    not (DATA / "cifar10" / "train.parquet").is_file(), reason="MPL_DATA has no CIFAR-10"
-)
+pytestmark = pytest.mark.skipif(not (DATA / "cifar10" / "train.parquet").is_file(), reason="MPL_DATA has no CIFAR-10")
 
 
 def test_splits() -> None:

@@ -97,9 +97,7 @@ def test_shard_and_window_read_slices(tmp_path: Path, start: int, stop: int | No
 
 def test_reading_streams(tmp_path: Path) -> None:
     """The first sample is there before the damage at the end of the file is."""
-    path = write_parquet(
-        tmp_path / "a.parquet", [noise(24, seed).tobytes() for seed in range(2000)], group=100
-    )
+    path = write_parquet(tmp_path / "a.parquet", [noise(24, seed).tobytes() for seed in range(2000)], group=100)
     content = bytearray(path.read_bytes())
     middle = pq.ParquetFile(path).metadata.row_group(15).column(0).data_page_offset
     content[middle : middle + 4000] = bytes(4000)
@@ -182,9 +180,7 @@ def test_other_class_names_than_the_manifests_are_refused(data_set: DataSet) -> 
 def test_missing_things_are_named_with_the_remedy(data_set: DataSet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cifar10 needs cifar10/train\.parquet.*--data DIR or set MPL_DATA"):
         open_split(load_manifest("cifar10"), "labelled")
-    with pytest.raises(
-        DataError, match=r"needs cifar10/train\.parquet, and there is nothing of that name in"
-    ):
+    with pytest.raises(DataError, match=r"needs cifar10/train\.parquet, and there is nothing of that name in"):
         open_split(load_manifest("cifar10"), "labelled", tmp_path)
     with pytest.raises(DataError, match=r"needs tinyimagenet32/pool-\*\.parquet"):
         open_split(load_manifest("cifar10"), "unlabelled", tmp_path)

@@ -46,9 +46,7 @@ def read(path: Path, names: tuple[str, ...] | None = ()) -> list[Sample]:
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
 def test_samples_labels_and_rows(tmp_path: Path, suffix: str, mode: str, form: int) -> None:
     path = pack(tmp_path / f"shard.{suffix}", labelled(9), mode, form)
-    expected = [
-        Sample(row, name.removesuffix(".png"), data, row % 2) for row, (name, data) in enumerate(images(9))
-    ]
+    expected = [Sample(row, name.removesuffix(".png"), data, row % 2) for row, (name, data) in enumerate(images(9))]
     assert read(path) == expected
     shard = TarShard("shard", path, ())
     assert shard.rows() == 9

@@ -106,7 +106,9 @@ def target_gradient(*args: Any, **kwargs: Any) -> Tensor:
     return gradient
 
 
-def teacher_gradient(teacher: Callable[[], Tensor], parameters: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
+def teacher_gradient(
+    teacher: Callable[[], Tensor], parameters: list[Tensor], *args: Any, **kwargs: Any
+) -> list[Tensor]:
     """∇_Ψ R with targets = teacher(), backpropagated through the student's update: equation 2 end to end."""
     model, optimizer, images, *rest = args
     feedback, _ = step_and_loss(model, optimizer, images, teacher(), *rest, **kwargs)

@@ -178,7 +178,7 @@ def test_scores_that_are_missing_or_foreign(dirty_pool, make_shards, shard_of, t
 
 
 def test_a_damaged_page_is_found(dirty_pool, tmp_path):
-    shards, pool = dirty_pool
+    _shards, pool = dirty_pool
     path = part_path(tmp_path / "scores", "pool-b")
     data = bytearray(path.read_bytes())
     at = data.find(pq.read_table(path).column("log_odds").combine_chunks().buffers()[1].to_pybytes()[40:80])
@@ -213,7 +213,21 @@ def test_repeats_against_a_dictionary(bucket, monkeypatch):
 def test_text_hashes():
     import pyarrow as pa
 
-    texts = ["", "a", "b", "ab", "ba", "aa", "\x00", "\x00\x00", "pool-0-1", "pool-01-", "é", "x" * 1000, "x" * 1001]
+    texts = [
+        "",
+        "a",
+        "b",
+        "ab",
+        "ba",
+        "aa",
+        "\x00",
+        "\x00\x00",
+        "pool-0-1",
+        "pool-01-",
+        "é",
+        "x" * 1000,
+        "x" * 1001,
+    ]
     whole = hash_texts(pa.array(texts))
     assert len({tuple(pair) for pair in whole.tolist()}) == len(texts)
     np.testing.assert_array_equal(hash_texts(pa.array(texts).slice(3, 4)), whole[3:7])

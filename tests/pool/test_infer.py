@@ -66,7 +66,11 @@ def test_decoding_keeps_order_and_bad_entries(images_of, png):
     assert [len(batch.samples) for batch in batches] == [8, 8, 7]
     assert [sample.row for batch in batches for sample in batch.samples] == list(range(23))
     status = [status for batch in batches for status in batch.status]
-    assert {at: status[at] for at in range(23) if status[at] != "ok"} == {3: "empty", 8: "decode_error", 16: "decode_error"}
+    assert {at: status[at] for at in range(23) if status[at] != "ok"} == {
+        3: "empty",
+        8: "decode_error",
+        16: "decode_error",
+    }
     good = np.concatenate([batch.good + 8 * i for i, batch in enumerate(batches)])
     np.testing.assert_array_equal(np.concatenate([batch.pixels for batch in batches]), pixels[good])
     assert len({h for batch in batches for h in batch.hashes}) == 20

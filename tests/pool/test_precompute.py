@@ -106,7 +106,7 @@ def test_killed_at_any_file_it_goes_on_to_the_same_bytes(selected, labelled, sco
         pass
 
     rename = Path.replace
-    for attempts in range(1, 40):
+    for _ in range(1, 40):
         done = []
 
         def one_then_die(path, target, done=done):
@@ -154,8 +154,8 @@ def test_wrong_inputs_are_named(selected, labelled, scorer, make_shards, shard_o
         run(tmp_path / "a", selected, labelled, replace(scorer, class_names=("a", "b")))
     with pytest.raises(DataError, match="which the pool does not have"):
         run(tmp_path / "a", (shards[:2], pool, selection), labelled, scorer)
+    shorter = shard_of(shards[0].name, shards[0].files[:3])
     with pytest.raises(DataError, match="selected rows are missing"):
-        shorter = shard_of(shards[0].name, shards[0].files[:3])
         run(tmp_path / "b", ([shorter, *shards[1:]], pool, selection), labelled, scorer)
     blank = shard_of(shards[0].name, (b"",) * 30)
     with pytest.raises(DataError, match="does not decode"):

@@ -1,5 +1,7 @@
 """The streaming selection against a full sort."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def by_full_sort(rows, scores, k, assign="any", floor=-np.inf):
 def cut(rows, scores, cuts):
     """The stream in chunks that end at `cuts`."""
     edges = [0, *sorted(cuts), len(rows)]
-    return [(rows[a:b], scores[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(rows[a:b], scores[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 @st.composite

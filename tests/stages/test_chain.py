@@ -48,9 +48,7 @@ def test_every_image_is_kept_or_rejected_with_a_reason(run) -> None:
     selection = pq.read_table(run / "selection.parquet")
     rejected = [pq.read_table(path) for path in sorted((run / "rejected").glob("*.parquet"))]
     kept = set(zip(selection["shard"].to_pylist(), selection["row"].to_pylist(), strict=True))
-    dropped = {
-        pair for t in rejected for pair in zip(t["shard"].to_pylist(), t["row"].to_pylist(), strict=True)
-    }
+    dropped = {pair for t in rejected for pair in zip(t["shard"].to_pylist(), t["row"].to_pylist(), strict=True)}
     assert not kept & dropped
     assert len(kept) + len(dropped) == 1347
     assert all(reason for t in rejected for reason in t["reason"].to_pylist())
@@ -197,7 +195,16 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     commands = done.stdout.split("Commands:")[1]
-    order = ["pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate", "predict", "reproduce"]
+    order = [
+        "pretrain",
+        "filter",
+        "precompute",
+        "train-reduced",
+        "finetune",
+        "evaluate",
+        "predict",
+        "reproduce",
+    ]
     places = [commands.index(f"\n  {name} ") for name in order]
     assert places == sorted(places)
 

@@ -169,7 +169,11 @@ def test_a_loss_that_explodes_stops_with_the_remedy(mpl, recipe, tmp_path) -> No
 def test_half_written_files_are_noticed(mpl, run, name) -> None:
     path = run / name
     path.write_bytes(path.read_bytes()[:200])
-    command = {"student": ["evaluate"], "targets": ["train-reduced", "--force"], "selection.parquet": ["precompute", "--force"]}
+    command = {
+        "student": ["evaluate"],
+        "targets": ["train-reduced", "--force"],
+        "selection.parquet": ["precompute", "--force"],
+    }
     outcome = mpl(*command[name.split("/")[0]], "--run", run)
     assert outcome.status == 1
     assert Path(name).name in outcome.err or str(path.parent) in outcome.err

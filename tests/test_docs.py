@@ -1,0 +1,52 @@
+"""The code and the commands in the documentation run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from stages.cli import COMMANDS, LazyGroup
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_loop_of_the_meta_gradient_page_runs() -> None:
+    (code,) = blocks(ROOT / "docs/meta-gradient.md", "python")
+    names: dict = {}
+    exec(code, names)
+    assert names["gradient"].shape == (32, 10)
+    assert float(names["gradient"].abs().max()) > 0
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    return sorted({line.split("#")[0].strip() for line in lines if line.startswith("mpl ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_the_documentation_parses(line: str) -> None:
+    """Names and options exist; what they do is tested in tests/stages."""
+    for single in line.split("&&"):
+        _, name, *arguments = shlex.split(single)
+        assert name in COMMANDS
+        context = click.Context(click.Command("mpl"))
+        command = LazyGroup().get_command(context, name)
+        while isinstance(command, click.Group):
+            command, arguments = command.get_command(context, arguments[0]), arguments[1:]
+        assert command is not None, line
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert {a for a in arguments if a.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
