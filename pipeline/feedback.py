@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import FeedbackError
+from pipeline.tangents import FusedTangents
 
 Engine = Literal["exact", "central", "one_sided"]
 Tensors = dict[str, Tensor]
@@ -92,7 +93,8 @@ def directional_derivative(replay: Replay, direction: Tensors, engine: Engine, r
 @torch.no_grad()
 def forward_mode(replay: Replay, direction: Tensors) -> tuple[Tensor, Tensor]:
     """(log p, its derivative along `direction`), by one pass over dual numbers."""
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no JVP
+    # the fused attention kernels have no JVP
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FusedTangents():
         duals = {
             name: forward_ad.make_dual(value, direction[name]) if name in direction else value
             for name, value in replay.parameters.items()

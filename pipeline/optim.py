@@ -153,16 +153,18 @@ def rmsprop_derivative(group: Group, state: State, gradient: Tensor) -> Tensor:
     """torch's RMSprop, ε outside the root: with s² = α·r + (1 − α)g², D = −η (α·r/s + ε) / (s + ε)²."""
     alpha, eps = group["alpha"], group["eps"]
     carried = alpha * state["square_avg"] if state else torch.zeros_like(gradient)
-    s = (carried + (1 - alpha) * gradient.square()).sqrt()
-    return -float(group["lr"]) * (safe_ratio(carried, s) + eps) / (s + eps).square()
+    s = torch.addcmul(carried, gradient, gradient, value=1 - alpha).sqrt_()
+    ratio = safe_ratio(carried, s).add_(eps)
+    return ratio.div_(s.add_(eps).square_()).mul_(-float(group["lr"]))
 
 
 def rmsprop_tf_derivative(group: Group, state: State, gradient: Tensor) -> Tensor:
     """TensorFlow's RMSprop, ε inside, average started at one: D = −η (α·r + ε)(r' + ε)^(−3/2)."""
     alpha, eps = group["alpha"], group["eps"]
     carried = alpha * state["square_avg"] if state else torch.full_like(gradient, alpha)
-    updated = carried + (1 - alpha) * gradient.square()
-    return -float(group["lr"]) * (carried + eps) * (updated + eps).pow(-1.5)
+    carried += eps
+    root = torch.addcmul(carried, gradient, gradient, value=1 - alpha).rsqrt_()
+    return carried.mul_(root).mul_(root).mul_(root).mul_(-float(group["lr"]))
 
 
 def adam_derivative(group: Group, state: State, gradient: Tensor) -> Tensor:

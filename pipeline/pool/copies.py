@@ -1,11 +1,12 @@
 """Copies of evaluation images: near-duplicates, not look-alikes.
 
-Two looks. Candidates come from a thumbnail of the luminance, 8×8, with mean and contrast taken out, of the
-image as it is and mirrored, in place and shifted by two pixels. Each candidate is then laid over the image at
-full size (at most 32 pixels), shifted by up to two pixels or trimmed by as much, and compared by the
-correlation of their *detail*: what is left when a blurred version is taken away. A copy keeps its detail through re-encoding, a change of brightness or contrast, the loss of colour, a
-shift or a mirror; another picture of the same thing shares the large forms, which is why thumbnails alone
-cannot tell, but not the detail. A teacher's features are class features, not copy features, and play no part.
+Two looks. Candidates come from a thumbnail of the luminance, 8×8, with mean and contrast taken out, of the image
+as it is and mirrored, in place and shifted by two pixels. Each candidate is then laid over the image at full size
+(at most 32 pixels), shifted by up to two pixels or trimmed by as much, and compared by the correlation of their
+*detail*: what is left when a blurred version is taken away. A copy keeps its detail through re-encoding, a change of
+brightness or contrast, the loss of colour, a shift or a mirror; another picture of the same thing shares the large
+forms, which is why thumbnails alone cannot tell, but not the detail. A teacher's features are class features, not
+copy features, and play no part.
 
 How it was measured: benchmarks/copies.py.
 """

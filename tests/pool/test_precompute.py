@@ -106,7 +106,7 @@ def test_killed_at_any_file_it_goes_on_to_the_same_bytes(selected, labelled, sco
         pass
 
     rename = Path.replace
-    for _ in range(1, 40):
+    for attempts in range(1, 40):  # noqa: B007
         done = []
 
         def one_then_die(path, target, done=done):

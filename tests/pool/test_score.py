@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.dense import fixed_numbers
 from pipeline.errors import DataError, RunError
-from pipeline.pool.copies import CopyIndex
+from pipeline.pool.copies import CopyIndex, default_threshold
 from pipeline.pool.infer import log_odds
 from pipeline.pool.parts import part_path, part_schema, read_info, read_part
 from pipeline.pool.score import is_scored, score_shard
@@ -119,7 +119,7 @@ def test_copies_are_written_with_their_match(make_shards, scorer, images_of, tmp
     score_shard(shard, scorer, tmp_path, fingerprint="f", copies=index)
     table = pq.read_table(part_path(tmp_path, shard.name))
     similarity = np.array(table.column("similarity").to_pylist())
-    assert np.flatnonzero(similarity >= index.threshold).tolist() == [4, 17]
+    assert np.flatnonzero(similarity >= default_threshold(8)).tolist() == [4, 17]
     assert table.column("match").to_pylist()[4] == "test/t/0"
     assert table.column("match").to_pylist()[17] == "test/t/1"
 
