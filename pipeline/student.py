@@ -137,6 +137,9 @@ class StudentStep:
 
     def __post_init__(self) -> None:
         self._taken = self.student.steps_taken
+        clipped = self._derivative if self.student.clip_norm is not None else ()
+        parameters = dict(self.student.module.named_parameters())
+        self._clipped = {name: parameters[name].grad for name in clipped}  # outlive a zero_grad() of the caller
 
     def target_gradient(self, images: Tensor, labels: Tensor, *, engine: Engine = "exact") -> Tensor:
         """Gradient of the labelled loss after this step with respect to this step's targets.
@@ -181,8 +184,7 @@ class StudentStep:
         if clip is None or clip / (n + 1e-6) >= 1:
             return v
         scale = clip / (n + 1e-6)
-        parameters = dict(self.student.module.named_parameters())
-        raw = {name: g / scale for name in self._derivative if (g := parameters[name].grad) is not None}
+        raw = {name: g / scale for name, g in self._clipped.items() if g is not None}
         along = sum(((v[name] * raw[name]).sum() for name in v), torch.zeros_like(n))
         clipped_away = along / (n * (n + 1e-6))
         return {name: scale * (v.get(name, 0.0) - g * clipped_away) for name, g in raw.items()}

@@ -46,7 +46,7 @@ def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any
     """
     if context.dry_run:
         stage = plan(context)
-        decision = _decide(context, stage)
+        decision = decide(context, stage)
         context.console.note(f"{stage.name}: would {decision.action} ({decision.reason})")
         return _tell(context, {"stage": stage.name, "action": str(decision.action), "reason": decision.reason})
     context.run.description  # noqa: B018  (refuses a foreign directory before anything is written there)
@@ -57,7 +57,7 @@ def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any
 
 def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
     run, console = context.run, context.console
-    decision = _decide(context, stage)
+    decision = decide(context, stage)
     if decision.action is Action.SKIP:
         record = run.record(stage.name)
         assert record is not None
@@ -82,7 +82,8 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
     return record
 
 
-def _decide(context: Context, stage: Stage) -> Decision:
+def decide(context: Context, stage: Stage) -> Decision:
+    """What the stage would do."""
     return context.run.decide(stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap)
 
 

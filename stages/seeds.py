@@ -4,7 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,10 @@ def run_step(values: dict[str, Any], step: Step, threads: int) -> dict[str, Any]
 
     import torch
 
+    from pipeline.runs import Action
     from stages.cli import silence_torch
     from stages.console import Console
-    from stages.execution import execute
+    from stages.execution import decide, execute
     from stages.options import changed
 
     silence_torch()
@@ -114,4 +115,7 @@ def run_step(values: dict[str, Any], step: Step, threads: int) -> dict[str, Any]
     console = Console(quiet=True, prefix=f"{step.run.name}{f'/{name}' if name else ''} ")
     context = make_context(**values, recipe=None, parsed=recipe, console=console)
     plan: Callable[..., Any] = importlib.import_module(f"stages.{step.module}").plan
+    if context.force:  # of a comparison: make again what changed, and only that
+        stage = plan(replace(context, force=False), **dict(step.arguments))
+        context = replace(context, force=decide(replace(context, force=False), stage).action is Action.REFUSE)
     return execute(context, lambda c: plan(c, **dict(step.arguments)))

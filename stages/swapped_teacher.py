@@ -44,8 +44,7 @@ def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
         outputs=outputs,
         work=lambda: work(context, seeds, jobs),
         summary=lambda result: f"won back: {100 * result['won_back']['feedback']:.0f}%; {outputs[0]}",
-        replaces=[path.name for path in outputs]
-        + [f"seed-{s}{part}" for s in range(seeds) for part in ("", "-swapped")],
+        replaces=[path.name for path in outputs],
         cheap=frozenset({"seeds"}),
     )
 

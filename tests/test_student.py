@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.optim import RMSpropTF
 from torch import nn
 
 from pipeline.config import CalibratorSettings
@@ -49,6 +50,19 @@ def test_the_oracle_takes_the_step_that_the_optimiser_takes(rule: str) -> None:
     problem.learn()
     for name, p in problem.student.model.named_parameters():
         torch.testing.assert_close(p.detach(), after[name].detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["adam_decoupled", "rmsprop_tf_decoupled", "frozen"])
+def test_variants_of_the_rules(rule: str) -> None:
+    """Decoupled decay by option leaves D alone; a frozen parameter takes no part."""
+    problem = make_problem(rule=rule.removesuffix("_decoupled"), decay=True)
+    group = problem.student.optimizer.param_groups[0]
+    if rule == "frozen":
+        problem.student.model.conv1.requires_grad_(False)
+    group["decoupled_weight_decay" if rule.startswith("adam") else "decoupled_decay"] = rule != "frozen"
+    exact = problem.oracle()
+    found = problem.learn().target_gradient(problem.labelled, problem.labels)
+    assert relative_error(found, exact) < 1e-9
 
 
 def test_weights_per_row() -> None:
@@ -119,7 +133,10 @@ def test_a_stale_step_gives_no_feedback() -> None:
     [
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening"),
         (lambda p: torch.optim.RMSprop(p, centered=True), "centered"),
+        (lambda p: RMSpropTF(p, centered=True), "centered"),
+        (lambda p: RMSpropTF(p, momentum=0.9, caution=True), "caution"),
         (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
         (lambda p: torch.optim.SGD(p, lr=0.1, maximize=True), "maximize"),
         (lambda p: torch.optim.Adadelta(p), "Adadelta"),
     ],

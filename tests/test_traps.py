@@ -106,7 +106,6 @@ def labelled_gradient_at_the_old_weights(patch: Patch) -> None:
         with torch.no_grad():
             for n, p in module.named_parameters():
                 p.copy_(kept[-1].parameters[n])
-            result = None
         result = original(module, *args)
         with torch.no_grad():
             for n, p in module.named_parameters():
@@ -183,30 +182,89 @@ def sign_flipped(patch: Patch) -> None:
     patch.setattr(student, "directional_derivative", lambda *a: -original(*a))
 
 
-MUTANTS = [
-    other_masks,
-    other_masks_unguarded,
-    batch_norm_in_eval_mode,
-    replay_at_the_new_weights,
-    labelled_gradient_at_the_old_weights,
-    sgd_derivative_on_rmsprop,
-    denominator_taken_as_constant,
-    last_layer_only,
-    clipping_term_ignored,
-    labelled_loss_with_dropout,
-    labelled_loss_in_eval_mode,
-    labelled_loss_by_the_model_itself,
-    labelled_loss_by_backward,
-    replay_updates_running_statistics,
-    sign_flipped,
-]
+def batch_size_forgotten(patch: Patch) -> None:
+    original = student.directional_derivative
+    patch.setattr(student, "directional_derivative", lambda *a: original(*a) * len(a[3]))
+
+
+OFF, GUARD, STATISTICS = "gradient off by", "guard: the replayed forward differs", "running statistics moved"
+MUTANTS = {
+    other_masks: GUARD,
+    other_masks_unguarded: OFF,
+    batch_norm_in_eval_mode: OFF,
+    replay_at_the_new_weights: OFF,
+    labelled_gradient_at_the_old_weights: OFF,
+    sgd_derivative_on_rmsprop: OFF,
+    denominator_taken_as_constant: OFF,
+    last_layer_only: OFF,
+    clipping_term_ignored: OFF,
+    labelled_loss_with_dropout: "the random state moved",
+    labelled_loss_in_eval_mode: OFF,
+    labelled_loss_by_the_model_itself: STATISTICS,
+    labelled_loss_by_backward: ".grad was disturbed",
+    replay_updates_running_statistics: STATISTICS,
+    sign_flipped: OFF,
+    batch_size_forgotten: OFF,
+}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
 def test_every_mistake_is_noticed(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    """And for its own reason, not for another."""
     problem = the_problem()
     mutant(monkeypatch)
-    assert broken(problem) is not None
+    assert str(broken(problem)).startswith(MUTANTS[mutant])
+
+
+@pytest.mark.parametrize("mutant", [batch_norm_in_eval_mode, replay_at_the_new_weights])
+def test_the_guard_sees_wrong_modes_and_weights(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    problem = the_problem()
+    guard = feedback.check_replay
+    mutant(monkeypatch)
+    monkeypatch.setattr(feedback, "check_replay", guard)
+    assert str(broken(problem)).startswith(GUARD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["dropout", "drop_path"])
+def test_each_kind_of_mask_is_guarded(kind: str, dtype: torch.dtype, monkeypatch: Patch) -> None:
+    problem = make_problem("efficientnet", dropout=kind == "dropout", drop_path=kind == "drop_path", dtype=dtype)
+    step = problem.learn()
+    step.target_gradient(problem.labelled, problem.labels)
+    other_masks(monkeypatch)
+    with pytest.raises(FeedbackError, match="differs from the recorded one"):
+        step.target_gradient(problem.labelled, problem.labels)
+
+
+def test_the_labelled_loss_is_free_of_dropout() -> None:
+    """R of one step, asked for twice under other seeds, is one number."""
+    problem = the_problem()
+    step = problem.learn()
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        step.target_gradient(problem.labelled, problem.labels)
+        found.append(float(step.labelled_loss))
+    assert found[0] == found[1]
+
+
+def test_clearing_the_gradients_before_asking_does_no_harm() -> None:
+    """As a training loop of one's own may do; the clipping term needs them."""
+    problem = the_problem()
+    exact = problem.oracle()
+    step = problem.learn()
+    problem.student.optimizer.zero_grad()
+    assert relative_error(step.target_gradient(problem.labelled, problem.labels), exact) < 1e-8
+
+
+def test_fused_attention_serves_the_step_and_not_the_replay() -> None:
+    """The step runs on the fused kernel, float32 and all; only the replay leaves it."""
+    exact, fused = make_problem("vit"), make_problem("vit", dtype=torch.float32)
+    assert all(block.attn.fused_attn for block in fused.student.model.blocks)
+    expected = exact.oracle()
+    found = fused.learn().target_gradient(fused.labelled, fused.labels)
+    assert relative_error(found.double(), expected) < 1e-3
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 class OwnNoise(nn.Module):

@@ -24,7 +24,7 @@ def updated(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor, 
     """θ' = θ + f(g) of one parameter, differentiable in g; `p` finds the state, `theta` is the value."""
     state, lr, mu = optimizer.state.get(p, {}), group["lr"], group.get("momentum", 0.0)
     decay = group["weight_decay"]
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay") or group.get("decoupled_decay"):
         theta = theta * (1 - lr * decay)
     else:
         g = g + decay * theta
@@ -82,7 +82,7 @@ def step_and_loss(
             gradients = tuple(g * torch.clamp(clip_norm / (norm + 1e-6), max=1.0) for g in gradients)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         after = {
-            name: updated(optimizer, groups[id(p)], p, theta[name], g)
+            name: updated(optimizer, groups[id(p)], p, theta[name], g) if p.requires_grad else theta[name]
             for (name, p), g in zip(model.named_parameters(), gradients, strict=True)
         }
         modes = {m: m.training for m in model.modules()}

@@ -182,6 +182,12 @@ def test_reproduce_table2_and_again(mpl, tmp_path, recipe) -> None:
     assert (run / "table2.png").read_bytes().startswith(b"\x89PNG")
     again = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2)
     assert "already done" in again.err
+    teacher = (run / "seed-0/teacher/model.safetensors").stat().st_mtime_ns
+    changed = ["--recipe", recipe, "--run", run, "--seeds", 2, "--set", "train_reduced.steps=20"]
+    assert "--force" in mpl("reproduce", "table2", *changed).err
+    assert mpl("reproduce", "table2", *changed, "--force").status == 0
+    assert (run / "seed-0/teacher/model.safetensors").stat().st_mtime_ns == teacher
+    assert "20 steps" in (run / "table2.md").read_text()
 
 
 def test_help_imports_no_torch() -> None:
