@@ -2,12 +2,15 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
 from timm.optim import RMSpropTF
 from torch import Tensor, nn
 
@@ -15,11 +18,17 @@ from pipeline.student import Student
 
 CLASSES, BATCH, LABELLED = 5, 4, 3
 RULES = ("sgd", "momentum", "nesterov", "rmsprop", "rmsprop_tf", "adam", "adamw")
-NETWORKS = {
-    "resnet": ("resnet10t", {}),
-    "efficientnet": ("test_efficientnet", {}),
-    "vit": ("test_vit", {"img_size": 32, "patch_size": 8}),
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet": partial(timm.create_model, "resnet10t"),
+    "efficientnet": lambda **arguments: small_efficientnet(**arguments),
+    "vit": partial(timm.create_model, "test_vit", img_size=32, patch_size=8),
 }
+
+
+def small_efficientnet(**arguments: Any) -> nn.Module:
+    """EfficientNet-B0's kinds of block, with the shortcuts (and so the drop path) that timm's test net lacks."""
+    blocks = [["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e4_c16_se0.25"], ["ir_r2_k5_s1_e4_c16_se0.25"]]
+    return EfficientNet(decode_arch_def(blocks), num_features=64, stem_size=8, act_layer=nn.SiLU, **arguments)
 
 
 @dataclass
@@ -80,13 +89,8 @@ def make_problem(
 ) -> Problem:
     """A problem; `warm` takes two steps first, so that averages and momentum are not fresh."""
     torch.manual_seed(3)
-    name, options = NETWORKS[network]
-    model = timm.create_model(
-        name,
-        num_classes=CLASSES,
-        drop_rate=0.3 if dropout else 0.0,
-        drop_path_rate=0.3 if drop_path else 0.0,
-        **options,
+    model = NETWORKS[network](
+        num_classes=CLASSES, drop_rate=0.3 if dropout else 0.0, drop_path_rate=0.3 if drop_path else 0.0
     )
     model = copy.deepcopy(model).to(dtype).train()
     images = torch.randn(3, batch, 3, 32, 32, dtype=dtype)

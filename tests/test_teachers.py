@@ -47,6 +47,19 @@ def test_a_plain_perceptron_has_five_linear_layers() -> None:
     assert widths == [(10, 128), (128, 128), (128, 128), (128, 128), (128, 10)]
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("kind", ["residual", "perceptron"])
+def test_rows_of_the_calibrator_are_distributions(kind: str, classes: int) -> None:
+    """Also far from the start, and for one-hot and uniform rows."""
+    torch.manual_seed(0)
+    network = CalibratorNetwork(classes, CalibratorSettings(kind=kind))
+    torch.nn.init.normal_(network.layers[-1].weight)
+    q = torch.cat([torch.eye(classes)[:3], torch.full((1, classes), 1 / classes)])
+    out = network(q)
+    assert float(out.min()) >= 0
+    torch.testing.assert_close(out.sum(1), torch.ones(4))
+
+
 def test_rows_with_their_true_label_are_not_calibrated() -> None:
     torch.manual_seed(0)
     calibrator = Calibrator(4, CalibratorSettings(), FeedbackSettings(), CPU)

@@ -259,7 +259,11 @@ def test_clearing_the_gradients_before_asking_does_no_harm() -> None:
 
 def test_fused_attention_serves_the_step_and_not_the_replay() -> None:
     """The step runs on the fused kernel, float32 and all; only the replay leaves it."""
-    exact, fused = make_problem("vit"), make_problem("vit", dtype=torch.float32)
+    exact, fused = make_problem("vit"), make_problem("vit")
+    fused.student.model.float()
+    fused.images, fused.targets, fused.labelled = fused.images.float(), fused.targets.float(), fused.labelled.float()
+    for state in fused.student.optimizer.state.values():
+        state.update({name: value.float() for name, value in state.items()})
     assert all(block.attn.fused_attn for block in fused.student.model.blocks)
     expected = exact.oracle()
     found = fused.learn().target_gradient(fused.labelled, fused.labels)

@@ -167,6 +167,33 @@ def test_doctor_finds_nothing_wrong(mpl) -> None:
     assert "digits" in json.loads(outcome.out)["data sets"]
 
 
+def test_your_own_images_as_the_readme_says(mpl, tmp_path, monkeypatch, recipe) -> None:
+    """A folder of photographs of two sizes and formats → import → the whole chain."""
+    import numpy as np
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for label, name in enumerate(["red", "green", "blue", "unlabelled"]):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for i in range(30):
+            pixels = random.integers(0, 120, (24, 40, 3), dtype=np.uint8)
+            pixels[..., i % 3 if name == "unlabelled" else label] += 120
+            Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
+    assert mpl("data", "import", "photos", "mydata").status == 0
+    assert mpl("data", "check", "mydata/manifest.yaml", "--all").status == 0
+    short = ["--recipe", recipe, "--set", "data.manifest=mydata/manifest.yaml", "--set", "data.image_size=16"]
+    outcome = mpl("pretrain", "--run", "runs/mine", "--data", "mydata", *short)
+    assert outcome.status == 0, outcome.err
+    for stage in ("filter", "precompute", "train-reduced", "evaluate"):
+        outcome = mpl(stage, "--run", "runs/mine")
+        assert outcome.status == 0, outcome.err
+    judged = json.loads((tmp_path / "runs/mine/evaluation.json").read_text())
+    assert list(judged["per_class"]) == ["blue", "green", "red"]
+    assert judged["images"] == 18
+
+
 def test_reproduce_table2_and_again(mpl, tmp_path, recipe) -> None:
     run = tmp_path / "table2"
     outcome = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2, "--jobs", 2)
