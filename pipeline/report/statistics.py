@@ -35,7 +35,7 @@ class PairedDifference:
     def __str__(self) -> str:
         if self.low is None or self.high is None:
             return f"{self.mean:+.2f} (n = {self.n}: no interval)"
-        p = "" if self.p is None else f", p = {self.p:.3f}"
+        p = "" if self.p is None else ", p < 0.001" if self.p < 0.001 else f", p = {self.p:.3f}"
         verdict = "" if self.p is None or self.p < 0.05 else "; no significant difference"
         return f"{self.mean:+.2f}, 95% interval [{self.low:+.2f}, {self.high:+.2f}]{p}, n = {self.n}{verdict}"
 
