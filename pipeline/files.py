@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all, and their fingerprints."""
+"""Files, on disk or in object storage, that appear whole or not at all; and their fingerprints.
+
+A `Location` is a `pathlib.Path`, or for a URL (`s3://bucket/pool`) a `UPath`, which has the same methods over
+fsspec. Read through `opened`, write through `whole_file`, and both kinds behave alike.
+"""
 
 import hashlib
 import json
@@ -7,44 +11,111 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pipeline.errors import RunError
+from upath import UPath
+
+from pipeline.errors import DataError, RunError
+
+Location = Path | UPath
 
 CHUNK = 1 << 20  # bytes read at a time when hashing
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it is synced and renamed into place.
+REMOTE = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "adlfs", "s3fs", "urllib3"})
 
-    On any exception, a full disk included, the temporary file is removed and `path` is as it was.
+
+def location(place: str | Location) -> Location:
+    """A path on disk, or a place in object storage where `place` is a URL.
 
     Raises:
-        RunError: the place cannot be written (the disk is full, a parent is a file, …).
+        DataError: nothing that is installed understands URLs of this kind.
     """
-    temporary = path  # until it exists
+    if not isinstance(place, str) or "://" not in place:
+        return Path(place) if isinstance(place, str) else place
+    if place.startswith("file://"):
+        return Path(place.removeprefix("file://"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        found = UPath(place)
+        found.fs  # noqa: B018  (imports the implementation)
+    except (ImportError, ValueError) as error:
+        hint = "; please install s3fs (pip install 'reduced-mpl[s3]')" if place.startswith("s3://") else ""
+        raise DataError(f"{place} cannot be used: {error}{hint}") from error
+    return found
+
+
+def is_local(place: Location) -> bool:
+    """Whether it lies on a disk of this machine."""
+    return isinstance(place, Path)
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Failures of object storage become OSError, whatever library they come from."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in REMOTE:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+@contextmanager
+def opened(place: Location) -> Iterator[IO[bytes]]:
+    """Open for reading bytes; seekable.
+
+    Raises:
+        OSError: it is not there, or cannot be read; so also inside the `with`, on a dropped connection
+            that stays so through the retries of the storage's library.
+    """
+    with storage_errors(), place.open("rb") as file:
+        yield file
+
+
+@contextmanager
+def whole_file(path: Location) -> Iterator[Path]:
+    """Yield a temporary path on disk; on a clean exit its content appears at `path` at once.
+
+    On disk it lies beside `path`, and is synced and renamed into place; in object storage it is uploaded (an
+    object appears when its upload is complete). On any exception, a full disk included, the temporary file is
+    removed and `path` is as it was.
+
+    Raises:
+        RunError: the place cannot be written (the disk is full, a parent is a file, storage refuses, …).
+    """
+    temporary: Path | None = None
+    try:
+        folder = path.parent if isinstance(path, Path) else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide results from colleagues
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        if isinstance(path, Path):
+            _move_into_place(temporary, path)
+        else:
+            with storage_errors():
+                path.fs.put_file(str(temporary), path.path)
     except OSError as error:
         raise RunError(
             f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
             "free some space or choose a place that can be written, then run the same command again"
         ) from error
     finally:
-        if temporary != path:
+        if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide results from colleagues
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -61,35 +132,43 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Location, text: str) -> None:
     """Write `text` (UTF-8) whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Location, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all; NaN is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Location) -> str:
     """SHA-256 of a whole file, hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with opened(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def quick_fingerprint(path: Path) -> str:
+def quick_fingerprint(path: Location) -> str:
     """Size plus SHA-256 of the first and last MiB: cheap for shards of any size.
 
     A Parquet footer and a tar's end lie in the last MiB, so a file cut short or written anew differs.
-    It does not see a change of equal length in the middle of a large file.
+    It does not see a change of equal length in the middle of a large file. In object storage, size and ETag
+    where there is one: a single request, and a change anywhere shows.
     """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
+    if not isinstance(path, Path):
+        with storage_errors():
+            path.fs.invalidate_cache()  # a listing may be older than the object
+            info = path.fs.info(path.path)
+        if tag := info.get("ETag") or info.get("etag"):
+            return fingerprint(["etag", info["size"], str(tag)])
+    with opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        file.seek(0)
         digest.update(file.read(CHUNK))
         file.seek(max(0, size - CHUNK))
         digest.update(file.read(CHUNK))
@@ -102,14 +181,15 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Location) -> Any:
     """Read JSON.
 
     Raises:
         RunError: the file is missing, cut short or edited into something else.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with opened(path) as file:
+            return json.loads(file.read())
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
