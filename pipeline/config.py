@@ -29,6 +29,7 @@ from pipeline.errors import RecipeError
 
 Rule = Literal["sgd", "nesterov", "rmsprop", "rmsprop_tf", "adamw"]
 TeacherKind = Literal["calibrator", "fixed", "none"]
+Reading = Literal["memory", "stream"]
 
 
 class Settings(BaseModel):
@@ -168,6 +169,8 @@ class TrainReducedSettings(TrainSettings):
     student_data: Literal["auto", "pool", "pool+labelled"] = "auto"
     labelled_target: Literal["auto", "label", "teacher"] = "auto"
     labelled_share: float = Field(default=0.25, gt=0.0, lt=1.0)  # of the batch, with pool+labelled
+    reading: Literal["auto"] | Reading = "auto"  # of the pool; auto: memory up to data.memory_gib
+    workers: NonNegativeInt | None = None  # threads that decode a streamed pool; none: as suits the image size
     calibrator: CalibratorSettings = CalibratorSettings()
     feedback: FeedbackSettings = FeedbackSettings()
 
@@ -188,7 +191,7 @@ class DataSettings(Settings):
     labelled: PositiveInt | None = None  # use only the first so many labelled images
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
-    memory_gib: PositiveFloat = 4.0  # decoded images beyond this lie in a file beside the run
+    memory_gib: PositiveFloat = 4.0  # splits beyond this lie decoded in a file beside the run, pools are streamed
 
 
 class ReproduceSettings(Settings):

@@ -1,10 +1,32 @@
 """Dense rows of numbers in Arrow and Parquet: fixed-size binary values, moved without a copy per row."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from pipeline.files import Location, opened
+
+
+@contextmanager
+def open_parquet(place: Location, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file on disk or in object storage; `options` of `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        OSError: it is not there, or cannot be read; also inside the `with`.
+        pa.ArrowInvalid: it is cut short, or no Parquet file.
+    """
+    if isinstance(place, Path):
+        with pq.ParquetFile(place, **options) as file:
+            yield file
+    else:
+        with opened(place) as stream, pq.ParquetFile(stream, pre_buffer=True, **options) as file:
+            yield file
 
 
 def fixed_binary(values: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa.Array:

@@ -7,9 +7,10 @@ fsspec. Read through `opened`, write through `whole_file`, and both kinds behave
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ Location = Path | UPath
 CHUNK = 1 << 20  # bytes read at a time when hashing
 
 
+UPLOAD = "mpl-upload-"  # of temporary files on their way to object storage
 REMOTE = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "adlfs", "s3fs", "urllib3"})
 
 
@@ -87,9 +89,11 @@ def whole_file(path: Location) -> Iterator[Path]:
     """
     temporary: Path | None = None
     try:
+        local = isinstance(path, Path)
         folder = path.parent if isinstance(path, Path) else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=folder)
+        prefix = f".{path.name}." if local else f"{UPLOAD}{os.getpid()}-"
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -106,6 +110,51 @@ def whole_file(path: Location) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(*folders: Location) -> None:
+    """Remove what a killed process left of files that it was writing into these folders, or uploading from here.
+
+    Only for someone who holds the lock on the folders: nobody else is writing there.
+    """
+    for folder in folders:
+        if isinstance(folder, Path):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+    for path in Path(tempfile.gettempdir()).glob(f"{UPLOAD}*.tmp"):
+        process = path.name.removeprefix(UPLOAD).split("-")[0]
+        if not _is_alive(process):
+            path.unlink(missing_ok=True)
+
+
+def names_in(folder: Location) -> set[str]:
+    """Names of what lies in a folder; none where there is no such folder."""
+    with storage_errors(), suppress(FileNotFoundError, NotADirectoryError):
+        if isinstance(folder, Path):
+            return {path.name for path in folder.iterdir()}
+        folder.fs.invalidate_cache()  # a listing may be older than what workers have written
+        return {str(name).rstrip("/").rsplit("/", 1)[-1] for name in folder.fs.ls(folder.path, detail=False)}
+    return set()
+
+
+def discard(*places: Location) -> None:
+    """Remove files and whole folders; what is not there is no error."""
+    for place in places:
+        if isinstance(place, Path):
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        else:
+            with storage_errors(), suppress(FileNotFoundError):
+                place.fs.rm(place.path, recursive=True)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:

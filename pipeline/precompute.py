@@ -2,29 +2,31 @@
 
 Two steps, each resumable by file: every shard of the pool is read once, in order, and its selected
 images are dealt to the training shards in a spill file; then each training shard gathers its share
-from all spill files. At most one shard of the pool, or one training shard, is in memory.
+from all spill files. A worker has at most one shard of the pool, or one training shard, in memory.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from torch import nn
 
 from pipeline.data.shards import Sample, Shard
-from pipeline.dense import fixed_binary, fixed_numbers
+from pipeline.dense import fixed_binary, fixed_numbers, open_parquet
+from pipeline.engines import EngineSettings, run_all
 from pipeline.errors import DataError, RunError, TargetsError
+from pipeline.files import Location, discard, opened, remove_leftovers, whole_file
 from pipeline.files import fingerprint as fingerprint_of
-from pipeline.files import whole_file
-from pipeline.pool.infer import Scorer, decoded_batches, distributions
+from pipeline.pool.infer import Inferred, Scorer, distributions, infer_batches
 from pipeline.pool.scored import ScoredPool
 from pipeline.pool.selection import SelectionFile
 from pipeline.seeds import permutation
@@ -32,17 +34,23 @@ from pipeline.targets import (
     ITEM,
     MANIFEST,
     Dtype,
+    PoolFormat,
     TargetsStore,
     file_is_done,
     labelled_schema,
+    pool_file_is_done,
     pool_schema,
     read_manifest,
+    remove_foreign,
     write_manifest,
+    write_pool_file,
     write_targets,
 )
 
 SPILL = "spill"
 LABELLED_ROWS = 1 << 16  # labelled images of one file
+SAMPLED = 8  # shards whose first selected images tell how large an image is
+OVERHEAD = {"parquet": 64, "webdataset": 832}  # bytes of a row beside image and distribution
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class StoreSettings:
     Attributes:
         teacher: fingerprint of the teacher.
         dtype: of the stored distributions.
+        format: "parquet", or "webdataset": tars with the distributions in files beside them.
         shard_rows: images of a training shard, at most.
         seed: of the shuffle.
         labelled: fingerprint of the labelled split.
@@ -60,6 +69,7 @@ class StoreSettings:
     teacher: str
     labelled: str
     dtype: Dtype = "float16"
+    format: PoolFormat = "parquet"
     shard_rows: int = 20_000
     seed: int = 0
 
@@ -86,7 +96,7 @@ def store_fingerprint(selection: SelectionFile, settings: StoreSettings) -> str:
     return fingerprint_of(["targets", selection.fingerprint, asdict(settings)])
 
 
-def is_precomputed(folder: Path, selection: SelectionFile, settings: StoreSettings) -> bool:
+def is_precomputed(folder: Location, selection: SelectionFile, settings: StoreSettings) -> bool:
     """Whether `folder` holds the finished store of this selection under these settings."""
     try:
         return bool(read_manifest(folder)["fingerprint"] == store_fingerprint(selection, settings))
@@ -94,8 +104,32 @@ def is_precomputed(folder: Path, selection: SelectionFile, settings: StoreSettin
         return False
 
 
+class Runner(Protocol):
+    """Has all items done by an engine; `name` and `size` (in images) are for people."""
+
+    def __call__(
+        self,
+        work: Callable[[int, Callable[[int], None]], int],
+        items: Sequence[int],
+        *,
+        name: Callable[[int], str],
+        size: Callable[[int], int],
+    ) -> object: ...
+
+
+def run_here(
+    work: Callable[[int, Callable[[int], None]], int],
+    items: Sequence[int],
+    *,
+    name: Callable[[int], str],
+    size: Callable[[int], int],
+) -> None:
+    """The simplest runner: in this process, one after the other."""
+    run_all(EngineSettings(), work, items, name=name, progress=lambda count: None, done=lambda item, count: None)
+
+
 def precompute(
-    folder: Path,
+    folder: Location,
     selection: SelectionFile,
     shards: Sequence[Shard],
     labelled: Iterable[tuple[str, Sample]],
@@ -104,6 +138,8 @@ def precompute(
     *,
     scores: ScoredPool | None,
     preprocessing: dict[str, Any],
+    run: Runner = run_here,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write targets/ and return its manifest. Killed and started again, it goes on by the file.
 
@@ -117,6 +153,8 @@ def precompute(
         scores: the scores that the selection was made from, whose distributions are stored; None when
             the teacher is another one, and then its distributions are inferred here.
         preprocessing: told in the manifest.
+        run: does the shards, here or in workers.
+        tell: told the size to expect.
 
     Raises:
         DataError: the selection was made from other scores or names shards or rows that are not there.
@@ -130,17 +168,28 @@ def precompute(
             f"the selection has the classes {', '.join(selection.class_names[:5])}… ({len(selection.class_names)}), "
             f"the teacher {', '.join(scorer.class_names[:5])}… ({len(scorer.class_names)})"
         )
-    (folder / MANIFEST).unlink(missing_ok=True)  # unfinished from here on
+    discard(folder / MANIFEST)  # unfinished from here on
+    remove_leftovers(folder, folder / SPILL)
     chosen = distinct_images(selection, [shard.name for shard in shards])
-    plan = _Plan(folder, mark, chosen, shards, scorer, settings, scores)
-    _remove_foreign(folder, mark)
-    plan.require_disk()
-    for at in range(len(shards)):
-        plan.deal(at)
-    for target in range(plan.files):
-        plan.gather(target)
+    plan = Plan(folder, mark, chosen, shards, scorer, settings, scores)
+    remove_foreign(folder, mark, settings.format)
+    plan.require_disk(tell)
+    left = plan.files_left()
+    if left:
+        run(
+            Deal(plan),
+            [at for at in range(len(shards)) if plan.images_of(at).stop > plan.images_of(at).start],
+            name=lambda at: shards[at].name,
+            size=lambda at: plan.images_of(at).stop - plan.images_of(at).start,
+        )
+        run(
+            Gather(plan),
+            left,
+            name=lambda file: f"training shard {file}",
+            size=lambda file: int(plan.bounds[file + 1] - plan.bounds[file]),
+        )
     skipped = write_labelled(folder, labelled, scorer, settings, mark)
-    shutil.rmtree(folder / SPILL, ignore_errors=True)
+    discard(folder / SPILL)
     return write_manifest(
         folder,
         fingerprint=mark,
@@ -176,12 +225,12 @@ def distinct_images(selection: SelectionFile, shard_names: Sequence[str]) -> Cho
     )
 
 
-class _Plan:
-    """Which image goes where."""
+class Plan:
+    """Which image goes where. Sent to workers; they share it through files alone."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: Location,
         mark: str,
         chosen: Chosen,
         shards: Sequence[Shard],
@@ -190,48 +239,61 @@ class _Plan:
         scores: ScoredPool | None,
     ):
         self.folder, self.mark, self.chosen, self.shards = folder, mark, chosen, shards
-        self.scorer, self.settings, self.scores = scorer, settings, scores
+        self.settings, self.scores = settings, scores
+        self.scorer = scorer if scores is None else replace(scorer, model=nn.Identity())  # its weights stay here
         count = len(chosen.row)
         self.files = -(-count // settings.shard_rows)
-        self.order = permutation(count, settings.seed, "targets")  # image at each place of the store
+        order = permutation(count, settings.seed, "targets")  # image at each place of the store
         self.bounds = np.linspace(0, count, self.files + 1).round().astype(np.int64)  # balanced
-        place = np.empty(count, np.int64)
-        place[self.order] = np.arange(count)
-        self.place = place  # of each image
-        self.file_of = np.searchsorted(self.bounds, place, side="right") - 1
+        self.place = np.empty(count, np.int64)  # of each image
+        self.place[order] = np.arange(count)
+        self.file_of = np.searchsorted(self.bounds, self.place, side="right") - 1
         self.schema = pool_schema(len(scorer.class_names), settings.dtype, mark)
 
-    def spill(self, at: int) -> Path:
+    def spill(self, at: int) -> Location:
         return self.folder / SPILL / f"shard-{at:05d}.arrow"
-
-    def target(self, file: int) -> Path:
-        return self.folder / f"pool-{file:05d}.parquet"
 
     def images_of(self, at: int) -> slice:
         """Places in `chosen` of the images of one shard."""
-        return slice(*np.searchsorted(self.chosen.shard, [at, at + 1]))
+        return slice(*np.searchsorted(self.chosen.shard, [at, at + 1]).tolist())
 
-    def require_disk(self) -> None:
-        """Refuse to start what will not fit: the store, and as much again for the spill files."""
-        begin = int(self.chosen.shard[0])
-        rows = self.chosen.row[self.images_of(begin)][:64].tolist()
-        sizes = [len(sample.data) for sample in _pick(self.shards[begin], rows)]
+    def file_is_done(self, file: int) -> bool:
+        return pool_file_is_done(self.folder, file, self.mark, self.settings.format)
+
+    def files_left(self) -> list[int]:
+        """Training shards that are not written yet."""
+        return [file for file in range(self.files) if not self.file_is_done(file)]
+
+    def require_disk(self, tell: Callable[[str], None]) -> None:
+        """Estimate the store's size; refuse to start what will not fit, spill files (as much again) included.
+
+        Raises:
+            RunError: there is too little free disk.
+        """
+        sizes: list[int] = []
+        used = np.unique(self.chosen.shard)
+        for at in used[np.linspace(0, len(used) - 1, min(SAMPLED, len(used))).round().astype(int)].tolist():
+            sizes += [len(sample.data) for sample in _pick(self.shards[at], self.chosen.row[self.images_of(at)][:16])]
         width = len(self.scorer.class_names) * np.dtype(ITEM[self.settings.dtype]).itemsize
-        need = int(2 * len(self.chosen.row) * (np.mean(sizes) + width + 64))
+        size = int(len(self.chosen.row) * (np.mean(sizes) + width + OVERHEAD[self.settings.format]))
+        tell(f"{len(self.chosen.row):,} images, about {size / 2**20:,.1f} MiB, and as much again while it is written")
+        if not isinstance(self.folder, Path):
+            return  # object storage has no limit that could be asked for
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
-        if free < need:
+        if free < 2 * size:
             raise RunError(
-                f"the store needs about {need / 2**30:,.1f} GiB while it is written, and {self.folder} has "
-                f"{free / 2**30:,.1f} GiB free; free some space, lower k, or choose another --run"
+                f"the store needs about {2 * size / 2**30:,.1f} GiB while it is written, and {self.folder} has "
+                f"{free / 2**30:,.1f} GiB free; free some space, lower k, or choose another --run or --store"
             )
 
-    def deal(self, at: int) -> None:
-        """Read shard `at` once and write its images, by training shard, to its spill file."""
+    def deal(self, at: int) -> int:
+        """Read shard `at` once and write its images, by training shard, to its spill file; how many."""
         mine = self.images_of(at)
-        waiting = [f for f in np.unique(self.file_of[mine]) if not file_is_done(self.target(int(f)), self.mark)]
-        if not waiting or _spill_is_done(self.spill(at), self.mark):
-            return
+        if spill_is_done(self.spill(at), self.mark):
+            return 0
+        if all(self.file_is_done(file) for file in np.unique(self.file_of[mine]).tolist()):
+            return 0  # their spill files are gone, and nobody needs them
         table = self._table(at, mine)
         file_of = self.file_of[mine]
         schema = table.schema.with_metadata({"mpl.fingerprint": self.mark})
@@ -239,27 +301,28 @@ class _Plan:
             for file in range(self.files):
                 rows = pa.array(np.flatnonzero(file_of == file))
                 writer.write_batch(table.take(rows).combine_chunks().to_batches()[0] if len(rows) else _empty(schema))
+        return table.num_rows
 
-    def gather(self, file: int) -> None:
-        """Write training shard `file` from all spill files, in the order of the shuffle."""
-        path = self.target(file)
-        if file_is_done(path, self.mark):
-            return
+    def gather(self, file: int) -> int:
+        """Write training shard `file` from all spill files, in the order of the shuffle; its rows."""
+        if self.file_is_done(file):
+            return 0
         parts, images = [], []
         for at in range(len(self.shards)):
             mine = self.images_of(at)
             here = np.flatnonzero(self.file_of[mine] == file)
             if len(here):
-                with pa.memory_map(str(self.spill(at))) as source:
-                    parts.append(pa.Table.from_batches([pa.ipc.open_file(source).get_batch(file)]))
+                with open_spill(self.spill(at)) as spill:
+                    parts.append(pa.Table.from_batches([spill.get_batch(file)]))
                 images.append(here + mine.start)
         order = np.argsort(self.place[np.concatenate(images)])
         table = pa.concat_tables(parts).take(pa.array(order))
-        write_targets(path, table.cast(self.schema))
+        write_pool_file(self.folder, file, table.cast(self.schema), self.settings.format)
+        return table.num_rows
 
     def _table(self, at: int, mine: slice) -> pa.Table:
         rows = self.chosen.row[mine]
-        samples = _pick(self.shards[at], rows.tolist())
+        samples = _pick(self.shards[at], rows)
         return pa.table(
             {
                 "key": pa.array([sample.key for sample in samples], pa.string()),
@@ -291,22 +354,49 @@ class _Plan:
         return distributions(np.concatenate(kept))
 
 
+@dataclass(frozen=True, eq=False)
+class Deal:
+    """`Plan.deal` as work for an engine."""
+
+    plan: Plan
+
+    def placed(self, worker: int, threads: int) -> "Deal":
+        """For one of several workers."""
+        self.plan.scorer = self.plan.scorer.placed(worker, threads)
+        return self
+
+    def __call__(self, at: int, progress: Callable[[int], None]) -> int:
+        count = self.plan.deal(at)
+        progress(count)
+        return count
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """`Plan.gather` as work for an engine."""
+
+    plan: Plan
+
+    def __call__(self, file: int, progress: Callable[[int], None]) -> int:
+        count = self.plan.gather(file)
+        progress(count)
+        return count
+
+
 def infer(samples: Iterable[Sample], scorer: Scorer) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """Distributions (m, C) of those samples that decode and have finite logits, and their places (m,)."""
     found, good, begin = [np.empty((0, len(scorer.class_names)))], [np.empty(0, np.intp)], 0
-    scorer.model.eval()
-    for batch in decoded_batches(samples, scorer.size, scorer.batch, scorer.workers):
-        if len(batch.good):
-            values = scorer.log_odds(batch.pixels)
-            finite = ~np.isnan(values[:, 0])
-            found.append(distributions(values[finite]))
-            good.append(batch.good[finite] + begin)
-        begin += len(batch.samples)
+    batch: Inferred[None]
+    for batch in infer_batches(samples, scorer):
+        finite = ~np.isnan(batch.log_odds[:, 0])
+        found.append(distributions(batch.log_odds[finite]))
+        good.append(batch.decoded.good[finite] + begin)
+        begin += len(batch.decoded.samples)
     return np.concatenate(found), np.concatenate(good)
 
 
 def write_labelled(
-    folder: Path, labelled: Iterable[tuple[str, Sample]], scorer: Scorer, settings: StoreSettings, mark: str
+    folder: Location, labelled: Iterable[tuple[str, Sample]], scorer: Scorer, settings: StoreSettings, mark: str
 ) -> int:
     """Write targets/labelled-*.parquet; how many images gave no distribution and were left out."""
     schema = labelled_schema(len(scorer.class_names), settings.dtype, mark)
@@ -315,7 +405,7 @@ def write_labelled(
         path = folder / f"labelled-{file:05d}.parquet"
         if not file_is_done(path, mark):
             write_targets(path, _labelled_table(group, scorer, settings).cast(schema))
-        file, skipped = file + 1, skipped + len(group) - pq.read_metadata(path).num_rows
+        file, skipped = file + 1, skipped + len(group) - _rows(path)
     return skipped
 
 
@@ -355,11 +445,16 @@ def check_targets(store: TargetsStore, scorer: Scorer, n: int, seed: int = 0) ->
     return largest
 
 
-def _pick(shard: Shard, rows: Sequence[int]) -> list[Sample]:
+def _rows(path: Location) -> int:
+    with open_parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def _pick(shard: Shard, rows: NDArray[np.int64]) -> list[Sample]:
     """The samples of these rows, increasing; the shard is streamed once."""
-    if not rows:
+    wanted, found = set(rows.tolist()), []
+    if not wanted:
         return []
-    wanted, found = set(rows), []
     for sample in shard.read():
         if sample.row in wanted:
             found.append(sample)
@@ -370,10 +465,22 @@ def _pick(shard: Shard, rows: Sequence[int]) -> list[Sample]:
     )
 
 
-def _spill_is_done(path: Path, mark: str) -> bool:
-    try:
+@contextmanager
+def open_spill(path: Location) -> Iterator[pa.ipc.RecordBatchFileReader]:
+    """A spill file, on disk or in object storage, of which single batches are read."""
+    if isinstance(path, Path):
         with pa.memory_map(str(path)) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
+            yield pa.ipc.open_file(source)
+    else:
+        with opened(path) as stream:
+            yield pa.ipc.open_file(stream)
+
+
+def spill_is_done(path: Location, mark: str) -> bool:
+    """Whether it is whole, and of this store."""
+    try:
+        with open_spill(path) as spill:
+            metadata = spill.schema.metadata or {}
     except (OSError, pa.ArrowInvalid):
         return False
     return bool(metadata.get(b"mpl.fingerprint") == mark.encode())
@@ -381,13 +488,3 @@ def _spill_is_done(path: Path, mark: str) -> bool:
 
 def _empty(schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
-
-
-def _remove_foreign(folder: Path, mark: str) -> None:
-    """Remove files of another selection or of other settings: they would be counted into the store."""
-    for path in [*folder.glob("pool-*.parquet"), *folder.glob("labelled-*.parquet")]:
-        if not file_is_done(path, mark):
-            path.unlink()
-    for path in (folder / SPILL).glob("*.arrow"):
-        if not _spill_is_done(path, mark):
-            path.unlink()

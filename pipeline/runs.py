@@ -8,7 +8,6 @@ another one is refused, so nothing that took time is overwritten by accident.
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ import filelock
 import pipeline
 from pipeline.config import Recipe, parse_recipe
 from pipeline.errors import RunError
-from pipeline.files import fingerprint, read_json, write_json
+from pipeline.files import Location, fingerprint, read_json, write_json
 
 FORMAT = 1
 NOT_DONE = "not done yet"
@@ -87,11 +86,12 @@ class Run:
         found = self.description
         return None if found is None else parse_recipe(found["recipe"], str(self.root / RUN_FILE))
 
-    def keep(self, recipe: Recipe, seed: int, data: str | None) -> None:
-        """Write run.json: the recipe in full, the seed, versions and machine."""
+    def keep(self, recipe: Recipe, seed: int, data: str | None, store: str | None = None) -> None:
+        """Write run.json: the recipe in full, the seed, the data folder, the store, versions and machine."""
         found = self.description or {"created": now()}
         tree = recipe.model_dump(mode="json")
-        if (found.get("recipe"), found.get("seed"), found.get("data")) == (tree, seed, data):
+        same = {"recipe": tree, "seed": seed, "data": data, "store": store}
+        if found.items() >= same.items():
             return
         write_json(
             self.root / RUN_FILE,
@@ -101,6 +101,7 @@ class Run:
                 "recipe": tree,
                 "seed": seed,
                 "data": data,
+                "store": store,
                 "versions": versions(),
                 "machine": machine(),
             },
@@ -151,7 +152,7 @@ class Run:
         self,
         stage: str,
         basis: dict[str, Any],
-        outputs: Sequence[Path],
+        outputs: Sequence[Location],
         *,
         force: bool,
         cheap: frozenset[str] = frozenset(),
@@ -219,15 +220,6 @@ class Run:
         write_json(self.root / stage / RECORD_FILE, record)
         (self.root / stage / STARTED_FILE).unlink(missing_ok=True)
         return record
-
-    def discard(self, *names: str) -> None:
-        """Remove outputs of an earlier attempt (`--force`)."""
-        for name in names:
-            path = self.root / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:

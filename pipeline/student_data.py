@@ -1,6 +1,8 @@
 """What a student sees: which images, in which mixture, with which targets; a pure function of (seed, step)."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -31,13 +33,49 @@ class LabelledSet:
         return LabelledSet(self.pixels[chosen], self.labels[chosen], stored)
 
 
+class Pool(Protocol):
+    """The selected pool images with q_large; each is used `repeat` times in an epoch."""
+
+    def __len__(self) -> int:
+        """Images, each counted once."""
+        ...
+
+    def draw(self, seed: int, step: int, batch: int, part: slice = ...) -> tuple[Tensor, Tensor]:
+        """Pixels, uint8 (n, 3, S, S), and q_large, (n, C), of `part` of the batch of a step."""
+        ...
+
+    def close(self) -> None:
+        """Stop whatever works ahead."""
+        ...
+
+
 @dataclass(frozen=True)
 class PoolSet:
-    """Selected pool images: pixels uint8 (N, 3, S, S), q_large (N, C), how often each counts (N,)."""
+    """A pool in memory: pixels uint8 (N, 3, S, S), q_large (N, C), how often each counts (N,).
+
+    The other kind is `pipeline.targets.stream.StreamedPool`.
+    """
 
     pixels: Tensor
     distributions: Tensor
     repeat: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def draw(self, seed: int, step: int, batch: int, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """As `Pool` says; the order is one permutation of all uses after another."""
+        index = batch_indices(len(self._uses), batch, seed, "pool", step)
+        rows = self._uses[torch.from_numpy(index[part])]
+        return self.pixels[rows], self.distributions[rows]
+
+    def close(self) -> None:
+        """Nothing works ahead."""
+
+    @cached_property
+    def _uses(self) -> Tensor:
+        """Row numbers, each as often as it counts."""
+        return torch.repeat_interleave(torch.arange(len(self.repeat)), self.repeat)
 
 
 @dataclass(frozen=True)
@@ -92,7 +130,7 @@ class StudentData:
     def __init__(
         self,
         labelled: LabelledSet,
-        pool: PoolSet | None,
+        pool: Pool | None,
         mixture: Mixture,
         settings: TrainSettings,
         *,
@@ -105,7 +143,7 @@ class StudentData:
         feedback_augment: AugmentSettings | None = None,
         held_out: float = 0.0,
     ) -> None:
-        if mixture.pool and (pool is None or not len(pool.pixels)):
+        if mixture.pool and (pool is None or not len(pool)):
             raise DataError("the selected pool is empty: nothing to train the student on; see mpl filter")
         if not len(labelled.pixels):
             raise DataError("the labelled split is empty")
@@ -115,7 +153,6 @@ class StudentData:
         self.student_labelled, self.feedback_labelled = _hold_out(labelled, held_out, seed)
         self.feedback_batch = min(feedback_batch, len(self.feedback_labelled.labels))
         self.pool = pool
-        self._counted = None if pool is None else _counted(pool.repeat)
 
     def batch(self, step: int) -> Batch:
         """The student's batch of `step`: labelled images first, then pool images."""
@@ -128,15 +165,18 @@ class StudentData:
             calibrated += [stored is not None] * self.mixture.labelled
         if self.mixture.pool:
             assert self.pool is not None
-            assert self._counted is not None
-            index = batch_indices(len(self._counted), self.mixture.pool, self.seed, "pool", step)
-            rows = self._counted[torch.from_numpy(index)]
-            pixels.append(self.pool.pixels[rows])
-            targets.append(self.pool.distributions[rows])
+            drawn, distributions = self.pool.draw(self.seed, step, self.mixture.pool)
+            pixels.append(drawn)
+            targets.append(distributions)
             calibrated += [True] * self.mixture.pool
         images = self._prepare(torch.cat(pixels), self.settings.augment, "augment", step)
         flags = torch.tensor(calibrated, device=self.device)
         return Batch(images, torch.cat(targets).to(self.device), flags)
+
+    def close(self) -> None:
+        """Let go of the pool: one that is streamed stops reading ahead."""
+        if self.pool is not None:
+            self.pool.close()
 
     def feedback(self, step: int) -> Labelled:
         """Labelled images for the teacher's turn of `step`."""
@@ -155,11 +195,6 @@ class StudentData:
     def _true_targets(self, labels: Tensor) -> Tensor:
         smoothing = self.settings.label_smoothing
         return F.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
-
-
-def _counted(repeat: Tensor) -> Tensor:
-    """Row numbers, each as often as it counts."""
-    return torch.repeat_interleave(torch.arange(len(repeat)), repeat)
 
 
 def _hold_out(labelled: LabelledSet, share: float, seed: int) -> tuple[LabelledSet, LabelledSet]:

@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module:attribute, one line of help), in the order in whic
     "evaluate": ("stages.evaluate:command", "a network + a split → top-1, top-5, NLL, ECE, per class"),
     "predict": ("stages.predict:command", "a network + any images → a table of key and distribution"),
     "reproduce": ("stages.reproduce:group", "all of the above, over seeds, into one table"),
+    "report": ("stages.report:command", "a run → report.html: what was kept, what just missed, copies"),
     "status": ("stages.status:command", "where a run stands"),
     "doctor": ("stages.doctor:command", "what this machine and installation can do"),
     "data": ("stages.data:group", "list, check and import data sets"),

@@ -87,6 +87,6 @@ class Console:
 
 
 def _figures(values: dict[str, float]) -> str:
-    shown = ("loss", "feedback_loss", "labels_changed", "validation_top1", "images_per_second")
-    short = {"images_per_second": "images/s", "validation_top1": "validation top-1"}
+    shown = ("loss", "feedback_loss", "labels_changed", "validation_top1", "images_per_second", "rows_per_second")
+    short = {"images_per_second": "images/s", "rows_per_second": "rows/s", "validation_top1": "validation top-1"}
     return "  ".join(f"{short.get(name, name)} {values[name]:.4g}" for name in shown if name in values)

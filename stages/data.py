@@ -1,6 +1,7 @@
-"""`mpl data`: what data sets there are, whether they can be used, and a person's own made into one."""
+"""`mpl data`: what data sets there are, getting them, whether they can be used, and a person's own made into one."""
 
 import json
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +13,28 @@ if TYPE_CHECKING:
     from pipeline.data.check import SplitReport
     from pipeline.data.importing import Imported
     from pipeline.data.manifest import Manifest
+    from pipeline.files import Location
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
 
+
+class DataFolder(click.ParamType):
+    """A folder on disk or a URL of object storage (`s3://bucket/prefix`); a folder must be there."""
+
+    name = "DIR|URL"
+
+    def convert(self, value: "str | Location", param: click.Parameter | None, ctx: click.Context | None) -> "Location":
+        if not isinstance(value, str):
+            return value
+        if "://" not in value:
+            return click.Path(path_type=Path, exists=True, file_okay=False).convert(value, param, ctx)
+        from pipeline.files import location
+
+        return location(value)
+
+
 data_option = click.option(
-    "--data",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    envvar="MPL_DATA",
-    show_envvar=True,
-    help="Data folder.",
+    "--data", type=DataFolder(), envvar="MPL_DATA", show_envvar=True, help="Data folder, or s3://bucket/prefix."
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output."
@@ -32,13 +46,13 @@ workers_option = click.option(
 
 @click.group()
 def group() -> None:
-    """List, check and import data sets."""
+    """List, fetch, check and import data sets."""
 
 
 @group.command("list")
 @data_option
 @json_option
-def list_(data: Path | None, as_json: bool) -> None:
+def list_(data: "Location | None", as_json: bool) -> None:
     """List the data sets whose manifests are known, and whether their files are there."""
     from pipeline.data.manifest import list_manifests
 
@@ -61,7 +75,7 @@ def list_(data: Path | None, as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Decode every entry.")
 @workers_option
 @json_option
-def check(manifest: str, data: Path | None, sample: int, everything: bool, workers: int, as_json: bool) -> None:
+def check(manifest: str, data: "Location | None", sample: int, everything: bool, workers: int, as_json: bool) -> None:
     """Open each split of MANIFEST (a name or a YAML file), count it and decode a sample.
 
     Exit status 1 if a split cannot be used.
@@ -79,6 +93,44 @@ def check(manifest: str, data: Path | None, sample: int, everything: bool, worke
         result = {split: asdict(report) for split, report in reports.items()}
         click.echo(json.dumps({"manifest": described.name, "usable": usable, "splits": result}, ensure_ascii=False))
     if not usable:
+        raise click.exceptions.Exit(1)
+
+
+@group.command()
+@click.argument("manifest")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="MPL_DATA",
+    show_envvar=True,
+    help="Data folder; made if need be.",
+)
+@click.option("--only", multiple=True, metavar="FILE", help="An entry of the manifest's `files`; may be repeated.")
+@json_option
+def fetch(manifest: str, data: Path | None, only: tuple[str, ...], as_json: bool) -> None:
+    """Download the files of MANIFEST (a name or a YAML file) into the data folder, and verify them.
+
+    What is there and right is left alone; what was interrupted goes on. Exit status 1 if files remain that
+    cannot be downloaded; it is told what to do.
+    """
+    from pipeline.data.fetch import fetch as fetch_files
+    from pipeline.data.manifest import load_manifest
+    from pipeline.errors import UsageError
+
+    if data is None or "://" in str(data):
+        raise UsageError("mpl data fetch needs a folder on disk for what it downloads: use --data DIR or set MPL_DATA")
+    described = load_manifest(manifest, data)
+    done = []
+    with _Bars() as bars:
+        for fetched in fetch_files(described, data, only=only, progress=bars.show):
+            bars.close()
+            click.echo(f"{fetched.name}: {fetched.state}{': ' if fetched.detail else ''}{fetched.detail}", err=True)
+            done.append(fetched)
+    complete = all(fetched.state != "missing" for fetched in done)
+    if as_json:
+        result = {"manifest": described.name, "complete": complete, "files": [asdict(fetched) for fetched in done]}
+        click.echo(json.dumps(result, ensure_ascii=False))
+    if not complete:
         raise click.exceptions.Exit(1)
 
 
@@ -127,7 +179,42 @@ def import_(
         click.echo(json.dumps(result, ensure_ascii=False))
 
 
-def _missing(manifest: "Manifest", data: Path | None) -> str | None:
+class _Bars:
+    """One bar of bytes at a time, on standard error, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def show(self, name: str, done: int, total: int | None) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(
+                desc=name,
+                initial=done,
+                total=total,
+                unit="B",
+                unit_scale=True,
+                file=sys.stderr,
+                disable=None,
+                leave=False,
+            )
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _missing(manifest: "Manifest", data: "Location | None") -> str | None:
     """The first file of a manifest that is not in the data folder."""
     from pipeline.data.sources import find_files
     from pipeline.errors import DataError

@@ -71,7 +71,7 @@ def plan(context: Context, network: Path | None = None, name: str | None = None)
             f"{folder.name} on {result['split']} ({result['images']:,} images): top-1 {result['top1']:.2f}%, "
             f"top-5 {result['top5']:.2f}%, NLL {result['nll']:.4f}, ECE {result['ece']:.2f}%"
         ),
-        replaces=[output.name],
+        replaces=[output],
         cheap=frozenset(basis),
         keeps_recipe=False,
     )

@@ -1,14 +1,14 @@
 """Run one stage: decide, lock, work, record. The same for every stage."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from pipeline.errors import RunError
+from pipeline.files import Location, discard
 from pipeline.runs import NOT_DONE, Action, Decision, Stopwatch
 from stages.options import Context
 
@@ -23,17 +23,17 @@ class Stage:
         outputs: paths that exist when it is done.
         work: does it; returns figures for the record.
         summary: a line for a person from those figures.
-        replaces: names under the run that `--force` removes; by default the outputs.
+        replaces: files and folders that `--force` removes first.
         keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
         cheap: top-level keys of the basis whose change is no reason to refuse: the work is done again at once.
     """
 
     name: str
     basis: dict[str, Any]
-    outputs: list[Path]
+    outputs: Sequence[Location]
     work: Callable[[], dict[str, Any]]
     summary: Callable[[dict[str, Any]], str]
-    replaces: list[str] = field(default_factory=list)
+    replaces: Sequence[Location] = ()
     cheap: frozenset[str] = frozenset()
     keeps_recipe: bool = True
 
@@ -66,9 +66,10 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
     if decision.action is Action.REFUSE:
         raise RunError(decision.reason)
     if stage.keeps_recipe or run.description is None:
-        run.keep(context.recipe, context.seed, str(context.data) if context.data else None)
+        store = None if context.store == run.root else str(context.store)
+        run.keep(context.recipe, context.seed, str(context.data) if context.data else None, store)
     if context.force:
-        run.discard(*stage.replaces)
+        discard(*stage.replaces)
     console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
     run.begin(stage.name, stage.basis)
     clock = Stopwatch()

@@ -7,17 +7,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stages.options import Context, stage_options, with_changes
+from stages.workers import engine_options, is_elsewhere, run_shards
 
 if TYPE_CHECKING:
     from pipeline.data.shards import Shard
+    from pipeline.engines import EngineSettings
     from pipeline.models import Network
     from pipeline.pool.copies import CopyIndex
     from pipeline.pool.filter import Rules
+    from pipeline.pool.infer import Scorer
     from stages.execution import Stage
+
+SHOWN = 20  # classes in the table at the end
 
 
 @click.command()
 @stage_options
+@engine_options
 @click.option("--k", type=int, help="Images to keep for each class.")
 @click.option("--assign", type=click.Choice(["any", "argmax"]), help="any: an image may serve several classes.")
 @click.option("--min-probability", type=float, help="Least probability that the teacher must give the class.")
@@ -31,6 +37,7 @@ def command(
     min_probability: float | None,
     upsample: bool | None,
     teacher: Path | None,
+    engine: "EngineSettings",
 ) -> None:
     """Score the pool and keep the K most probable images of each class.
 
@@ -48,7 +55,10 @@ def command(
         filter__min_probability=min_probability,
         filter__upsample=upsample,
     )
-    execute(context, lambda c: plan(c, teacher))
+    record = execute(context, lambda c: plan(c, teacher, engine))
+    if "result" in record:
+        for line in class_table(record["result"]):
+            context.console.note(line)
 
 
 def teacher_folder(context: Context, teacher: Path | None) -> Path:
@@ -59,13 +69,15 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
     return Path(known["result"]["teacher"]) if known is not None else (context.run / "teacher").resolve()
 
 
-def plan(context: Context, teacher: Path | None = None) -> "Stage":
+def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings | None" = None) -> "Stage":
     """Plan the stage."""
+    from pipeline.engines import EngineSettings
     from pipeline.files import sha256_file
     from pipeline.models import WEIGHTS
     from stages.execution import Stage
     from stages.learning import split_of
 
+    engine = engine or EngineSettings()
     folder = teacher_folder(context, teacher)
     if folder == (context.run / "teacher").resolve():
         context.run.require("pretrain", "mpl pretrain")
@@ -78,26 +90,38 @@ def plan(context: Context, teacher: Path | None = None) -> "Stage":
     basis = {
         "teacher": sha256_file(folder / WEIGHTS),
         "pool": split_of(context, "unlabelled").fingerprint(),
-        "evaluation": [split_of(context, name).fingerprint() for name in evaluation_splits(context)] if copies else [],
+        "evaluation": [split.fingerprint() for split in evaluation_splits(context)] if copies else [],
         "precision": context.precision,
         "rules": asdict(rules(context)),
     }
     return Stage(
         name="filter",
         basis=basis,
-        outputs=[context.run / "selection.parquet", context.run / "scores"],
-        work=lambda: work(context, folder, basis),
+        outputs=[context.store / "selection.parquet", context.store / "scores"],
+        work=lambda: work(context, folder, basis, engine),
         summary=summary,
-        replaces=["selection.parquet", "scores", "rejected"],
-        cheap=frozenset({"rules"}),
+        replaces=[context.store / name for name in ("selection.parquet", "scores", "rejected")],
+        cheap=frozenset({"rules", "pool"}),  # only shards that are new or changed are scored again
     )
 
 
 def evaluation_splits(context: Context) -> "list[Any]":
-    """The splits whose copies must not be in the pool."""
-    from stages.learning import manifest_of
+    """The splits whose copies must not be in the pool.
 
-    return [name for name in ("validation", "test") if name in manifest_of(context).splits]
+    Raises:
+        DataError: there is none, or its files are not there, and nobody said that this is meant.
+    """
+    from pipeline.errors import DataError
+    from stages.learning import manifest_of, split_of
+
+    remedy = "To go on without looking for copies of evaluation images: --set filter.copies.enabled=false"
+    names = [name for name in ("validation", "test") if name in manifest_of(context).splits]
+    if not names:
+        raise DataError(f"data set {manifest_of(context).name} has neither a validation nor a test split. {remedy}")
+    try:
+        return [split_of(context, name) for name in names]
+    except DataError as error:
+        raise DataError(f"{error}. {remedy}") from error
 
 
 def rules(context: Context) -> "Rules":
@@ -134,22 +158,48 @@ def summary(result: dict[str, Any]) -> str:
     return text
 
 
-def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
+def class_table(result: dict[str, Any]) -> list[str]:
+    """Available, kept, short and threshold of each class, as lines; of many classes those that are most short."""
+    import math
+
+    classes = result["classes"]
+    shown = sorted(classes, key=lambda c: -c["short"])[:SHOWN] if len(classes) > SHOWN else classes
+    width = max(5, *(len(c["name"]) for c in shown))
+    lines = [f"{'class':<{width}}  {'available':>11}  {'kept':>9}  {'short':>9}  threshold"]
+    for c in shown:
+        p = None if c["threshold"] is None else 1 / (1 + math.exp(-max(-700.0, c["threshold"])))
+        least = "–" if p is None else f"{p:.4f}"
+        lines.append(f"{c['name']:<{width}}  {c['available']:>11,}  {c['kept']:>9,}  {c['short']:>9,}  {least:>9}")
+    if len(shown) < len(classes):
+        lines.append(f"… and {len(classes) - len(shown):,} classes that are less short; record.json has all")
+    return lines
+
+
+def work(context: Context, folder: Path, basis: dict[str, Any], engine: "EngineSettings") -> dict[str, Any]:
     """Score every shard that is not scored yet, then select."""
-    from pipeline.files import fingerprint
+    from pipeline.errors import DataError
+    from pipeline.files import fingerprint, remove_leftovers
     from pipeline.pool.filter import filter_pool
-    from pipeline.pool.score import is_scored
-    from pipeline.pool.scored import open_scored
+    from pipeline.pool.scored import gone_shards, not_scored, open_scored
     from stages.learning import split_of
 
     shards = split_of(context, "unlabelled").shards
-    scores = context.run / "scores"
+    scores = context.store / "scores"
+    remove_leftovers(context.store, scores, context.store / "rejected")
+    if gone := gone_shards(shards, scores):
+        raise DataError(
+            f"{len(gone):,} shards that were scored are no longer in the pool ({', '.join(gone[:3])}"
+            f"{', …' if len(gone) > 3 else ''}). Bring them back; or, if they are meant to be gone, remove their "
+            f"scores ({scores}/part-{gone[0]}.parquet)"
+        )
     mark = fingerprint({key: value for key, value in basis.items() if key not in ("rules", "pool")})
-    left = [shard for shard in shards if not is_scored(shard, scores, mark)]
+    left = not_scored(shards, scores, mark)
+    scoring = None
     if left:
-        network, copies = load_teacher(context, folder), copy_index(context, folder)
-        _score(context, left, network, copies, scores, mark)
-    filtered = filter_pool(open_scored(shards, scores, mark), context.run.root, rules(context))
+        if len(left) < len(shards):
+            context.console.note(f"{len(shards) - len(left):,} of {len(shards):,} shards are scored already")
+        scoring = _score(context, left, folder, mark, engine)
+    filtered = filter_pool(open_scored(shards, scores, mark), context.store, rules(context))
     if filtered.repeated_keys:
         context.console.note(f"{filtered.repeated_keys:,} images have a key that an earlier image has (harmless)")
     return {
@@ -157,38 +207,45 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         "teacher_sha256": basis["teacher"],
         "k": context.recipe.filter.k,
         "scores_fingerprint": mark,
+        "scoring": scoring,
         **asdict(filtered),
     }
 
 
 def _score(
-    context: Context,
-    shards: "list[Shard]",
-    network: "Network",
-    copies: "CopyIndex | None",
-    scores: Path,
-    mark: str,
-) -> None:
-    """Score `shards`, one file each."""
-    from pipeline.pool.score import score_shard
+    context: Context, shards: "list[Shard]", folder: Path, mark: str, engine: "EngineSettings"
+) -> dict[str, float]:
+    """Score `shards`, one file each; images a second, and the share of time in which the network waited."""
+    import time
 
-    total, done = sum(shard.rows() for shard in shards), 0
+    from pipeline.pool.score import ScoreWork
 
-    def advance(images: int) -> None:
-        nonlocal done
-        done += images
-        context.console.progress(done, total, {})
-        if context.console.stop_requested():
-            raise KeyboardInterrupt("shards that are scored stay")
+    network, copies = load_teacher(context, folder), copy_index(context, folder)
+    work = ScoreWork(scorer(context, network, engine), context.store / "scores", mark, copies)
+    began = time.monotonic()
+    counts = run_shards(
+        context, engine, work, shards, name=lambda shard: shard.name, size=lambda shard: shard.rows(), unit="images"
+    )
+    images, seconds = sum(count.rows for count in counts), time.monotonic() - began
+    busy, waiting = sum(count.seconds for count in counts), sum(count.waiting for count in counts)
+    found = {
+        "images": images,
+        "images_per_second": round(images / seconds, 1),
+        "waiting_share": round(waiting / max(busy, 1e-9), 3),
+    }
+    context.console.note(
+        f"scored {images:,} images, {found['images_per_second']:,.0f} a second; "
+        f"{100 * found['waiting_share']:.0f}% of the time the network waited for images"
+    )
+    return found
 
-    for shard in shards:
-        score_shard(shard, scorer(context, network), scores, fingerprint=mark, copies=copies, progress=advance)
 
-
-def scorer(context: Context, network: "Network") -> Any:
-    """The teacher as the pool's scorer."""
+def scorer(context: Context, network: "Network", engine: "EngineSettings | None" = None) -> "Scorer":
+    """The teacher as the pool's scorer: here on its device, for workers elsewhere on the CPU until it gets there."""
     from pipeline.pool.infer import Scorer
 
+    if engine is not None and is_elsewhere(engine):
+        network.model.cpu()
     return Scorer(
         network.model,
         tuple(network.class_names),
@@ -223,14 +280,14 @@ def copy_index(context: Context, folder: Path) -> "CopyIndex | None":
 
     from pipeline.models import CONFIG
     from pipeline.pool.copies import CopyIndex
-    from stages.learning import load_split, split_of
+    from stages.learning import load_split
 
     if not context.recipe.filter.copies.enabled:
         return None
     size = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1]
     pixels, names = [], []
-    for name in evaluation_splits(context):
-        images = load_split(context, split_of(context, name), size)
+    for split in evaluation_splits(context):
+        images = load_split(context, split, size)
         pixels.append(images.images.permute(0, 2, 3, 1).numpy())
-        names += [f"{name}/{shard}/{row}" for shard, row in zip(images.shards, images.rows, strict=True)]
+        names += [f"{split.name}/{shard}/{row}" for shard, row in zip(images.shards, images.rows, strict=True)]
     return CopyIndex(np.concatenate(pixels), names) if pixels else None

@@ -45,7 +45,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         outputs=network_outputs(folder),
         work=lambda: work(context, source, folder, basis),
         summary=lambda result: f"Finetuned student: {result['validation']['top1']:.2f}% on validation",
-        replaces=[folder.name],
+        replaces=[folder],
         keeps_recipe=name is None,
     )
 

@@ -1,7 +1,8 @@
 """The options that every stage takes, and the context they make."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RecipeError, UsageError
+from pipeline.files import Location, location, storage_errors
 from pipeline.runs import Run
 from stages.console import Console
 
@@ -22,15 +24,16 @@ DEFAULT_RUN = Path("runs/default")
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage works with."""
+    """What a stage works with. `store` is where the large outputs lie: scores/, rejected/, targets/."""
 
     run: Run
     recipe: Recipe
     seed: int
-    data: Path | None
+    data: Location | None
     device_name: str
     precision: str
     console: Console
+    store: Location
     force: bool = False
     dry_run: bool = False
     as_json: bool = False
@@ -71,7 +74,8 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
         run: Path,
         recipe: str | None,
         changes: tuple[str, ...],
-        data: Path | None,
+        data: str | None,
+        store: str | None,
         seed: int | None,
         device: str,
         precision: str,
@@ -81,7 +85,17 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         context = make_context(
-            run, recipe, changes, data, seed, device, precision, dry_run=dry_run, force=force, as_json=as_json
+            run,
+            recipe,
+            changes,
+            location(data) if data else None,
+            seed,
+            device,
+            precision,
+            store=location(store) if store else None,
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
         )
         return function(context, **others)
 
@@ -97,8 +111,10 @@ OPTIONS = (
     ),
     click.option("--recipe", help="Recipe: a name or a YAML file. [default: the run's own, else digits]"),
     click.option("--set", "changes", multiple=True, metavar="A.B=VALUE", help="Change one setting; repeatable."),
+    click.option("--data", envvar="MPL_DATA", show_envvar=True, metavar="DIR|URL", help="Data folder."),
     click.option(
-        "--data", type=click.Path(path_type=Path), envvar="MPL_DATA", show_envvar=True, help="Data folder."
+        "--store", envvar="MPL_STORE", show_envvar=True, metavar="DIR|URL",
+        help="Where scores, selection and targets lie. [default: the run directory]",
     ),
     click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Seed. [default: the run's own, else 0]"),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …"),
@@ -116,11 +132,12 @@ def make_context(
     run: Path,
     recipe: str | None,
     changes: tuple[str, ...] = (),
-    data: Path | None = None,
+    data: Location | None = None,
     seed: int | None = None,
     device: str = "auto",
     precision: str = "float32",
     *,
+    store: Location | None = None,
     dry_run: bool = False,
     force: bool = False,
     as_json: bool = False,
@@ -139,15 +156,20 @@ def make_context(
         resolved = changed(known["recipe"], changes, str(here / "run.json"))
     else:
         resolved = load_recipe(recipe or DEFAULT_RECIPE, changes)
-    if data is not None and not data.is_dir():
-        raise UsageError(f"--data {data} is not a directory")
+    if data is not None:
+        with storage_errors_as_usage("--data", data):
+            if not data.is_dir():
+                raise UsageError(f"--data {data} is not a directory")
     if data is None and known is not None and known["data"] is not None:
-        data = Path(known["data"])
+        data = location(known["data"])
+    if store is None and known is not None and known.get("store") is not None:
+        store = location(known["store"])
     return Context(
         run=here,
         recipe=resolved,
         seed=seed if seed is not None else (known["seed"] if known is not None else 0),
         data=data.resolve() if data is not None else None,
+        store=store.resolve() if store is not None else here.root,
         device_name=device,
         precision=precision,
         console=console or Console(),
@@ -155,6 +177,16 @@ def make_context(
         dry_run=dry_run,
         as_json=as_json,
     )
+
+
+@contextmanager
+def storage_errors_as_usage(option: str, place: Location) -> Iterator[None]:
+    """What object storage says when it is asked the first time: wrong credentials, no such bucket, no network."""
+    try:
+        with storage_errors():
+            yield
+    except OSError as error:
+        raise UsageError(f"{option} {place} cannot be reached: {error}") from error
 
 
 def changed(tree: dict[str, Any], changes: tuple[str, ...], origin: str) -> Recipe:

@@ -1,5 +1,6 @@
 """`mpl precompute`: teacher + selection → targets/."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,8 +8,10 @@ import click
 
 from pipeline.errors import RunError, TargetsError
 from stages.options import Context, stage_options
+from stages.workers import engine_options, run_shards
 
 if TYPE_CHECKING:
+    from pipeline.engines import EngineSettings
     from pipeline.precompute import StoreSettings
     from pipeline.runs import Run
     from stages.execution import Stage
@@ -16,11 +19,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @stage_options
+@engine_options
 @click.option("--teacher", type=click.Path(path_type=Path, file_okay=False),
               help="Another teacher than the one that scored the pool; its distributions are inferred.")  # fmt: skip
 @click.option("--check", type=click.IntRange(1), metavar="N",
               help="Infer N stored rows again and report the largest difference; writes nothing.")  # fmt: skip
-def command(context: Context, teacher: Path | None, check: int | None) -> None:
+def command(context: Context, teacher: Path | None, check: int | None, engine: "EngineSettings") -> None:
     """Store the selected images with the teacher's distributions, and those of the labelled images.
 
     Reads: selection.parquet, scores/, the pool. Writes: targets/.
@@ -30,10 +34,10 @@ def command(context: Context, teacher: Path | None, check: int | None) -> None:
     if check is not None:
         _check(context, check)
         return
-    execute(context, lambda c: plan(c, teacher))
+    execute(context, lambda c: plan(c, teacher, engine))
 
 
-def plan(context: Context, teacher: Path | None = None) -> "Stage":
+def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings | None" = None) -> "Stage":
     """Plan the stage."""
     from pipeline.files import sha256_file
     from pipeline.models import WEIGHTS
@@ -55,13 +59,13 @@ def plan(context: Context, teacher: Path | None = None) -> "Stage":
     return Stage(
         name="precompute",
         basis=basis,
-        outputs=[context.run / "targets" / "_manifest.json"],
-        work=lambda: work(context, folder, basis),
+        outputs=[context.store / "targets" / "_manifest.json"],
+        work=lambda: work(context, folder, basis, engine),
         summary=lambda result: (
             f"{result['pool']:,} pool images and {result['labelled']:,} labelled ones, "
             f"{result['bytes'] / 2**20:,.1f} MiB"
         ),
-        replaces=["targets"],
+        replaces=[context.store / "targets"],
     )
 
 
@@ -101,13 +105,17 @@ def store_settings(context: Context, basis: dict[str, Any]) -> "StoreSettings":
         teacher=basis["teacher"],
         labelled=basis["labelled"],
         dtype=settings.dtype,
+        format=settings.format,
         shard_rows=settings.shard_rows,
         seed=context.seed,
     )
 
 
-def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
+def work(
+    context: Context, folder: Path, basis: dict[str, Any], engine: "EngineSettings | None" = None
+) -> dict[str, Any]:
     """Gather stored distributions where the teacher is the one that scored, else infer; then write."""
+    from pipeline.engines import EngineSettings
     from pipeline.pool.scored import open_scored
     from pipeline.pool.selection import read_selection
     from pipeline.precompute import precompute
@@ -119,18 +127,19 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
     network = load_teacher(context, folder)
     scores = None
     if basis["teacher"] == filtered["teacher_sha256"]:
-        scores = open_scored(shards, context.run / "scores", filtered["scores_fingerprint"])
+        scores = open_scored(shards, context.store / "scores", filtered["scores_fingerprint"])
     manifest = precompute(
-        context.run / "targets",
-        read_selection(context.run / "selection.parquet"),
+        context.store / "targets",
+        read_selection(context.store / "selection.parquet"),
         shards,
         split_of(context, "labelled").read(),
-        scorer(context, network),
+        scorer(context, network, engine),
         store_settings(context, basis),
         scores=scores,
+        run=partial(run_shards, context, engine or EngineSettings(), unit="images"),
+        tell=context.console.note,
         preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
     )
-    files = [file for kind in ("pool", "labelled") for file in manifest[kind]["files"]]
     return {
         "fingerprint": manifest["fingerprint"],
         "teacher": str(folder),
@@ -138,7 +147,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         "pool": manifest["pool"]["rows"],
         "labelled": manifest["labelled"]["rows"],
         "inferred": manifest["inferred"],
-        "bytes": sum(file["bytes"] for file in files),
+        "bytes": manifest["pool"]["bytes"] + manifest["labelled"]["bytes"],
     }
 
 
@@ -153,7 +162,7 @@ def _check(context: Context, rows: int) -> None:
     record = context.run.require("precompute", "mpl precompute")["result"]
     network = load_teacher(context, Path(record["teacher"]))
     store = TargetsStore.open(
-        context.run / "targets",
+        context.store / "targets",
         teacher=record["teacher_sha256"],
         class_names=network.class_names,
         verify=True,

@@ -36,7 +36,7 @@ def plan(context: Context) -> "Stage":
         outputs=network_outputs(folder),
         work=lambda: work(context, basis),
         summary=lambda result: f"Teacher: {result['validation']['top1']:.2f}% on validation",
-        replaces=["teacher"],
+        replaces=[context.run / "teacher"],
     )
 
 

@@ -90,7 +90,7 @@ def plan_table2(context: Context, seeds: int, jobs: int | None) -> "Stage":
         outputs=outputs,
         work=lambda: work_table2(context, seeds, jobs),
         summary=lambda result: f"{context.run / 'table2.md'}",
-        replaces=[path.name for path in outputs[:4]],
+        replaces=list(outputs[:4]),
         cheap=frozenset({"seeds"}),
     )
 

@@ -44,7 +44,7 @@ def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
         outputs=outputs,
         work=lambda: work(context, seeds, jobs),
         summary=lambda result: f"won back: {100 * result['won_back']['feedback']:.0f}%; {outputs[0]}",
-        replaces=[path.name for path in outputs],
+        replaces=list(outputs),
         cheap=frozenset({"seeds"}),
     )
 

@@ -1,5 +1,6 @@
 """`mpl train-reduced`: targets + labelled images → student/, with the calibrator, or with a baseline's teacher."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,11 @@ import click
 from stages.options import Context, stage_options, with_changes
 
 if TYPE_CHECKING:
+    from pipeline.config import Reading, Recipe
     from pipeline.data.batches import Images
-    from pipeline.student_data import LabelledSet, PoolSet
+    from pipeline.student_data import LabelledSet, Pool, PoolSet
     from pipeline.targets import TargetsStore
+    from pipeline.targets.stream import StreamedPool
     from stages.execution import Stage
 
 NAME_HELP = "Keep this student beside others: student-NAME/ instead of student/."
@@ -51,11 +54,16 @@ def plan(context: Context, name: str | None = None) -> "Stage":
 
     settings = context.recipe.train_reduced
     folder = student_folder(context, name)
-    inputs: dict[str, Any] = {"labelled": split_of(context, "labelled").fingerprint()}
+    labelled = split_of(context, "labelled")
+    inputs: dict[str, Any] = {"labelled": labelled.fingerprint()}
     irrelevant = {"none": {"calibrator", "feedback", "student_data", "labelled_target", "labelled_share"},
                   "fixed": {"calibrator", "feedback"}, "calibrator": set()}[settings.teacher]  # fmt: skip
+    irrelevant |= {"reading", "workers"}  # of the former, what it comes to is an input
     if settings.teacher != "none":
-        inputs["targets"] = require_fresh_targets(context.run)["result"]["fingerprint"]
+        made = require_fresh_targets(context.run)["result"]
+        inputs["targets"] = made["fingerprint"]
+        if reading(context.recipe, made["pool"], len(labelled.class_names)) == "stream":
+            inputs["reading"] = "stream"
     basis = training_basis(context, settings, **inputs)
     basis["settings"] = {k: v for k, v in basis["settings"].items() if k not in irrelevant}
     outputs = network_outputs(folder)
@@ -67,9 +75,18 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         outputs=outputs,
         work=lambda: work(context, folder, basis),
         summary=lambda result: f"Student ({result['method']}): {result['validation']['top1']:.2f}% on validation",
-        replaces=[folder.name],
+        replaces=[folder],
         keeps_recipe=name is None,
     )
+
+
+def reading(settings: "Recipe", images: int, classes: int) -> "Reading":
+    """How the pool is read. The two ways have different orders, and so different results."""
+    chosen, data = settings.train_reduced.reading, settings.data
+    if chosen != "auto":
+        return chosen
+    decoded = images * (3 * data.image_size**2 + 4 * classes)  # bytes: pixels, distribution in float32
+    return "memory" if decoded <= data.memory_gib * 2**30 else "stream"
 
 
 def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
@@ -82,15 +99,17 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
 
     recipe, settings = context.recipe, context.recipe.train_reduced
     split = split_of(context, "labelled")
-    store = None
+    store, way = None, basis.get("reading", "memory")
     if settings.teacher != "none":
         precomputed = context.run.require("precompute", "mpl precompute")["result"]
         store = TargetsStore.open(
-            context.run / "targets", teacher=precomputed["teacher_sha256"], class_names=split.class_names
+            context.store / "targets", teacher=precomputed["teacher_sha256"], class_names=split.class_names
         )
     composition = mixture(settings, settings.teacher)
     labelled = labelled_set(load_split(context, split), store)
-    pool = pool_set(context, store) if store is not None and composition.pool else None
+    pool: Pool | None = None
+    if store is not None:
+        pool = pool_set(context, store) if way == "memory" else streamed_pool(context, store)
     seed_initialisation(context, "student")  # the same initial student for every method of a seed
     network = build_network(
         settings.model, split.class_names, recipe.data.image_size, recipe.data.mean, recipe.data.std
@@ -103,18 +122,20 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         feedback_batch=settings.feedback.batch, feedback_augment=settings.feedback.augment,
         held_out=settings.feedback.held_out if settings.teacher == "calibrator" else 0.0,
     )  # fmt: skip
-    if settings.teacher == "calibrator":
-        seed_initialisation(context, "calibrator")
-        calibrator = Calibrator(len(split.class_names), settings.calibrator, settings.feedback, context.device)
-        figures = train_and_save(context, network, calibrator, data, settings, folder, basis)
-        save_calibrator(folder / "calibrator.safetensors", calibrator)
-    else:
-        figures = train_and_save(context, network, FixedTargets(), data, settings, folder, basis)
+    with closing(data):
+        if settings.teacher == "calibrator":
+            seed_initialisation(context, "calibrator")
+            calibrator = Calibrator(len(split.class_names), settings.calibrator, settings.feedback, context.device)
+            figures = train_and_save(context, network, calibrator, data, settings, folder, basis)
+            save_calibrator(folder / "calibrator.safetensors", calibrator)
+        else:
+            figures = train_and_save(context, network, FixedTargets(), data, settings, folder, basis)
     method = {"calibrator": "Reduced MPL", "fixed": "NoisyStudent", "none": "Supervised"}[settings.teacher]
     return figures | {
         "method": method,
         "labelled_images": len(labelled.labels),
-        "pool_images": 0 if pool is None else len(pool.repeat),
+        "pool_images": 0 if pool is None else len(pool),
+        "pool_reading": None if pool is None else way,
         "batch_of": {"labelled": composition.labelled, "pool": composition.pool},
         "labelled_target": "label" if composition.true_labels else "teacher",
     }
@@ -161,6 +182,14 @@ def pool_set(context: Context, store: "TargetsStore") -> "PoolSet":
     if images.skipped:
         raise TargetsError(f"{len(images.skipped)} images in targets/ do not decode; run mpl precompute --force")
     return PoolSet(images.images, torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats()))
+
+
+def streamed_pool(context: Context, store: "TargetsStore") -> "StreamedPool":
+    """The selected pool, read and decoded while the student trains."""
+    from pipeline.targets.stream import StreamedPool
+
+    settings = context.recipe
+    return StreamedPool(store, settings.data.image_size, workers=settings.train_reduced.workers)
 
 
 def save_calibrator(path: Path, calibrator: Any) -> None:

@@ -2,12 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.data.decode import Skipped, Status, decode_stream
 from pipeline.data.manifest import Manifest, SplitName
 from pipeline.data.sources import Split, open_split
 from pipeline.errors import DataError
+from pipeline.files import Location
 
 SIZE = 32  # pixels: enough to see whether an image decodes
 
@@ -29,7 +29,7 @@ class SplitReport:
 
 
 def check_split(
-    manifest: Manifest, split: SplitName, data: Path | None, *, sample: int | None = 256, workers: int = 0
+    manifest: Manifest, split: SplitName, data: Location | None, *, sample: int | None = 256, workers: int = 0
 ) -> SplitReport:
     """Open a split, count it, check its labels and decode part of it.
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.data.shards import NO_LABEL, Sample, Shard
 from pipeline.errors import DataError
-from pipeline.files import fingerprint
+from pipeline.files import Location, fingerprint, storage_errors
+from pipeline.seeds import permutation
 
 SUFFIXES = frozenset(
     (
@@ -26,7 +27,7 @@ class FolderShard(Shard):
     """A run of the image files below a folder, in the order of their paths."""
 
     name: str
-    root: Path
+    root: Location
     files: tuple[str, ...]
     """Relative to `root`, with forward slashes."""
     classes: tuple[str, ...]
@@ -37,18 +38,22 @@ class FolderShard(Shard):
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Of paths, sizes and times of change: the images themselves are not read."""
-        stats = [(file, (self.root / file).stat()) for file in self.files]
-        listing = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        """Of paths, sizes and times of change (ETags in object storage): the images are not read."""
+        try:
+            with storage_errors():
+                listing = [[file, *_state(self.root / file)] for file in self.files]
+        except OSError as error:
+            raise DataError(f"{self.root} cannot be read: {error}") from error
         return fingerprint([listing, list(self.classes)])
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
         for row in range(*slice(start, stop).indices(len(self.files))):
             file = self.files[row]
             try:
-                data = (self.root / file).read_bytes()
+                with storage_errors():
+                    data = (self.root / file).read_bytes()
             except OSError as error:
-                raise DataError(f"{self.root / file} cannot be read: {error.strerror}") from error
+                raise DataError(f"{self.root / file} cannot be read: {error.strerror or error}") from error
             yield Sample(row, file, data, self._label(file))
 
     def labels(self) -> np.ndarray:
@@ -65,13 +70,17 @@ class FolderShard(Shard):
         return {name: label for label, name in enumerate(self.classes)}
 
 
-def folder_shards(name: str, root: Path, names: tuple[str, ...] | None) -> list[FolderShard]:
+def folder_shards(
+    name: str, root: Location, names: tuple[str, ...] | None, shuffle: int | None = None
+) -> list[FolderShard]:
     """All images below `root`, in shards of a few thousand.
 
     Args:
         name: what the shards are called, before their number.
         root: a folder.
         names: class names in the order of the labels; empty: the sub-folders', sorted; None: no labels.
+        shuffle: seed of an order at random, so that the first and the last rows are of all classes; None is
+            the order of the paths.
 
     Raises:
         DataError: `root` is no folder, or a sub-folder has the name of no class.
@@ -83,27 +92,52 @@ def folder_shards(name: str, root: Path, names: tuple[str, ...] | None) -> list[
             f"{root}: sub-folder {unknown[0]!r} is no class of the manifest; its classes are {', '.join(names)}"
         )
     classes = names or tuple(present)
+    if shuffle is not None:
+        files = [files[i] for i in permutation(len(files), shuffle, "folder")]
     parts = [files[i : i + FILES_PER_SHARD] for i in range(0, len(files), FILES_PER_SHARD)]
     return [
         FolderShard(f"{name}-{i:05d}", root, tuple(part), classes, names is not None) for i, part in enumerate(parts)
     ]
 
 
-def list_images(root: Path) -> list[str]:
+def list_images(root: Location) -> list[str]:
     """Paths, relative to `root`, of the files with an image's suffix, sorted; hidden ones are left out.
 
     Raises:
         DataError: `root` is no folder.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder")
-    found = []
+    try:
+        with storage_errors():
+            if not root.is_dir():
+                raise DataError(f"{root} is not a folder")
+            return sorted(file for file in _below(root) if PurePosixPath(file).suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise DataError(f"{root} cannot be listed: {error}") from error
+
+
+def _below(root: Location) -> Iterator[str]:
+    """Paths relative to `root` of all files below it that are not hidden."""
+    if not isinstance(root, Path):
+        for place in root.fs.find(root.path):  # one listing
+            file = place.removeprefix(root.path.rstrip("/") + "/")
+            if not any(part.startswith(".") for part in file.split("/")):
+                yield file
+        return
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".")]
+        relative = str(os.path.relpath(folder, root))
         for file in files:
-            if not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES:
-                found.append((Path(folder) / file).relative_to(root).as_posix())
-    return sorted(found)
+            if not file.startswith("."):
+                yield PurePosixPath(relative.replace(os.sep, "/"), file).as_posix()
+
+
+def _state(place: Location) -> list[object]:
+    """What tells one version of a file from the next."""
+    if isinstance(place, Path):
+        stat = place.stat()
+        return [stat.st_size, stat.st_mtime_ns]
+    info = place.fs.info(place.path)
+    return [info["size"], str(info.get("ETag") or info.get("LastModified") or info.get("mtime"))]
 
 
 def class_folder(file: str) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator, model_validator
 
 from pipeline.errors import DataError
+from pipeline.files import Location, opened
 
-Reader = Literal["digits", "parquet", "folder", "webdataset"]
+Reader = Literal["digits", "parquet", "folder", "webdataset", "cifar-binary", "svhn-mat", "tinyimages-bin"]
 SplitName = Literal["labelled", "validation", "unlabelled", "test"]
 SPLITS: tuple[SplitName, ...] = ("labelled", "validation", "unlabelled", "test")
 Count = Annotated[int, Field(ge=0)]
@@ -19,6 +20,20 @@ Count = Annotated[int, Field(ge=0)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Md5 = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Url = Annotated[str, Field(pattern="^https?://")]
+
+
+class Archive(_Part):
+    """A download that holds several files; it is unpacked into the data folder and not kept."""
+
+    url: Url
+    bytes: Count | None = None
+    sha256: Sha256 | None = None
+    md5: Md5 | None = None
 
 
 class FileSpec(_Part):
@@ -33,10 +48,17 @@ class FileSpec(_Part):
     """Parquet: the column of images, binary or struct<bytes, path>."""
     label: str = "label"
     """Parquet: the column of labels, integers or class names."""
-    url: str | None = None
+    shuffle: int | None = None
+    """Folder: seed of an order at random, so that `first` and `last` are draws from all classes."""
+    url: Url | None = None
+    """Where `mpl data fetch` gets the file at `path`."""
+    archive: str | None = None
+    """Or the entry of `archives` that holds it."""
+    obtain: str = ""
+    """What a person is to do where the file cannot be downloaded by a program."""
     bytes: Count | None = None
-    sha256: str | None = None
-    md5: str | None = None
+    sha256: Sha256 | None = None
+    md5: Md5 | None = None
     rows: Count | None = None
 
     @field_validator("path", "glob")
@@ -50,6 +72,8 @@ class FileSpec(_Part):
     def _one_place(self) -> Self:
         if (self.path is None) == (self.glob is None):
             raise ValueError("give either `path` or `glob`")
+        if self.url is not None and (self.path is None or self.archive is not None):
+            raise ValueError("`url` is of one file: give its `path`, and no `archive`")
         return self
 
 
@@ -104,10 +128,11 @@ class Manifest(_Part):
     """In the order of the labels. Empty: the labelled split's files have them."""
     image: ImageSpec
     files: dict[str, FileSpec]
+    archives: dict[str, Archive] = {}
     splits: dict[SplitName, SplitSpec]
     paper: dict[str, Any] | None = None
     notes: str = ""
-    folder: Path | None = Field(default=None, exclude=True)
+    folder: SkipValidation[Location | None] = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -119,10 +144,13 @@ class Manifest(_Part):
             if split.source not in self.files:
                 hint = suggestion(split.source, self.files) or f"there are {', '.join(self.files)}"
                 raise ValueError(f"splits.{name}.from is {split.source!r}, which `files` lacks; {hint}")
+        for entry, file in self.files.items():
+            if file.archive is not None and file.archive not in self.archives:
+                raise ValueError(f"files.{entry}.archive is {file.archive!r}, which `archives` lacks")
         return self
 
 
-def load_manifest(name_or_file: str | Path, data: Path | None = None) -> Manifest:
+def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Manifest:
     """Find and check a manifest.
 
     Looks for, in this order: a YAML file of that path; `<data>/<name>.yaml`; `<data>/manifest.yaml`
@@ -150,7 +178,7 @@ def load_manifest(name_or_file: str | Path, data: Path | None = None) -> Manifes
     return found[name]
 
 
-def list_manifests(data: Path | None = None) -> list[Manifest]:
+def list_manifests(data: Location | None = None) -> list[Manifest]:
     """The data folder's own manifest, if it has one, then the embedded ones by name."""
     own = data / "manifest.yaml" if data is not None else None
     manifests = [_read(own)] if own is not None and own.is_file() else []
@@ -170,15 +198,16 @@ def _embedded() -> Iterator[Manifest]:
             yield _parse(entry.read_text(encoding="utf-8"), entry.name, None)
 
 
-def _read(path: Path) -> Manifest:
+def _read(path: Location) -> Manifest:
     try:
-        text = path.read_text(encoding="utf-8")
+        with opened(path) as file:
+            text = file.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"manifest {path} cannot be read: {error}") from error
     return _parse(text, str(path), path.parent)
 
 
-def _parse(text: str, where: str, folder: Path | None) -> Manifest:
+def _parse(text: str, where: str, folder: Location | None) -> Manifest:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -195,7 +224,7 @@ def _parse(text: str, where: str, folder: Path | None) -> Manifest:
 
 def _explain(where: str, error: ValidationError) -> Iterator[str]:
     """A line for each mistake: file, key, what is wrong, and the key that was probably meant."""
-    models = (FileSpec, SplitSpec, ImageSpec, Manifest)
+    models = (FileSpec, SplitSpec, ImageSpec, Archive, Manifest)
     known = {"from", *SPLITS, *(key for model in models for key in model.model_fields)}
     for item in error.errors():
         path = [str(part) for part in item["loc"] if part != "[key]"]

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,12 @@ import pyarrow.parquet as pq
 
 from pipeline.data.shards import NO_LABEL, Sample, Shard
 from pipeline.errors import DataError
-from pipeline.files import fingerprint, quick_fingerprint
+from pipeline.files import Location, fingerprint, is_local, opened, quick_fingerprint
 
-BATCH = 256  # rows in memory at a time
+BATCH = 256  # rows in memory at a time, or fewer:
+BATCH_BYTES = 4 << 30  # what they can come to at worst, all of one value that is stored once
+VALUE_LIMIT = 256 << 20  # bytes of one image
+GROUP_LIMIT = 8 << 30  # bytes of a column of one row group, as the file states them
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ParquetShard(Shard):
     """One Parquet file; it is read by row groups, and groups before `start` are not touched."""
 
     name: str
-    path: Path
+    path: Location
     image: str = "image"
     label: str | None = "label"
     """None: labels are not read (a pool's)."""
@@ -44,14 +46,16 @@ class ParquetShard(Shard):
             columns = [self.image] + ([self.label] if self.label else [])
             self._require(file.schema_arrow, columns)
             row, groups = _skip_groups(file, start)
-            for batch in file.iter_batches(BATCH, row_groups=groups, columns=columns):
-                end = row + batch.num_rows
-                last = end if stop is None else min(stop, end)
-                if (first := max(start, row)) < last:
-                    yield from self._samples(batch.slice(first - row, last - first), first)
-                row = end
-                if stop is not None and row >= stop:
-                    return
+            for group in groups:
+                batches = file.iter_batches(self._batch_rows(file, group), row_groups=[group], columns=columns)
+                for batch in batches:
+                    end = row + batch.num_rows
+                    last = end if stop is None else min(stop, end)
+                    if (first := max(start, row)) < last:
+                        yield from self._samples(batch.slice(first - row, last - first), first)
+                    row = end
+                    if stop is not None and row >= stop:
+                        return
 
     def labels(self) -> np.ndarray:
         if self.label is None:
@@ -68,9 +72,33 @@ class ParquetShard(Shard):
         data, paths = _encoded(batch.column(self.image), self)
         count = batch.num_rows
         labels = self._labels(batch.column(self.label), first) if self.label else np.full(count, NO_LABEL)
-        for i in range(count):
-            key = paths[i].as_py() or f"{self.name}-{first + i}"
-            yield Sample(first + i, key, data[i].as_py() or b"", int(labels[i]))
+        self._require_small(data, first)
+        rows = zip(range(first, first + count), paths.to_pylist(), data.to_pylist(), labels.tolist(), strict=True)
+        for row, path, value, label in rows:
+            yield Sample(row, path or f"{self.name}-{row}", value or b"", label)
+
+    def _batch_rows(self, file: pq.ParquetFile, group: int) -> int:
+        """So few that a small file cannot fill the memory: a value stored once may stand in every row."""
+        held = 0
+        described = file.metadata.row_group(group)
+        for column in range(described.num_columns):
+            chunk = described.column(column)
+            if chunk.path_in_schema.partition(".")[0] == self.image:
+                held += chunk.total_uncompressed_size
+        if held > GROUP_LIMIT:
+            raise DataError(
+                f"{self.path}: row group {group} has {held:,} bytes of images when unpacked, and "
+                f"{GROUP_LIMIT:,} are the limit; write it with smaller row groups"
+            )
+        return max(1, min(BATCH, BATCH_BYTES // max(1, held)))
+
+    def _require_small(self, data: Any, first: int) -> None:
+        longest = pc.max(pc.binary_length(data)).as_py() or 0
+        if longest > VALUE_LIMIT:
+            row = first + pc.index(pc.binary_length(data), longest).as_py()
+            raise DataError(
+                f"{self.path}: row {row} has {longest:,} bytes, and {VALUE_LIMIT:,} are the limit for one image"
+            )
 
     def _labels(self, column: Any, first: int) -> np.ndarray:
         """int64; null becomes -1. Strings are looked up among the class names."""
@@ -104,8 +132,12 @@ class ParquetShard(Shard):
     @contextmanager
     def _open(self) -> Iterator[pq.ParquetFile]:
         try:
-            with pq.ParquetFile(self.path) as file:
-                yield file
+            if is_local(self.path):
+                with pq.ParquetFile(self.path) as file:
+                    yield file
+            else:
+                with opened(self.path) as stream, pq.ParquetFile(stream) as file:
+                    yield file
         except FileNotFoundError as error:
             raise DataError(f"{self.path}: there is no such file") from error
         except (pa.ArrowException, OSError) as error:

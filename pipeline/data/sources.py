@@ -1,17 +1,16 @@
 """Splits: the rows of a manifest's files, opened as streams of samples."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 
 import numpy as np
 
 from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
 from pipeline.data.shards import NO_LABEL, Sample, Shard, Window
 from pipeline.errors import DataError
-from pipeline.files import fingerprint
+from pipeline.files import Location, fingerprint, storage_errors
 
 OPEN_END = 1 << 62  # the last row of a split, when nobody has counted them
 
@@ -69,7 +68,9 @@ class Split:
         )
 
 
-def open_split(manifest: Manifest, split: SplitName, data: Path | None = None, *, first: int | None = None) -> Split:
+def open_split(
+    manifest: Manifest, split: SplitName, data: Location | None = None, *, first: int | None = None
+) -> Split:
     """Open a split of a data set.
 
     Args:
@@ -104,7 +105,7 @@ def open_split(manifest: Manifest, split: SplitName, data: Path | None = None, *
     return opened
 
 
-def class_names(manifest: Manifest, data: Path | None = None) -> tuple[str, ...]:
+def class_names(manifest: Manifest, data: Location | None = None) -> tuple[str, ...]:
     """The manifest's class names, else those that the labelled files state, else the numbers.
 
     Raises:
@@ -169,7 +170,7 @@ def _cut(shards: list[Shard], rows: range) -> Iterator[Shard]:
         before += count
 
 
-def _shards(manifest: Manifest, source: str, data: Path | None, names: tuple[str, ...] | None) -> list[Shard]:
+def _shards(manifest: Manifest, source: str, data: Location | None, names: tuple[str, ...] | None) -> list[Shard]:
     """All shards of one entry of `files`; `names` None leaves labels unread."""
     spec = manifest.files[source]
     if spec.reader == "digits":
@@ -187,18 +188,27 @@ def _shards(manifest: Manifest, source: str, data: Path | None, names: tuple[str
         case "folder":
             from pipeline.data.folder import folder_shards
 
-            return [shard for name, path in named for shard in folder_shards(name, path, names)]
+            return [shard for name, path in named for shard in folder_shards(name, path, names, spec.shuffle)]
         case "webdataset":
             from pipeline.data.webdataset import TarShard
 
             return [TarShard(name, path, names) for name, path in named]
+        case "cifar-binary" | "tinyimages-bin":
+            from pipeline.data.raw import raw_shards
+
+            return [s for name, path in named for s in raw_shards(name, path, spec.reader, names is not None)]
+        case "svhn-mat":
+            from pipeline.data.svhn import svhn_shards
+
+            return [shard for name, path in named for shard in svhn_shards(name, path, names is not None)]
 
 
-def find_files(manifest: Manifest, spec: FileSpec, data: Path | None) -> list[Path]:
+def find_files(manifest: Manifest, spec: FileSpec, data: Location | None) -> list[Location]:
     """The files of an entry of `files`, in order; none for the embedded digits.
 
     Raises:
-        DataError: there is no data folder, no such file in it, or not the stated number of bytes.
+        DataError: there is no data folder, no such file in it, or not the stated number of bytes; or object
+            storage does not answer.
     """
     if spec.reader == "digits":
         return []
@@ -209,16 +219,17 @@ def find_files(manifest: Manifest, spec: FileSpec, data: Path | None) -> list[Pa
             f"data set {manifest.name} needs {place} in a data folder, and none was given: "
             "use --data DIR or set MPL_DATA"
         )
-    if spec.path is not None:
-        paths = [folder / spec.path] if (folder / spec.path).exists() else []
-    else:
-        paths = sorted(folder.glob(place))
+    try:
+        with storage_errors():
+            paths, size = _look(folder, spec)
+    except OSError as error:
+        raise DataError(f"{folder / place} cannot be looked up: {error}") from error
     if not paths:
         raise DataError(
             f"data set {manifest.name} needs {place}, and there is nothing of that name in {folder}; "
-            "is --data (or MPL_DATA) the right folder?"
+            "is --data (or MPL_DATA) the right folder?" + _how_to_get(manifest, spec)
         )
-    if spec.bytes is not None and (size := sum(path.stat().st_size for path in paths)) != spec.bytes:
+    if spec.bytes is not None and size != spec.bytes:
         raise DataError(
             f"{folder / place} has {size:,} bytes, the manifest of {manifest.name} says {spec.bytes:,}: "
             "it was cut short or is another version; get it again"
@@ -226,10 +237,26 @@ def find_files(manifest: Manifest, spec: FileSpec, data: Path | None) -> list[Pa
     return paths
 
 
-def _shard_names(paths: list[Path]) -> list[str]:
+def _look(folder: Location, spec: FileSpec) -> tuple[list[Location], int]:
+    """The files of an entry in the order of their paths, and their bytes if those are stated."""
+    if spec.path is not None:
+        paths: list[Location] = [folder / spec.path] if (folder / spec.path).exists() else []
+    else:
+        paths = sorted(folder.glob(spec.glob or ""), key=str)
+    return paths, sum(path.stat().st_size for path in paths) if spec.bytes is not None else 0
+
+
+def _how_to_get(manifest: Manifest, spec: FileSpec) -> str:
+    if spec.url or spec.archive:
+        return f" `mpl data fetch {manifest.name}` downloads it"
+    return f" {spec.obtain}" if spec.obtain else ""
+
+
+def _shard_names(paths: list[Location]) -> list[str]:
     """The files' names without suffixes; with their folders where two files have one name."""
     stems = [path.name.split(".", 1)[0] for path in paths]
     if max(Counter(stems).values()) == 1:
         return stems
-    top = os.path.commonpath([path.parent for path in paths])
-    return ["--".join(path.relative_to(top).parts) for path in paths]
+    folders = zip(*(path.parts[:-1] for path in paths), strict=False)
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, folders))
+    return ["--".join(path.parts[shared:]) for path in paths]

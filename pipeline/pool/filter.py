@@ -8,7 +8,6 @@ selection.parquet stands, all of it belongs together.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.dense import fixed_numbers
 from pipeline.errors import DataError, UsageError
+from pipeline.files import Location, discard, names_in, whole_file
 from pipeline.files import fingerprint as fingerprint_of
-from pipeline.files import whole_file
 from pipeline.pool.rejected import CANDIDATE, NEEDED, Lines, Verdicts, rejected_path, write_rejected
 from pipeline.pool.repeats import Hashed, find_repeats, hash_texts
 from pipeline.pool.scored import ScoredPool
@@ -98,7 +97,7 @@ def selection_fingerprint(pool: ScoredPool, rules: Rules) -> str:
     return fingerprint_of(["selection", pool.fingerprint(), asdict(rules)])
 
 
-def is_filtered(pool: ScoredPool, folder: Path, rules: Rules) -> bool:
+def is_filtered(pool: ScoredPool, folder: Location, rules: Rules) -> bool:
     """Whether `folder` holds the whole selection of these scores under these rules."""
     try:
         found = read_selection(folder / SELECTION).fingerprint
@@ -107,7 +106,7 @@ def is_filtered(pool: ScoredPool, folder: Path, rules: Rules) -> bool:
     return found == selection_fingerprint(pool, rules)
 
 
-def filter_pool(pool: ScoredPool, folder: Path, rules: Rules) -> Filtered:
+def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
     """Select, and write rejected/part-*.parquet and selection.parquet into `folder`.
 
     A class without a candidate keeps nothing, and its count says so. Memory: 24 bytes per class and k,
@@ -118,7 +117,7 @@ def filter_pool(pool: ScoredPool, folder: Path, rules: Rules) -> Filtered:
         RunError: a file cannot be written.
     """
     mark = selection_fingerprint(pool, rules)
-    (folder / SELECTION).unlink(missing_ok=True)  # it never stands beside rejects of other rules
+    discard(folder / SELECTION)  # it never stands beside rejects of other rules
     verdicts = Verdicts(rules.copy_threshold, find_repeats(pool.rows, lambda: _pixel_hashes(pool)))
     chosen = select_top_k(_candidates(pool, verdicts), rules.k, rules.assign, min_log_odds=rules.min_log_odds)
     lines = _lines(chosen, rules)
@@ -190,13 +189,12 @@ def _candidates(pool: ScoredPool, verdicts: Verdicts) -> Iterator[tuple[NDArray[
 
 
 def _reject(
-    pool: ScoredPool, folder: Path, verdicts: Verdicts, lines: Lines, mark: str
+    pool: ScoredPool, folder: Location, verdicts: Verdicts, lines: Lines, mark: str
 ) -> tuple[Counter[str], pa.Array]:
     """Write all rejects; count the reasons, and gather the keys of what is kept, in order."""
     paths = [rejected_path(folder, part.shard) for part in pool.parts]
-    for path in folder.glob("part-*.parquet"):
-        if path not in paths:
-            path.unlink()  # of a shard that the pool no longer has
+    names = {path.name for path in paths}
+    discard(*(folder / name for name in names_in(folder) - names))  # of shards that the pool no longer has
     reasons: Counter[str] = Counter()
     keys: list[pa.Array] = []
     for at, path in enumerate(paths):

@@ -1,13 +1,21 @@
-"""A classifier's logits and log-odds for encoded images: decode in threads, forward in batches."""
+"""A classifier's log-odds for encoded images: batches are decoded and classified by a few threads, in order.
+
+On a CPU every thread takes a batch from bytes to log-odds with one core, so the result does not depend on how many
+there are (a matrix product split over cores may round otherwise), and no core waits for another. On an accelerator
+the threads decode, and take turns at the network.
+"""
 
 import hashlib
+import os
+import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +26,8 @@ from pipeline.data.decode import decode
 from pipeline.errors import DataError, UsageError
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AHEAD = 3  # batches being decoded while one is in the network
+HASH_BYTES = 16  # of BLAKE2b, of an image's pixels
+More = TypeVar("More")
 
 
 class Encoded(Protocol):
@@ -39,9 +48,9 @@ class Decoded:
     Attributes:
         samples: all of them, in order; n.
         status, detail: per sample; "ok" or what is wrong with it.
-        good: places of those that decoded, (m,).
+        good: places of those that decoded, (m,), increasing.
         pixels: their pixels, (m, S, S, 3), uint8.
-        hashes: 16 bytes of BLAKE2b of their pixels.
+        hashes: BLAKE2b of their pixels, (m, 16), uint8.
     """
 
     samples: Sequence[Encoded]
@@ -49,7 +58,24 @@ class Decoded:
     detail: list[str | None]
     good: NDArray[np.intp]
     pixels: NDArray[np.uint8]
-    hashes: list[bytes]
+    hashes: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Inferred(Generic[More]):
+    """A batch of samples after the network.
+
+    Attributes:
+        decoded: the batch.
+        log_odds: of those that decoded, (m, C), float32, nats; NaN rows where a logit is not finite.
+        more: what `also` made of the pixels; None where nothing decoded.
+        seconds: spent in the network.
+    """
+
+    decoded: Decoded
+    log_odds: NDArray[np.float32]
+    more: More | None
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +90,7 @@ class Scorer:
         batch: images of one forward pass.
         device: a torch device.
         precision: float32, bfloat16 or float16 (the latter two by autocast).
-        workers: decoding threads.
+        threads: at work on batches; None: one for each core that this process may use.
     """
 
     model: nn.Module
@@ -75,7 +101,24 @@ class Scorer:
     batch: int = 256
     device: str = "cpu"
     precision: str = "float32"
-    workers: int = 2
+    threads: int | None = None
+
+    @property
+    def lanes(self) -> int:
+        """Batches that can be in the network at a time: one on an accelerator, else one for each thread."""
+        return 1 if torch.device(self.device).type != "cpu" else self.thread_count
+
+    @property
+    def thread_count(self) -> int:
+        """Threads at work on batches."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    def placed(self, worker: int, threads: int) -> "Scorer":
+        """For one of several workers: its share of the accelerators and of the cores."""
+        device = torch.device(self.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", worker % torch.cuda.device_count())
+        return replace(self, device=str(device), threads=threads)
 
     def logits(self, pixels: NDArray[np.uint8]) -> Tensor:
         """Logits of decoded images (B, S, S, 3): float32 (B, C) on the scorer's device.
@@ -88,11 +131,11 @@ class Scorer:
         dtype = AUTOCAST[self.precision]
         kind = torch.device(self.device).type
         with torch.inference_mode(), nullcontext() if dtype is None else torch.autocast(kind, dtype):
-            images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S)
+            images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last
             mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
             std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
-            images = (images.float() / 255 - mean) / std
-            logits: Tensor = self.model(images.contiguous(memory_format=torch.channels_last))  # (B, C)
+            normal = images.float().div_(255).sub_(mean).div_(std)
+            logits: Tensor = self.model(normal.contiguous(memory_format=torch.channels_last))  # (B, C)
         if logits.shape != (len(pixels), len(self.class_names)):
             raise DataError(
                 f"the teacher gives outputs of shape {tuple(logits.shape)} for {len(pixels)} images, "
@@ -134,38 +177,56 @@ def distributions(values: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
-def decoded_batches(samples: Iterable[Encoded], size: int, batch: int, workers: int) -> Iterator[Decoded]:
-    """Decode `samples` in order, `batch` at a time, some batches ahead of the reader."""
+def infer_batches(
+    samples: Iterable[Encoded], scorer: Scorer, also: Callable[[NDArray[np.uint8]], More] | None = None
+) -> Iterator[Inferred[More]]:
+    """Decode and classify a stream, `scorer.batch` samples at a time, in order; a few batches are under way.
+
+    Args:
+        samples: encoded images; read in the caller's thread.
+        scorer: the network.
+        also: computed from each batch's pixels (m, S, S, 3), m ≥ 1, in the thread that has them.
+    """
+    scorer.model.eval().to(scorer.device)
+    turn = threading.Semaphore(scorer.lanes)
+
+    def work(group: Sequence[Encoded]) -> Inferred[More]:
+        decoded = decode_batch(group, scorer.size)
+        if not decoded.good.size:
+            return Inferred(decoded, np.empty((0, len(scorer.class_names)), np.float32), None, 0.0)
+        with turn:
+            began = time.perf_counter()
+            found = scorer.log_odds(decoded.pixels)
+            seconds = time.perf_counter() - began
+        return Inferred(decoded, found, also(decoded.pixels) if also else None, seconds)
+
     stream = iter(samples)
-    with ThreadPoolExecutor(max(1, workers), "decode") as pool:
-        waiting: deque[tuple[list[Encoded], list[Any]]] = deque()
+    with ThreadPoolExecutor(scorer.thread_count, "score", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        under_way: deque[Future[Inferred[More]]] = deque()
         try:
             while True:
-                while len(waiting) < AHEAD and (group := list(islice(stream, batch))):
-                    waiting.append((group, [pool.submit(_decode, sample.data, size) for sample in group]))
-                if not waiting:
+                while len(under_way) <= scorer.thread_count and (group := list(islice(stream, scorer.batch))):
+                    under_way.append(pool.submit(work, group))
+                if not under_way:
                     return
-                group, futures = waiting.popleft()
-                yield _collect(group, [future.result() for future in futures], size)
+                yield under_way.popleft().result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode(data: bytes, size: int) -> tuple[NDArray[np.uint8] | None, str, str, bytes | None]:
-    pixels, status, detail = decode(data, size)
-    if pixels is None:
-        return None, str(status), detail, None
-    return pixels, str(status), detail, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
-
-
-def _collect(samples: Sequence[Encoded], results: list[Any], size: int) -> Decoded:
-    good = [i for i, result in enumerate(results) if result[0] is not None]
-    pixels = [results[i][0] for i in good]
-    return Decoded(
-        samples=samples,
-        status=[status for _, status, _, _ in results],
-        detail=[detail or None for _, _, detail, _ in results],
-        good=np.array(good, np.intp),
-        pixels=np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8),
-        hashes=[results[i][3] for i in good],
-    )
+def decode_batch(samples: Sequence[Encoded], size: int) -> Decoded:
+    """Decode samples to `size` × `size` pixels; what does not decode has a status."""
+    pixels = np.empty((len(samples), size, size, 3), np.uint8)
+    hashes = np.empty((len(samples), HASH_BYTES), np.uint8)
+    status: list[str] = []
+    detail: list[str | None] = []
+    good: list[int] = []
+    for place, sample in enumerate(samples):
+        found, outcome, why = decode(sample.data, size)
+        status.append(str(outcome))
+        detail.append(why or None)
+        if found is not None:
+            digest = hashlib.blake2b(found.data, digest_size=HASH_BYTES).digest()
+            pixels[len(good)], hashes[len(good)] = found, np.frombuffer(digest, np.uint8)
+            good.append(place)
+    return Decoded(samples, status, detail, np.array(good, np.intp), pixels[: len(good)], hashes[: len(good)])

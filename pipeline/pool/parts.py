@@ -16,15 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dense import fixed_binary
+from pipeline.dense import fixed_binary, open_parquet
 from pipeline.errors import DataError
+from pipeline.files import Location
 
 FORMAT, VERSION = "mpl-scores", "1"
 GROUP_BYTES = 64 << 20  # of log-odds in one row group, and so in memory at a time
@@ -37,38 +38,46 @@ class Rows:
     Attributes:
         row: places inside the shard, (n,), int64.
         key, status, detail: texts; detail is None where there is nothing to say.
-        log_odds: (n, C), float32, nats; NaN where the status is not ok.
-        pixel_hash: 16 bytes each, or None.
-        descriptor: bytes of equal length, or None.
-        match, similarity, mirrored: the best evaluation image, or None.
+        good: places, among the n, of the m images that decoded; the fields below are theirs.
+        log_odds: (m, C), float32, nats; NaN where the status is not ok.
+        pixel_hash: (m, 16), uint8.
+        descriptor: (m, D), uint8.
+        match, similarity, mirrored: the best evaluation image of each; None without an index.
     """
 
     row: NDArray[np.int64]
     key: Sequence[str]
     status: Sequence[str]
     detail: Sequence[str | None]
+    good: NDArray[np.intp]
     log_odds: NDArray[np.float32]
-    pixel_hash: Sequence[bytes | None]
-    descriptor: Sequence[bytes | None]
-    match: Sequence[str | None]
-    similarity: Sequence[float | None]
-    mirrored: Sequence[bool | None]
+    pixel_hash: NDArray[np.uint8]
+    descriptor: NDArray[np.uint8]
+    match: Sequence[str] | None
+    similarity: NDArray[np.float32] | None
+    mirrored: NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
 class PartInfo:
-    """What the footer of a part tells."""
+    """What the footer of a part tells. `first_row`: the row of its first image; the others follow one another."""
 
-    path: Path
+    path: Location
     shard: str
     fingerprint: str
     class_names: tuple[str, ...]
     rows: int
+    first_row: int
 
 
-def part_path(folder: Path, shard: str) -> Path:
+def part_path(folder: Location, shard: str) -> Location:
     """Where the scores of a shard lie: a name that stays when the pool gets more shards."""
     return folder / f"part-{quote(shard, safe='')}.parquet"
+
+
+def part_shard(name: str) -> str:
+    """The shard of a part, from its file's name."""
+    return unquote(name.removeprefix("part-").removesuffix(".parquet"))
 
 
 def part_schema(shard: str, fingerprint: str, class_names: Sequence[str], descriptor_bytes: int) -> pa.Schema:
@@ -145,23 +154,50 @@ def group_rows(row_bytes: int) -> int:
 
 def record_batch(rows: Rows, schema: pa.Schema) -> pa.RecordBatch:
     """`rows` as Arrow arrays of the schema's types."""
-    ok = np.array([status == "ok" for status in rows.status], bool)
-    columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in schema}
-    arrays = [
-        fixed_binary(rows.log_odds, ok) if field.name == "log_odds" else pa.array(columns[field.name], field.type)
-        for field in schema
-    ]
-    return pa.record_batch(arrays, schema=schema)
+    n, good = len(rows.row), rows.good
+    place = np.full(n, -1, np.int64)
+    place[good] = np.arange(len(good))
+    at = pa.array(place, mask=place < 0)  # null where nothing decoded
+
+    def spread(column: str, values: Any) -> pa.Array:
+        kind = schema.field(column).type
+        return pa.nulls(n, kind) if values is None else pa.array(values, kind).take(at)
+
+    ok = np.zeros(n, bool)
+    ok[good] = ~np.isnan(rows.log_odds[:, 0])
+    columns = {
+        "row": pa.array(rows.row),
+        "key": pa.array(rows.key, pa.string()),
+        "status": pa.array(rows.status, pa.string()),
+        "detail": pa.array(rows.detail, pa.string()),
+        "log_odds": fixed_binary(_scatter(rows.log_odds, good, n), ok),
+        "pixel_hash": fixed_binary(_scatter(rows.pixel_hash, good, n), place >= 0),
+        "descriptor": fixed_binary(_scatter(rows.descriptor, good, n), place >= 0),
+        "match": spread("match", rows.match),
+        "similarity": spread("similarity", rows.similarity),
+        "mirrored": spread("mirrored", rows.mirrored),
+    }
+    return pa.record_batch([columns[field.name] for field in schema], schema=schema)
 
 
-def read_info(path: Path) -> PartInfo:
+def _scatter(values: NDArray[Any], places: NDArray[np.intp], n: int) -> NDArray[Any]:
+    """(m, D) values at `places` of n rows, zero elsewhere."""
+    if len(places) == n:
+        return values
+    spread = np.zeros((n, values.shape[1]), values.dtype)
+    spread[places] = values
+    return spread
+
+
+def read_info(path: Location) -> PartInfo:
     """The footer of a part.
 
     Raises:
         DataError: the file is missing, cut short, or not a part of this version.
     """
     try:
-        footer = pq.read_metadata(path)
+        with open_parquet(path) as file:
+            footer = file.metadata
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} is not a whole Parquet file ({error}); score its shard again") from error
     meta = {k.decode(): v.decode() for k, v in (footer.metadata or {}).items() if k.startswith(b"mpl.")}
@@ -174,13 +210,24 @@ def read_info(path: Path) -> PartInfo:
         fingerprint=meta["mpl.fingerprint"],
         class_names=tuple(json.loads(meta["mpl.class_names"])),
         rows=footer.num_rows,
+        first_row=_first_row(path, footer),
     )
 
 
-def part_is_done(path: Path, shard: str, fingerprint: str) -> bool:
+def _first_row(path: Location, footer: Any) -> int:
+    """From the footer's statistics: not 0 where a split begins inside a file."""
+    groups = [footer.row_group(at) for at in range(footer.num_row_groups) if footer.row_group(at).num_rows]
+    bounds = [(group.column(0).statistics.min, group.column(0).statistics.max, group.num_rows) for group in groups]
+    first = expected = bounds[0][0] if bounds else 0
+    for low, high, rows in bounds:
+        if (low, high) != (expected, expected + rows - 1):
+            raise DataError(f"{path}: its rows do not follow one another; score its shard again")
+        expected += rows
+    return int(first)
+
+
+def part_is_done(path: Location, shard: str, fingerprint: str) -> bool:
     """Whether the file is whole and holds this shard scored under this fingerprint."""
-    if not path.exists():
-        return False
     try:
         info = read_info(path)
     except DataError:
@@ -190,9 +237,9 @@ def part_is_done(path: Path, shard: str, fingerprint: str) -> bool:
 
 def read_part(info: PartInfo, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """The rows of a part in order, in batches that fit in memory, with page checksums verified."""
-    with pq.ParquetFile(info.path, page_checksum_verification=True) as file:
-        size = group_rows(4 * len(info.class_names))
-        try:
+    size = group_rows(4 * len(info.class_names))
+    try:
+        with open_parquet(info.path, page_checksum_verification=True) as file:
             yield from file.iter_batches(batch_size=size, columns=list(columns))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{info.path} is damaged ({error}); delete it and score its shard again") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{info.path} is damaged ({error}); delete it and score its shard again") from error

@@ -6,7 +6,6 @@ first that holds in the order of REASONS.
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.dense import fixed_numbers
+from pipeline.files import Location
 from pipeline.pool.repeats import Repeats
 from pipeline.pool.scored import ScoredPool
 from pipeline.pool.select import Selection
@@ -114,13 +114,13 @@ class Lines:
         return np.where(low, BELOW_PROBABILITY, BELOW_K).astype(np.int8), detail
 
 
-def rejected_path(folder: Path, shard: str) -> Path:
+def rejected_path(folder: Location, shard: str) -> Location:
     """Where the rejects of a shard lie."""
     return folder / f"part-{quote(shard, safe='')}.parquet"
 
 
 def write_rejected(
-    path: Path, pool: ScoredPool, part: int, verdicts: Verdicts, lines: Lines, mark: str
+    path: Location, pool: ScoredPool, part: int, verdicts: Verdicts, lines: Lines, mark: str
 ) -> tuple[Counter[str], list[pa.Array]]:
     """Write one part's rejects to `path`.
 

@@ -3,27 +3,24 @@
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.data.shards import Shard
 from pipeline.errors import DataError
+from pipeline.files import Location, whole_file
 from pipeline.files import fingerprint as fingerprint_of
-from pipeline.files import whole_file
 from pipeline.pool.copies import CopyIndex, Matches, descriptor
-from pipeline.pool.infer import Decoded, Scorer, decoded_batches
+from pipeline.pool.infer import Inferred, Scorer, infer_batches
 from pipeline.pool.parts import PartWriter, Rows, part_is_done, part_path, part_schema
 
 ADDRESS = re.compile(r" object at 0x[0-9a-fA-F]+")  # in Pillow's messages; it differs from run to run
 
-
-class Progress(Protocol):
-    """Told how many images are done since the last call."""
-
-    def __call__(self, images: int) -> None: ...
+Progress = Callable[[int], None]
+"""Told how many images are done since the last call."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class ShardCounts:
         rows: images in it, good or bad.
         status: how many of each status.
         seconds: taken in all.
-        waiting: of these, spent waiting for decoded images.
+        waiting: of these, those in which the network waited for images to be read, decoded, compared, written.
     """
 
     shard: str
@@ -45,12 +42,49 @@ class ShardCounts:
     waiting: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is looked up in the pixels of m images: descriptors (m, D), and matches where there is an index."""
+
+    descriptors: NDArray[np.uint8]
+    matches: Matches | None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreWork:
+    """Scores shards; sent to workers, called with one shard at a time.
+
+    Attributes:
+        scorer: the teacher and how it wants its images.
+        folder: the run's scores/.
+        fingerprint: of all else that the scores depend on: the teacher, preprocessing, precision, and the
+            evaluation images.
+        copies: the evaluation images, or None where overlap is not looked for.
+    """
+
+    scorer: Scorer
+    folder: Location
+    fingerprint: str
+    copies: CopyIndex | None = None
+
+    def placed(self, worker: int, threads: int) -> "ScoreWork":
+        """For one of several workers."""
+        return replace(self, scorer=self.scorer.placed(worker, threads))
+
+    def __call__(self, shard: Shard, progress: Progress) -> ShardCounts:
+        if is_scored(shard, self.folder, self.fingerprint):  # by a worker that died before it could say so
+            return ShardCounts(shard.name, 0)
+        return score_shard(
+            shard, self.scorer, self.folder, fingerprint=self.fingerprint, copies=self.copies, progress=progress
+        )
+
+
 def score_fingerprint(shard: Shard, fingerprint: str) -> str:
     """The fingerprint of a shard's scores: the shard's content, and the caller's `fingerprint` of the rest."""
     return fingerprint_of(["scores", shard.name, shard.fingerprint(), fingerprint])
 
 
-def is_scored(shard: Shard, folder: Path, fingerprint: str) -> bool:
+def is_scored(shard: Shard, folder: Location, fingerprint: str) -> bool:
     """Whether `folder` holds the whole scores of this shard, content and settings unchanged."""
     return part_is_done(part_path(folder, shard.name), shard.name, score_fingerprint(shard, fingerprint))
 
@@ -58,7 +92,7 @@ def is_scored(shard: Shard, folder: Path, fingerprint: str) -> bool:
 def score_shard(
     shard: Shard,
     scorer: Scorer,
-    folder: Path,
+    folder: Location,
     *,
     fingerprint: str,
     copies: CopyIndex | None = None,
@@ -67,15 +101,9 @@ def score_shard(
     """Score every image of a shard and write scores/part-SHARD.parquet, whole or not at all.
 
     A bad image gets a row with its status; nothing is left out. The file depends on the arguments alone:
-    batches begin at the shard's first row, whoever does the work.
+    batches begin at the shard's first row, whoever does the work. For the rest see `ScoreWork`.
 
     Args:
-        shard: the images.
-        scorer: the teacher and how it wants its images.
-        folder: the run's scores/.
-        fingerprint: of all else that the scores depend on: the teacher, preprocessing, precision, and
-            the evaluation images.
-        copies: the evaluation images, or None where overlap is not looked for.
         progress: told after each batch.
 
     Raises:
@@ -87,69 +115,51 @@ def score_shard(
     mark = score_fingerprint(shard, fingerprint)
     schema = part_schema(shard.name, mark, scorer.class_names, descriptor_bytes())
     status: Counter[str] = Counter()
-    waiting = 0.0
-    scorer.model.eval()
+    network = 0.0
+
+    def look(pixels: NDArray[np.uint8]) -> Seen:
+        return Seen(descriptor(pixels), copies.find(pixels) if copies else None)
+
     with whole_file(part_path(folder, shard.name)) as temporary:
         with PartWriter(temporary, schema) as writer:
-            batches = decoded_batches(shard.read(), scorer.size, scorer.batch, scorer.workers)
-            while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                waiting += time.perf_counter() - asked
-                if batch is None:
-                    break
-                rows = score_batch(batch, scorer, copies)
+            for batch in infer_batches(shard.read(), scorer, look):
+                rows = score_rows(batch, copies)
                 writer.add(rows)
                 status.update(rows.status)
+                network += batch.seconds
                 if progress is not None:
                     progress(len(rows.row))
         if score_fingerprint(shard, fingerprint) != mark:
             raise DataError(f"shard {shard.name} changed while it was being scored; run the same command again")
     seconds = time.perf_counter() - began
-    return ShardCounts(shard.name, sum(status.values()), dict(status), seconds, waiting)
+    return ShardCounts(
+        shard.name, sum(status.values()), dict(status), seconds, max(0.0, seconds - network / scorer.lanes)
+    )
 
 
-def score_batch(batch: Decoded, scorer: Scorer, copies: CopyIndex | None) -> Rows:
-    """The rows of one decoded batch."""
-    total = len(batch.samples)
-    status = list(batch.status)
-    detail = [text and ADDRESS.sub("", text) for text in batch.detail]
-    log_odds = np.full((total, len(scorer.class_names)), np.nan, np.float32)
-    pixel_hash: list[bytes | None] = [None] * total
-    described: list[bytes | None] = [None] * total
-    match: list[str | None] = [None] * total
-    similarity: list[float | None] = [None] * total
-    mirrored: list[bool | None] = [None] * total
-    if batch.good.size:
-        log_odds[batch.good] = scorer.log_odds(batch.pixels)
-        found = copies.find(batch.pixels) if copies else None
-        descriptors = descriptor(batch.pixels)
-        for at, place in enumerate(batch.good):
-            pixel_hash[place] = batch.hashes[at]
-            described[place] = descriptors[at].tobytes()
-            if np.isnan(log_odds[place, 0]):
-                status[place], detail[place] = "nonfinite", "the teacher's logits are not finite"
-            if found is not None and copies is not None:
-                match[place] = copies.names[found.index[at]]
-                similarity[place] = float(found.similarity[at])
-                mirrored[place] = bool(found.mirrored[at])
+def score_rows(batch: Inferred[Seen], copies: CopyIndex | None) -> Rows:
+    """The rows of one batch."""
+    decoded, good = batch.decoded, batch.decoded.good
+    status = list(decoded.status)
+    detail = [text and ADDRESS.sub("", text) for text in decoded.detail]
+    for place in good[np.isnan(batch.log_odds[:, 0])].tolist():
+        status[place], detail[place] = "nonfinite", "the teacher's logits are not finite"
+    matches = batch.more.matches if batch.more is not None else None
     return Rows(
-        row=np.array([sample.row for sample in batch.samples], np.int64),
-        key=[sample.key for sample in batch.samples],
+        row=np.array([sample.row for sample in decoded.samples], np.int64),
+        key=[sample.key for sample in decoded.samples],
         status=status,
         detail=detail,
-        log_odds=log_odds,
-        pixel_hash=pixel_hash,
-        descriptor=described,
-        match=match,
-        similarity=similarity,
-        mirrored=mirrored,
+        good=good,
+        log_odds=batch.log_odds,
+        pixel_hash=decoded.hashes,
+        descriptor=batch.more.descriptors if batch.more is not None else np.empty((0, descriptor_bytes()), np.uint8),
+        match=None if matches is None or copies is None else [copies.names[i] for i in matches.index.tolist()],
+        similarity=None if matches is None else matches.similarity,
+        mirrored=None if matches is None else matches.mirrored,
     )
 
 
 def descriptor_bytes() -> int:
     """Bytes of one copy descriptor."""
     return int(descriptor(np.zeros((1, 8, 8, 3), np.uint8)).shape[1])
-
-
-__all__ = ["Matches", "Progress", "ShardCounts", "is_scored", "score_fingerprint", "score_shard"]

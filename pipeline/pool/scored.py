@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from pipeline.data.shards import Shard
 from pipeline.errors import DataError
+from pipeline.files import Location, names_in
 from pipeline.files import fingerprint as fingerprint_of
-from pipeline.pool.parts import PartInfo, part_path, read_info, read_part
-from pipeline.pool.score import score_fingerprint
+from pipeline.pool.parts import PartInfo, part_path, part_shard, read_info, read_part
+from pipeline.pool.score import is_scored, score_fingerprint
+
+LOOKING = 16  # footers read at a time: each is a few requests where they lie in object storage
 
 
 class ScoredPool:
@@ -30,7 +33,7 @@ class ScoredPool:
         self.offsets = np.cumsum([0, *(part.rows for part in parts)]).astype(np.int64)
         self.rows = int(self.offsets[-1])
         self.class_names = self.parts[0].class_names
-        self._first_rows = np.array([_first_row(part) for part in parts], np.int64)
+        self._first_rows = np.array([part.first_row for part in parts], np.int64)
 
     def fingerprint(self) -> str:
         """Of all scores, their order included."""
@@ -52,7 +55,7 @@ class ScoredPool:
         return part, self._first_rows[part] + ordinals - self.offsets[part]
 
 
-def open_scored(shards: Sequence[Shard], folder: Path, fingerprint: str) -> ScoredPool:
+def open_scored(shards: Sequence[Shard], folder: Location, fingerprint: str) -> ScoredPool:
     """The scores of these shards, in their order; `fingerprint` as given to `score_shard`.
 
     Raises:
@@ -64,33 +67,39 @@ def open_scored(shards: Sequence[Shard], folder: Path, fingerprint: str) -> Scor
     if len(set(paths)) < len(paths):
         twice = Counter(shard.name for shard in shards).most_common(1)[0][0]
         raise DataError(f"the pool has two shards named {twice!r}; an image's identity is shard and row")
-    missing = [shard.name for shard, path in zip(shards, paths, strict=True) if not path.exists()]
+    present = names_in(folder)
+    missing = [shard.name for shard, path in zip(shards, paths, strict=True) if path.name not in present]
     if missing:
         named = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(
             f"selecting needs the scores of {len(shards):,} shards, {len(missing):,} are missing in {folder} ({named})"
         )
-    parts = [read_info(path) for path in paths]
-    for shard, part in zip(shards, parts, strict=True):
-        if (part.shard, part.fingerprint) != (shard.name, score_fingerprint(shard, fingerprint)):
+    with ThreadPoolExecutor(LOOKING) as pool:
+        parts = list(pool.map(read_info, paths))
+        marks = list(pool.map(lambda shard: score_fingerprint(shard, fingerprint), shards))
+    for shard, part, mark in zip(shards, parts, marks, strict=True):
+        if (part.shard, part.fingerprint) != (shard.name, mark):
             raise DataError(
                 f"{part.path} was made by another teacher or other settings, or its shard {shard.name} has "
                 "changed since; score it again"
             )
         if part.class_names != parts[0].class_names:
             raise DataError(f"{part.path} has other classes than {parts[0].path}; score it again")
-    pool = ScoredPool(parts)
-    if not pool.rows:
+    scored = ScoredPool(parts)
+    if not scored.rows:
         raise DataError(f"the pool is empty: {len(shards):,} shards without a row")
-    return pool
+    return scored
 
 
-def _first_row(part: PartInfo) -> int:
-    """The row of the part's first image: not 0 where a split begins inside a file."""
-    for batch in read_part(part, ["row"]):
-        rows = batch.column(0).to_numpy()
-        if len(rows):
-            if (np.diff(rows) != 1).any():
-                raise DataError(f"{part.path}: its rows do not follow one another; score its shard again")
-            return int(rows[0])
-    return 0
+def not_scored(shards: Sequence[Shard], folder: Location, fingerprint: str) -> list[Shard]:
+    """Those shards whose scores are not in `folder`, or of other content or settings; in their order."""
+    with ThreadPoolExecutor(LOOKING) as pool:
+        done = pool.map(lambda shard: is_scored(shard, folder, fingerprint), shards)
+        return [shard for shard, known in zip(shards, done, strict=True) if not known]
+
+
+def gone_shards(shards: Sequence[Shard], folder: Location) -> list[str]:
+    """Shards that have scores in `folder` but are no longer in the pool."""
+    expected = {part_path(folder, shard.name).name for shard in shards}
+    found = {name for name in names_in(folder) if name.startswith("part-")}
+    return [part_shard(name) for name in sorted(found - expected)]

@@ -15,14 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, UsageError
+from pipeline.pool.best import Best, Entries, Ids, Packed, Paired, Scores
+from pipeline.pool.scan import columns, cores, count_at_least, in_threads, not_below, spans, tiled
 
 Assign = Literal["any", "argmax"]
-Ids = NDArray[np.int64]
-Scores = NDArray[np.float32]
+Hits = tuple[NDArray[np.intp], Entries]  # classes and entries of candidates, (m,) each
 
-BLOCK = 1 << 18  # scores compared at a time: 1 MiB, so that mask and thresholds stay in the cache
-PENDING = 1 << 19  # candidates gathered before they are dealt out to their classes
-ALL_LESS = np.uint64(0x0101010101010101)  # eight booleans, all of them true
+DENSE = 1 / 8  # share of scores that can enter, above which classes are served one by one
+LEAST_DENSE = 256  # candidates per class and stretch that make up for a class's fixed cost
+ROWS_DENSE = 1 << 14  # between two looks at the thresholds
+STRETCH = 1 << 22  # scores between two looks at the thresholds
+PENDING = 1 << 16  # candidates gathered before they are dealt out to their classes
+LEAST_THREADED = 1 << 19  # scores of a stretch that make up for handing it to threads
+MOST_THREADS = 4  # memory is the limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,28 +87,49 @@ def select_top_k(
 class TopK:
     """The running state of `select_top_k`: add chunks, merge states of other workers, read it out.
 
-    Memory: at most 24·k·C bytes, and a few MiB.
+    Memory: at most 24·k·C bytes, and some ten MiB.
+
+    Two ways to the same end. While much can still enter, a stretch of the chunk is transposed and every class takes
+    what is not below its threshold. Once little can, the stretch is compared as it lies in memory, and what is
+    found waits until there is enough to deal out.
     """
 
-    def __init__(self, k: int, classes: int, assign: Assign = "any", *, min_log_odds: float | None = None):
+    def __init__(
+        self,
+        k: int,
+        classes: int,
+        assign: Assign = "any",
+        *,
+        min_log_odds: float | None = None,
+        threads: int | None = None,
+    ):
         self.k, self.assign, self.classes = checked_k(k), checked_assign(assign), classes
         self.floor = float32_floor(min_log_odds)
+        self.threads = threads or min(MOST_THREADS, cores())
         self.available = np.zeros(classes, np.int64)
-        self.best = [_Best(self.k) for _ in range(classes)]
+        self.kind: Packed | Paired | None = None  # of entries; known once there are row ids
+        self.best: list[Best] = []
         self.thresholds = np.full(classes, self.floor, np.float32)  # (C,) a lower score cannot be kept
-        self._pending: list[tuple[NDArray[np.intp], Scores, Ids]] = []
-        self._pending_count = 0
-        self._refresh()
+        self._share = 1.0  # of the scores looked at last, those that were not below
+        self._tile: Scores | None = None  # the thresholds for a block; None when they have risen
+        self._pending: list[Hits] = []
 
     def add(self, rows: Any, scores: Any) -> None:
         """Take in row ids (n,) and their scores (n, C); see `select_top_k`."""
         rows, scores = self._checked(rows, scores)
         if scores.size == 0:
             return
-        if self.assign == "argmax":
-            self._add_argmax(rows, scores)
-        else:
-            self._add_any(rows, scores)
+        self._fit(rows)
+        if self.assign == "any" and self.floor == -np.inf:
+            self.available += len(rows)
+        at = 0
+        while at < len(rows):
+            dense = self.assign == "any" and self._share > DENSE and self._share * (len(rows) - at) > LEAST_DENSE
+            end = min(len(rows), at + (ROWS_DENSE if dense else max(1, STRETCH // self.classes)))
+            part = rows[at:end], scores[at:end]
+            found = self._add_dense(*part) if dense else self._add_sparse(*part)
+            self._share = found / part[1].size
+            at = end
 
     def merge(self, other: "TopK") -> None:
         """Take in the state of another part of the same stream, with no row in common."""
@@ -112,22 +138,17 @@ class TopK:
         if mine != theirs:
             raise UsageError(f"cannot merge selections of different settings: {mine} and {theirs}")
         other._deal()
-        for own, best in zip(self.best, other.best, strict=True):
-            own.add(*best.filled())
+        for c, best in enumerate(other.best):
+            scores, rows = best.kind.unpack(best.entries)
+            self._give(c, self._fit(rows).pack(scores, rows))
         self.available += other.available
-        self._deal()
 
     def selection(self) -> Selection:
         """What is kept so far; more may be added afterwards."""
         self._deal()
-        kept = [best.ranked() for best in self.best]
-        for c, (_, rows) in enumerate(kept):
-            ids, times = np.unique(rows, return_counts=True)
-            if ids.size < rows.size:
-                raise DataError(
-                    f"row id {ids[times.argmax()]} occurs more than once in the scores (seen in class {c}); "
-                    "an image's identity is its shard and row: look for a shard that was given twice"
-                )
+        self._fit(np.empty(0, np.int64))
+        parts = spans(self.classes, self.threads)
+        kept = [pair for part in in_threads(self._ranked, parts) for pair in part]
         last = [scores[-1] if scores.size else np.float32(np.nan) for scores, _ in kept]
         return Selection(
             rows=tuple(rows for _, rows in kept),
@@ -135,6 +156,18 @@ class TopK:
             available=self.available.copy(),
             threshold=np.array(last, np.float32),
         )
+
+    def _ranked(self, classes: slice) -> list[tuple[Scores, Ids]]:
+        kept = [best.ranked() for best in self.best[classes]]
+        for c, (_, rows) in enumerate(kept, classes.start):
+            ids = np.sort(rows)
+            twice = np.flatnonzero(ids[1:] == ids[:-1])
+            if twice.size:
+                raise DataError(
+                    f"row id {ids[twice[0]]} occurs more than once in the scores (seen in class {c}); "
+                    "an image's identity is its shard and row: look for a shard that was given twice"
+                )
+        return kept
 
     def _checked(self, rows: Any, scores: Any) -> tuple[Ids, Scores]:
         rows, scores = np.asarray(rows), np.asarray(scores)
@@ -149,129 +182,96 @@ class TopK:
             raise DataError(f"scores must be float32, found {scores.dtype}")
         return rows.astype(np.int64, copy=False), np.ascontiguousarray(scores, np.float32)
 
-    def _add_any(self, rows: Ids, scores: Scores) -> None:
-        flat = scores.reshape(-1)  # (n * C,)
-        if self.floor == -np.inf:
-            self.available += len(rows)
-        else:
-            self.available += np.count_nonzero(scores >= self.floor, axis=0)
-        step = max(1, BLOCK // self.classes) * self.classes  # whole rows
-        for start in range(0, flat.size, step):
-            hits = self._candidates(flat[start : start + step]) + start
-            if hits.size:
-                row, column = np.divmod(hits, self.classes)
-                self._hold(column, flat[hits], rows[row])
+    def _fit(self, rows: Ids) -> Packed | Paired:
+        """A kind of entries that holds these ids too."""
+        if self.kind is None:
+            self.kind = Packed.of(rows) if rows.size else Paired()
+            self.best = [Best(self.k, self.kind) for _ in range(self.classes)]
+        elif not self.kind.holds(rows):
+            self._deal()
+            self.kind = Paired()
+            for best in self.best:
+                best.change(self.kind)
+        return self.kind
 
-    def _add_argmax(self, rows: Ids, scores: Scores) -> None:
+    def _add_dense(self, rows: Ids, scores: Scores) -> int:
+        """Class by class; the number of scores that were not below their threshold."""
+        if self.floor > -np.inf:
+            self.available += count_at_least(scores, self.floor)
+        parts = spans(self.classes, self.threads)
+        return sum(in_threads(lambda classes: self._take_columns(rows, scores, classes), parts))
+
+    def _take_columns(self, rows: Ids, scores: Scores, classes: slice) -> int:
+        found = 0
+        for c, column in zip(range(self.classes)[classes], columns(scores[:, classes]), strict=True):
+            hits = (~(column < self.thresholds[c])).nonzero()[0]  # a NaN is not below
+            found += hits.size
+            if hits.size:
+                self._give(c, self._entries(c, column.take(hits), rows.take(hits)))
+        return found
+
+    def _add_sparse(self, rows: Ids, scores: Scores) -> int:
+        """Row by row; the number of scores that were not below their threshold."""
+        if self._tile is None:
+            self._tile = tiled(self.thresholds)
+        parts = spans(len(rows), self.threads if scores.size >= LEAST_THREADED else 1)
+        look = self._look_argmax if self.assign == "argmax" else self._look_any
+        found = in_threads(lambda part: look(rows[part], scores[part]), parts)
+        for available, hits in found:
+            self.available += available
+            if hits[0].size:
+                self._pending.append(hits)
+        if sum(len(columns) for columns, _ in self._pending) >= max(PENDING, LEAST_DENSE * self.classes):
+            self._deal()
+        return sum(len(columns) for _, (columns, _) in found)
+
+    def _look_any(self, rows: Ids, scores: Scores) -> tuple[Ids | int, Hits]:
+        assert self._tile is not None
+        available = count_at_least(scores, self.floor) if self.floor > -np.inf else 0
+        places, found = not_below(scores.reshape(-1), self._tile)
+        row = places // self.classes
+        column = places - row * self.classes
+        return available, (column, self._entries(column, found, rows.take(row)))
+
+    def _look_argmax(self, rows: Ids, scores: Scores) -> tuple[Ids | int, Hits]:
         column = scores.argmax(axis=1)  # NaN counts as the highest, so that it is seen
         highest = scores[np.arange(len(rows)), column]  # (n,)
-        enough = ~(highest < self.floor)
-        self.available += np.bincount(column[enough], minlength=self.classes)
+        available = np.bincount(column[~(highest < self.floor)], minlength=self.classes)
         hits = np.flatnonzero(~(highest < self.thresholds[column]))
-        self._hold(column[hits], highest[hits], rows[hits])
-
-    def _candidates(self, flat: Scores) -> NDArray[np.intp]:
-        """Positions in `flat` (whole rows) of scores that are not below their class's threshold.
-
-        "Not below" rather than "at least": a NaN is then a candidate, and is found at no cost.
-        """
-        size = flat.size
-        padded = -(-size // 8) * 8
-        self._less[size:padded] = True
-        np.less(flat, self._tiled[:size], out=self._less[:size])
-        words = np.flatnonzero(self._less[:padded].view(np.uint64) != ALL_LESS)
-        if 8 * words.size > size:  # many: the detour over words does not pay
-            return np.flatnonzero(~self._less[:size])
-        word, byte = np.nonzero(~self._less[:padded].reshape(-1, 8)[words])
-        return words[word] * 8 + byte
-
-    def _hold(self, column: NDArray[np.intp], scores: Scores, rows: Ids) -> None:
-        nan = np.isnan(scores)
-        if nan.any():
-            at = int(nan.argmax())
-            raise DataError(
-                f"the score of row {rows[at]} for class {column[at]} is NaN; such a row has no rank. "
-                "Leave rows with non-finite logits out before selecting"
-            )
-        self._pending.append((column, scores, rows))
-        self._pending_count += scores.size
-        if self._pending_count >= PENDING:
-            self._deal()
+        return available, (column[hits], self._entries(column[hits], highest[hits], rows[hits]))
 
     def _deal(self) -> None:
-        """Hand the pending candidates to their classes and raise the thresholds."""
-        if self._pending:
-            narrow = np.uint16 if self.classes <= 1 << 16 else np.int64  # 16 bits: a radix sort
-            column = np.concatenate([c.astype(narrow) for c, _, _ in self._pending])
-            scores = np.concatenate([s for _, s, _ in self._pending])
-            rows = np.concatenate([r for _, _, r in self._pending])
-            self._pending, self._pending_count = [], 0
-            order = np.argsort(column, kind="stable")
-            scores, rows = scores[order], rows[order]
-            ends = np.cumsum(np.bincount(column, minlength=self.classes))
-            for c in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
-                part = slice(ends[c - 1] if c else 0, ends[c])
-                self.best[c].add(scores[part], rows[part])
-        for c, best in enumerate(self.best):
-            self.thresholds[c] = max(best.threshold, self.floor)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        rows = max(1, BLOCK // max(1, self.classes))
-        self._tiled = np.tile(self.thresholds, rows)
-        self._less = np.empty(-(-self._tiled.size // 8) * 8, bool)
-
-
-class _Best:
-    """The k best (score, row id) of one class: a buffer that is cut back to k when 2k are in it."""
-
-    def __init__(self, k: int):
-        self.k, self.count, self.threshold = k, 0, np.float32(-np.inf)
-        self.scores, self.rows = np.empty(0, np.float32), np.empty(0, np.int64)
-
-    def filled(self) -> tuple[Scores, Ids]:
-        return self.scores[: self.count], self.rows[: self.count]
-
-    def add(self, scores: Scores, rows: Ids) -> None:
-        at = 0
-        while at < scores.size:
-            self._make_room(scores.size - at)
-            take = min(scores.size - at, self.scores.size - self.count)
-            self.scores[self.count : self.count + take] = scores[at : at + take] + np.float32(0)  # no -0.0
-            self.rows[self.count : self.count + take] = rows[at : at + take]
-            self.count += take
-            at += take
-
-    def ranked(self) -> tuple[Scores, Ids]:
-        """Scores and ids, best first, ties to the lower id."""
-        self._cut()
-        scores, rows = self.filled()
-        order = np.lexsort((rows, -scores))
-        return scores[order], rows[order]
-
-    def _make_room(self, wanted: int) -> None:
-        """Leave room for at least one more: grow up to 2k, then cut back to k."""
-        size = min(2 * self.k, max(self.count + wanted, 2 * self.scores.size))
-        if size > self.scores.size:
-            self.scores = np.concatenate([self.scores, np.empty(size - self.scores.size, np.float32)])
-            self.rows = np.concatenate([self.rows, np.empty(size - self.rows.size, np.int64)])
-        elif self.count == self.scores.size:
-            self._cut()
-
-    def _cut(self) -> None:
-        """Keep the k best: all above the k-th score, and of its equals the lowest ids."""
-        if self.count < self.k:
+        """Hand the pending candidates to their classes."""
+        if not self._pending:
             return
-        scores, rows = self.filled()
-        kth = np.partition(scores, self.count - self.k)[self.count - self.k]
-        above = np.flatnonzero(scores > kth)
-        equal = np.flatnonzero(scores == kth)
-        missing = self.k - above.size
-        if equal.size > missing:
-            equal = equal[np.argpartition(rows[equal], missing - 1)[:missing]]
-        keep = np.concatenate([above, equal])
-        self.scores[: self.k], self.rows[: self.k] = scores[keep], rows[keep]
-        self.count, self.threshold = self.k, kth
+        narrow = np.uint16 if self.classes <= 1 << 16 else np.int64  # 16 bits: a radix sort
+        column = np.concatenate([column.astype(narrow) for column, _ in self._pending])
+        entries = np.concatenate([entries for _, entries in self._pending])
+        self._pending = []
+        entries = entries.take(np.argsort(column, kind="stable"))
+        ends = np.cumsum(np.bincount(column, minlength=self.classes))
+        for c in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
+            self._give(c, entries[ends[c - 1] if c else 0 : ends[c]])
+
+    def _give(self, c: int, entries: Entries) -> None:
+        """Candidates to class c; its threshold rises."""
+        best = self.best[c]
+        best.add(entries)
+        if best.threshold > self.thresholds[c]:
+            self.thresholds[c] = best.threshold
+            self._tile = None
+
+    def _entries(self, column: NDArray[np.intp] | int, scores: Scores, rows: Ids) -> Entries:
+        """Entries of candidates; a NaN ends the selection."""
+        assert self.kind is not None
+        if scores.size and np.isnan(np.maximum.reduce(scores)):
+            at = int(np.isnan(scores).argmax())
+            c = column if isinstance(column, int) else column[at]
+            raise DataError(
+                f"the score of row {rows[at]} for class {c} is NaN; such a row has no rank. "
+                "Leave rows with non-finite logits out before selecting"
+            )
+        return self.kind.pack(scores, rows)
 
 
 def upsample(counts: Sequence[int], k: int) -> list[Ids]:

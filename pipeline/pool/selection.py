@@ -9,15 +9,15 @@ and of the scores alone.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.dense import open_parquet
 from pipeline.errors import DataError
-from pipeline.files import whole_file
+from pipeline.files import Location, whole_file
 from pipeline.pool.scored import ScoredPool
 from pipeline.pool.select import Selection
 
@@ -42,7 +42,7 @@ class SelectionFile:
 
 
 def write_selection(
-    path: Path,
+    path: Location,
     pool: ScoredPool,
     chosen: Selection,
     *,
@@ -91,18 +91,19 @@ def write_selection(
         pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True)
 
 
-def read_selection(path: Path) -> SelectionFile:
+def read_selection(path: Location) -> SelectionFile:
     """Read selection.parquet.
 
     Raises:
         DataError: the file is missing, cut short, damaged, or not a selection of this version.
     """
     try:
-        meta = {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
-        found = (meta.get("mpl.format", "no selection"), meta.get("mpl.version", "?"))
-        if found != (FORMAT, VERSION):
-            raise DataError(f"{path} is {found[0]} version {found[1]}, expected {FORMAT} version {VERSION}")
-        table = pq.read_table(path, page_checksum_verification=True)
+        with open_parquet(path, page_checksum_verification=True) as file:
+            meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
+            found = (meta.get("mpl.format", "no selection"), meta.get("mpl.version", "?"))
+            if found != (FORMAT, VERSION):
+                raise DataError(f"{path} is {found[0]} version {found[1]}, expected {FORMAT} version {VERSION}")
+            table = file.read()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} is not a whole selection ({error}); select again") from error
     return SelectionFile(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.shards import Sample
 from pipeline.errors import DataError, UsageError
-from pipeline.pool.infer import decoded_batches, distributions, log_odds
+from pipeline.pool.infer import distributions, infer_batches, log_odds
 
 
 def exact_log_odds(row):
@@ -57,12 +57,13 @@ def test_the_distribution_is_the_softmax(row):
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-12)
 
 
-def test_decoding_keeps_order_and_bad_entries(images_of, png):
+def test_decoding_keeps_order_and_bad_entries(scorer, images_of, png):
     pixels = images_of(23, 0)
     files = [png(image) for image in pixels]
     files[3], files[8], files[16] = b"", b"not an image", files[16][:60]
     samples = [Sample(at, f"key-{at}", data) for at, data in enumerate(files)]
-    batches = list(decoded_batches(samples, 16, 8, workers=3))
+    inferred = list(infer_batches(samples, replace(scorer, threads=3), lambda pixels: len(pixels)))
+    batches = [batch.decoded for batch in inferred]
     assert [len(batch.samples) for batch in batches] == [8, 8, 7]
     assert [sample.row for batch in batches for sample in batch.samples] == list(range(23))
     status = [status for batch in batches for status in batch.status]
@@ -73,16 +74,19 @@ def test_decoding_keeps_order_and_bad_entries(images_of, png):
     }
     good = np.concatenate([batch.good + 8 * i for i, batch in enumerate(batches)])
     np.testing.assert_array_equal(np.concatenate([batch.pixels for batch in batches]), pixels[good])
-    assert len({h for batch in batches for h in batch.hashes}) == 20
+    assert len({bytes(h) for batch in batches for h in batch.hashes}) == 20
+    assert [batch.more for batch in inferred] == [len(batch.good) for batch in batches]
+    expected = log_odds(scorer.logits(pixels[good])).numpy()
+    np.testing.assert_allclose(np.concatenate([batch.log_odds for batch in inferred]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_error_of_the_stream_comes_through(images_of, png):
+def test_an_error_of_the_stream_comes_through(scorer, images_of, png):
     def broken():
         yield Sample(0, "a", png(images_of(1, 0)[0]))
         raise DataError("cut short")
 
     with pytest.raises(DataError, match="cut short"):
-        list(decoded_batches(broken(), 16, 8, workers=2))
+        list(infer_batches(broken(), scorer))
 
 
 def test_normalised_as_asked(scorer, images_of):

@@ -62,7 +62,7 @@ def test_the_same_bytes_again(make_shards, scorer, tmp_path):
     """Two runs, other threads, an index of copies: one file, byte for byte."""
     shard = make_shards([50])[0]
     for folder, workers in (("a", 1), ("b", 4)):
-        score_shard(shard, replace(scorer, workers=workers), tmp_path / folder, fingerprint="f")
+        score_shard(shard, replace(scorer, threads=workers), tmp_path / folder, fingerprint="f")
     assert part_path(tmp_path / "a", shard.name).read_bytes() == part_path(tmp_path / "b", shard.name).read_bytes()
 
 

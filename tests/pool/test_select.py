@@ -118,8 +118,8 @@ def test_memory_does_not_grow_with_the_stream():
     sizes = []
     for at in range(60):
         state.add(np.arange(at * 5000, (at + 1) * 5000), random.rand(5000, 4).astype(np.float32))
-        sizes.append(sum(best.scores.size for best in state.best) + state._pending_count)
-    assert max(best.scores.size for best in state.best) <= 200
+        sizes.append(sum(best.buffer.size for best in state.best) + sum(len(e) for _, e in state._pending))
+    assert max(best.buffer.size for best in state.best) <= 356
     assert max(sizes[30:]) <= max(sizes[:30])
 
 

@@ -1,0 +1,205 @@
+"""Opening and reading a finished store."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.data.shards import Sample
+from pipeline.errors import TargetsError
+from pipeline.files import Location, is_local
+from pipeline.targets.layout import REMEDY, Dtype
+from pipeline.targets.manifest import check_files, in_threads, read_manifest
+from pipeline.targets.numbers import normalised, stored_rows
+from pipeline.targets.pool_files import record_batches
+
+BATCH = 256  # rows with images that are read at a time
+ROWS = 4096  # rows without
+HASHED = 4 << 30  # bytes; larger stores are hashed on request only, their pages and images always
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTargets:
+    """The teacher's view of the labelled images: n of them, in the split's order.
+
+    Attributes:
+        keys: for people.
+        shard, row: identity.
+        labels: (n,), int64.
+        distributions: (n, C), float32, rows sum to 1.
+    """
+
+    keys: list[str]
+    shard: list[str]
+    row: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    distributions: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBatch:
+    """Some rows of the pool: encoded images with their identity, distributions (n, C) and repeats (n,)."""
+
+    samples: list[tuple[str, Sample]]
+    distributions: NDArray[np.float32]
+    repeats: NDArray[np.int64]
+
+
+class TargetsStore:
+    """A finished store, checked when it was opened. Nothing is read before it is asked for.
+
+    Attributes:
+        folder: targets/.
+        manifest: the content of _manifest.json.
+        class_names: in the order of the distributions.
+        count: pool images, each counted once.
+    """
+
+    def __init__(self, folder: Location, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        self.dtype: Dtype = manifest["dtype"]
+        self.teacher: str = manifest["teacher"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.count: int = manifest["pool"]["rows"]
+
+    @classmethod
+    def open(
+        cls,
+        folder: Location,
+        *,
+        teacher: str | None = None,
+        class_names: Sequence[str] | None = None,
+        verify: bool | None = None,
+    ) -> Self:
+        """Open a store.
+
+        Args:
+            folder: targets/.
+            teacher: the fingerprint that the store's teacher must have; None accepts any.
+            class_names: the classes that it must have, in order; None accepts any.
+            verify: whether to compare all checksums; None does so up to 4 GiB on disk, and not in object
+                storage. Names, sizes and row counts are always compared, and reading always verifies the
+                checksums of the pages and images read.
+
+        Raises:
+            TargetsError: it is not complete, of another version, teacher or class list, or damaged.
+        """
+        manifest = read_manifest(folder)
+        if teacher is not None and manifest["teacher"] != teacher:
+            raise TargetsError(
+                f"{folder} was written by another teacher ({manifest['teacher'][:12]}…, expected {teacher[:12]}…); "
+                "run `mpl precompute` again, or use the run that the store belongs to"
+            )
+        if class_names is not None and manifest["class_names"] != list(class_names):
+            raise TargetsError(f"{folder} has other classes: {_difference(manifest['class_names'], class_names)}")
+        size = sum(file["bytes"] for kind in ("pool", "labelled") for file in manifest[kind]["files"])
+        size += sum(file["tar"]["bytes"] for file in manifest["pool"]["files"] if "tar" in file)
+        check_files(folder, manifest, verify if verify is not None else is_local(folder) and size <= HASHED)
+        return cls(folder, manifest)
+
+    def batches(self, batch: int = BATCH) -> Iterator[StoredBatch]:
+        """All rows in their stored, shuffled order, `batch` at most at a time; constant memory."""
+        for part in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
+            keys, shards, rows, images = (part.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
+            yield StoredBatch(
+                samples=[
+                    (shard, Sample(row, key, data))
+                    for shard, row, key, data in zip(shards, rows, keys, images, strict=True)
+                ],
+                distributions=self._distributions(part),
+                repeats=part.column("repeat").to_numpy(),
+            )
+
+    def samples(self) -> Iterator[tuple[str, Sample]]:
+        """(shard name, sample) in stored order, as `load_images` takes them."""
+        for batch in self.batches():
+            yield from batch.samples
+
+    def images(self) -> Iterator[bytes]:
+        """Encoded images in stored order."""
+        for part in self._read("pool", ["image"], BATCH):
+            yield from part.column(0).to_pylist()
+
+    def distributions(self) -> NDArray[np.float32]:
+        """The teacher's distributions, (N, C), rows sum to 1, in stored order."""
+        result = np.empty((self.count, len(self.class_names)), np.float32)
+        ends = np.cumsum([file["rows"] for file in self.manifest["pool"]["files"]])
+
+        def read(file: int) -> None:
+            begin = ends[file] - self.manifest["pool"]["files"][file]["rows"]
+            for part in self.read_file(file, ["distribution"], ROWS):
+                normalised(stored_rows(part.column(0), self.dtype), result[begin : begin + part.num_rows])
+                begin += part.num_rows
+
+        in_threads(read, range(len(ends)))
+        return result
+
+    def repeats(self) -> NDArray[np.int64]:
+        """How often each image is used in an epoch, (N,)."""
+        parts = [part.column(0).to_numpy() for part in self._read("pool", ["repeat"])]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    def uses(self) -> NDArray[np.int64]:
+        """How often the images of each training shard are used in an epoch, (F,)."""
+
+        def of_file(file: int) -> int:
+            stated = self.manifest["pool"]["files"][file].get("uses")
+            if stated is not None:
+                return int(stated)
+            return sum(int(part.column(0).to_numpy().sum()) for part in self.read_file(file, ["repeat"], ROWS))
+
+        return np.array([of_file(file) for file in range(len(self.manifest["pool"]["files"]))], np.int64)
+
+    def keys(self) -> list[str]:
+        """The images' names, for people, in stored order."""
+        return [key for part in self._read("pool", ["key"]) for key in part.column(0).to_pylist()]
+
+    def classes(self) -> list[list[int]]:
+        """The classes that each image was kept for, in stored order."""
+        return [kept for part in self._read("pool", ["classes"]) for kept in part.column(0).to_pylist()]
+
+    def labelled(self) -> LabelledTargets:
+        """The labelled images' keys, identity, labels and distributions."""
+        parts = list(self._read("labelled", ["key", "shard", "row", "label", "distribution"]))
+        empty = np.empty((0, len(self.class_names)), np.float32)
+        return LabelledTargets(
+            keys=[key for part in parts for key in part.column("key").to_pylist()],
+            shard=[name for part in parts for name in part.column("shard").to_pylist()],
+            row=np.concatenate([np.empty(0, np.int64), *(part.column("row").to_numpy() for part in parts)]),
+            labels=np.concatenate([np.empty(0, np.int64), *(part.column("label").to_numpy() for part in parts)]),
+            distributions=np.concatenate([empty, *(self._distributions(part) for part in parts)]),
+        )
+
+    def read_file(self, file: int, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
+        """Columns of one training shard, in stored order, `batch` rows at most at a time.
+
+        Raises:
+            TargetsError: the file was changed since the store was opened, or is damaged.
+        """
+        yield from self._read_entry(self.manifest["pool"]["files"][file], columns, batch)
+
+    def _read(self, kind: str, columns: Sequence[str], batch: int = ROWS) -> Iterator[pa.RecordBatch]:
+        for entry in self.manifest[kind]["files"]:
+            yield from self._read_entry(entry, columns, batch)
+
+    def _read_entry(self, entry: dict[str, Any], columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
+        path = self.folder / entry["name"]
+        try:
+            yield from record_batches(path, columns, batch, tar="tar" in entry)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise TargetsError(f"{path} or the tar beside it is damaged ({error}); {REMEDY}") from error
+
+    def _distributions(self, part: pa.RecordBatch) -> NDArray[np.float32]:
+        """(n, C) float32, rows sum to 1."""
+        return normalised(stored_rows(part.column("distribution"), self.dtype))
+
+
+def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
+    if len(found) != len(expected):
+        return f"{len(found)} classes, expected {len(expected)}"
+    at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    return f"class {at} is {found[at]!r}, expected {expected[at]!r}; run `mpl precompute` again"

@@ -1,0 +1,114 @@
+"""What the two pool stages share: who does the work (`--workers`, `--engine ray`), and how it is told."""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from stages.options import Context
+
+if TYPE_CHECKING:
+    from pipeline.engines import EngineSettings, Work
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+OPTIONS = (
+    click.option("--workers", type=click.IntRange(0), default=None, metavar="N",
+                 help="Processes on this machine [default: 1], or tasks at a time on Ray [default: as many as fit]."),
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+                 help="ray: one task for each shard, on a cluster."),
+    click.option("--address", metavar="HOST:PORT|auto", help="Of the Ray cluster. [default: one on this machine]"),
+    click.option("--gpus-per-worker", type=click.FloatRange(0), default=0.0, show_default=True,
+                 help="Accelerators of each Ray task; 0.5 lets two share one."),
+    click.option("--cpus-per-worker", type=click.FloatRange(0.01), default=1.0, show_default=True,
+                 help="Cores of each Ray task."),
+)  # fmt: skip
+
+
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of the engine to a command; it receives `engine`, its settings."""
+
+    @functools.wraps(function)
+    def command(
+        *arguments: Any,
+        workers: int | None,
+        engine: str,
+        address: str | None,
+        gpus_per_worker: float,
+        cpus_per_worker: float,
+        **others: Any,
+    ) -> Any:
+        from pipeline.engines import EngineSettings
+
+        ray = engine == "ray"
+        if not ray and (address is not None or gpus_per_worker):
+            raise click.UsageError("--address and --gpus-per-worker belong to --engine ray")
+        settings = EngineSettings(
+            kind="ray" if ray else "local",
+            workers=workers if workers is not None else (0 if ray else 1),
+            address=address,
+            gpus=gpus_per_worker,
+            cpus=cpus_per_worker,
+        )
+        return function(*arguments, engine=settings, **others)
+
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def is_elsewhere(engine: "EngineSettings") -> bool:
+    """Whether the work is sent to other processes."""
+    return engine.kind == "ray" or engine.workers > 1
+
+
+def run_shards(
+    context: Context,
+    engine: "EngineSettings",
+    work: "Work[Item, Result]",
+    items: "Sequence[Item]",
+    *,
+    name: Callable[[Item], str],
+    size: Callable[[Item], int],
+    unit: str,
+) -> list[Result]:
+    """Do all items with a bar for the person; the results in the order in which they came.
+
+    Raises:
+        WorkFailed: some items could not be done; the others are.
+        KeyboardInterrupt: asked for by Ctrl-C; items that are done stay.
+    """
+    from pipeline.engines import run_all
+
+    sizes = {id(item): size(item) for item in items}
+    bar = _Bar(context, sum(sizes.values()), unit)
+    results: list[Result] = []
+
+    def here(count: int) -> None:
+        bar.advance(count)
+        if context.console.stop_requested():
+            raise KeyboardInterrupt("shards that are done stay")
+
+    def counted(item: Item, result: Result) -> None:
+        results.append(result)
+        if is_elsewhere(engine):
+            bar.advance(sizes[id(item)])
+
+    run_all(engine, work, items, name=name, progress=here, done=counted, stop=context.console.stop_requested)
+    return results
+
+
+class _Bar:
+    """Images done so far, and how many a second."""
+
+    def __init__(self, context: Context, total: int, unit: str) -> None:
+        self.console, self.total, self.unit = context.console, total, unit
+        self.done, self.began = 0, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        self.console.progress(self.done, self.total, {f"{self.unit}_per_second": self.done / seconds})
