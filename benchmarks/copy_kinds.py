@@ -262,7 +262,9 @@ HELD_OUT: dict[str, Kind] = {
     "shifted by 1, blur 0.7, contrast −30%": lambda im, r: saved(contrast(blurred(shifted(im, 1, -1), 0.7), 0.7)),
     "saved at 48, mirrored, noise 5": lambda im, r: saved(noisy(scaled(mirror(im), 48), r, 5)),
     "cropped by 2, text, JPEG 60": lambda im, r: saved(written(cropped(im, 2, 2, 2, 2), "abc", "yellow"), quality=60),
-    "frame of 2, darkened by 20%, shifted by 1": lambda im, r: saved(framed(bright(shifted(im, 1, 1), 0.8), 2, "white")),
+    "frame of 2, darkened by 20%, shifted by 1": lambda im, r: saved(
+        framed(bright(shifted(im, 1, 1), 0.8), 2, "white")
+    ),
     "JPEG 50 five times, shifted by 1 each": lambda im, r: _worn(im),
 }
 

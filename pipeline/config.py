@@ -128,7 +128,7 @@ class FilterSettings(Settings):
 class PrecomputeSettings(Settings):
     """How distributions are stored."""
 
-    format: Literal["parquet"] = "parquet"
+    format: Literal["parquet", "webdataset"] = "parquet"  # webdataset: tars, distributions in files beside them
     dtype: Literal["float16", "float32"] = "float16"
     shard_rows: PositiveInt = 20_000
     batch: PositiveInt = 256

@@ -24,7 +24,7 @@ from pipeline.data.shards import Sample, Shard
 from pipeline.dense import fixed_binary, fixed_numbers, open_parquet
 from pipeline.engines import EngineSettings, run_all
 from pipeline.errors import DataError, RunError, TargetsError
-from pipeline.files import Location, discard, opened, remove_leftovers, whole_file
+from pipeline.files import Location, discard, names_in, opened, remove_leftovers, whole_file
 from pipeline.files import fingerprint as fingerprint_of
 from pipeline.pool.infer import Inferred, Scorer, distributions, infer_batches
 from pipeline.pool.scored import ScoredPool
@@ -105,7 +105,7 @@ def is_precomputed(folder: Location, selection: SelectionFile, settings: StoreSe
 
 
 class Runner(Protocol):
-    """Has all items done by an engine; `name` and `size` (in images) are for people."""
+    """Has all items done by an engine; `name` is for people."""
 
     def __call__(
         self,
@@ -113,7 +113,6 @@ class Runner(Protocol):
         items: Sequence[int],
         *,
         name: Callable[[int], str],
-        size: Callable[[int], int],
     ) -> object: ...
 
 
@@ -122,7 +121,6 @@ def run_here(
     items: Sequence[int],
     *,
     name: Callable[[int], str],
-    size: Callable[[int], int],
 ) -> None:
     """The simplest runner: in this process, one after the other."""
     run_all(EngineSettings(), work, items, name=name, progress=lambda count: None, done=lambda item, count: None)
@@ -173,20 +171,19 @@ def precompute(
     chosen = distinct_images(selection, [shard.name for shard in shards])
     plan = Plan(folder, mark, chosen, shards, scorer, settings, scores)
     remove_foreign(folder, mark, settings.format)
-    plan.require_disk(tell)
     left = plan.files_left()
+    if len(left) == plan.files and not names_in(folder / SPILL):  # nothing is there yet
+        plan.require_disk(tell)
     if left:
         run(
             Deal(plan),
             [at for at in range(len(shards)) if plan.images_of(at).stop > plan.images_of(at).start],
             name=lambda at: shards[at].name,
-            size=lambda at: plan.images_of(at).stop - plan.images_of(at).start,
         )
         run(
             Gather(plan),
             left,
             name=lambda file: f"training shard {file}",
-            size=lambda file: int(plan.bounds[file + 1] - plan.bounds[file]),
         )
     skipped = write_labelled(folder, labelled, scorer, settings, mark)
     discard(folder / SPILL)

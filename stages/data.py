@@ -19,15 +19,18 @@ SHOWN = 5  # examples of each kind of trouble, for people; --json has all
 
 
 class DataFolder(click.ParamType):
-    """A folder on disk or a URL of object storage (`s3://bucket/prefix`); a folder must be there."""
+    """A folder on disk or a URL of object storage (`s3://bucket/prefix`)."""
 
     name = "DIR|URL"
+
+    def __init__(self, *, exists: bool = True) -> None:
+        self.exists = exists
 
     def convert(self, value: "str | Location", param: click.Parameter | None, ctx: click.Context | None) -> "Location":
         if not isinstance(value, str):
             return value
         if "://" not in value:
-            return click.Path(path_type=Path, exists=True, file_okay=False).convert(value, param, ctx)
+            return click.Path(path_type=Path, exists=self.exists, file_okay=False).convert(value, param, ctx)
         from pipeline.files import location
 
         return location(value)
@@ -59,7 +62,7 @@ def list_(data: "Location | None", as_json: bool) -> None:
     found = [(manifest, _missing(manifest, data)) for manifest in list_manifests(data)]
     for manifest, missing in found:
         state = f"needs {missing}" if missing else "ready"
-        click.echo(f"{manifest.name:<12} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True)
+        click.echo(f"{manifest.name:<20} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True)
     if as_json:
         rows = [
             {"name": manifest.name, "title": manifest.title, "classes": manifest.classes, "missing": missing}
@@ -100,14 +103,14 @@ def check(manifest: str, data: "Location | None", sample: int, everything: bool,
 @click.argument("manifest")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=DataFolder(exists=False),
     envvar="MPL_DATA",
     show_envvar=True,
-    help="Data folder; made if need be.",
+    help="Data folder on disk; made if need be.",
 )
 @click.option("--only", multiple=True, metavar="FILE", help="An entry of the manifest's `files`; may be repeated.")
 @json_option
-def fetch(manifest: str, data: Path | None, only: tuple[str, ...], as_json: bool) -> None:
+def fetch(manifest: str, data: "Location | None", only: tuple[str, ...], as_json: bool) -> None:
     """Download the files of MANIFEST (a name or a YAML file) into the data folder, and verify them.
 
     What is there and right is left alone; what was interrupted goes on. Exit status 1 if files remain that
@@ -117,7 +120,7 @@ def fetch(manifest: str, data: Path | None, only: tuple[str, ...], as_json: bool
     from pipeline.data.manifest import load_manifest
     from pipeline.errors import UsageError
 
-    if data is None or "://" in str(data):
+    if not isinstance(data, Path):
         raise UsageError("mpl data fetch needs a folder on disk for what it downloads: use --data DIR or set MPL_DATA")
     described = load_manifest(manifest, data)
     done = []

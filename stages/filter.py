@@ -224,7 +224,12 @@ def _score(
     work = ScoreWork(scorer(context, network, engine), context.store / "scores", mark, copies)
     began = time.monotonic()
     counts = run_shards(
-        context, engine, work, shards, name=lambda shard: shard.name, size=lambda shard: shard.rows(), unit="images"
+        context,
+        engine,
+        work,
+        shards,
+        name=lambda shard: shard.name,
+        images=lambda count: count.rows,
     )
     images, seconds = sum(count.rows for count in counts), time.monotonic() - began
     busy, waiting = sum(count.seconds for count in counts), sum(count.waiting for count in counts)

@@ -136,7 +136,7 @@ def work(
         scorer(context, network, engine),
         store_settings(context, basis),
         scores=scores,
-        run=partial(run_shards, context, engine or EngineSettings(), unit="images"),
+        run=partial(run_shards, context, engine or EngineSettings(), images=lambda count: count),
         tell=context.console.note,
         preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
     )

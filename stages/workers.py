@@ -72,8 +72,7 @@ def run_shards(
     items: "Sequence[Item]",
     *,
     name: Callable[[Item], str],
-    size: Callable[[Item], int],
-    unit: str,
+    images: Callable[[Result], int],
 ) -> list[Result]:
     """Do all items with a bar for the person; the results in the order in which they came.
 
@@ -83,32 +82,27 @@ def run_shards(
     """
     from pipeline.engines import run_all
 
-    sizes = {id(item): size(item) for item in items}
-    bar = _Bar(context, sum(sizes.values()), unit)
     results: list[Result] = []
+    began, seen, finished = time.monotonic(), 0, 0
+
+    def show() -> None:
+        rate = seen / max(time.monotonic() - began, 1e-9)
+        context.console.progress(finished, len(items), {"images_per_second": rate})
 
     def here(count: int) -> None:
-        bar.advance(count)
+        nonlocal seen
+        seen += count
+        show()
         if context.console.stop_requested():
             raise KeyboardInterrupt("shards that are done stay")
 
-    def counted(item: Item, result: Result) -> None:
+    def done(item: Item, result: Result) -> None:
+        nonlocal seen, finished
         results.append(result)
+        finished += 1
         if is_elsewhere(engine):
-            bar.advance(sizes[id(item)])
+            seen += images(result)
+        show()
 
-    run_all(engine, work, items, name=name, progress=here, done=counted, stop=context.console.stop_requested)
+    run_all(engine, work, items, name=name, progress=here, done=done, stop=context.console.stop_requested)
     return results
-
-
-class _Bar:
-    """Images done so far, and how many a second."""
-
-    def __init__(self, context: Context, total: int, unit: str) -> None:
-        self.console, self.total, self.unit = context.console, total, unit
-        self.done, self.began = 0, time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        self.console.progress(self.done, self.total, {f"{self.unit}_per_second": self.done / seconds})

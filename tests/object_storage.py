@@ -8,6 +8,7 @@ with object_storage() as storage:
 """
 
 import http.client
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -46,8 +47,8 @@ class Storage:
         """`s3://…` of a key in the bucket."""
         return f"s3://{BUCKET}/{key}"
 
-    def place(self, key: str) -> Any:
-        """A UPath that needs no environment."""
+    def place(self, key: str, **options: Any) -> Any:
+        """A UPath that needs no environment; `options` are s3fs's."""
         from upath import UPath
 
         return UPath(
@@ -56,6 +57,7 @@ class Storage:
             key="testing",
             secret="testing",
             config_kwargs={"retries": {"max_attempts": 1}},
+            **options,
         )
 
     def put(self, key: str, data: bytes) -> None:
@@ -83,6 +85,7 @@ def object_storage() -> Iterator[Storage]:
     from moto.server import ThreadedMotoServer
     from s3fs import S3FileSystem
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     with mock.patch.dict(os.environ, KEYS):
         server.start()

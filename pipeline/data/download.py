@@ -198,10 +198,11 @@ def _version_of(answer: Any, url: str) -> _Version:
 
 
 def _same(kept: _Version | None, found: _Version, answer: Any, have: int) -> bool:
-    """Whether a partial answer is the rest of what was kept."""
+    """Whether a partial answer is the rest of what was kept; of versions without a tag, the lengths are compared."""
     assert kept is not None
     begins = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return begins == str(have) and (kept.tag, kept.total) == (found.tag, found.total)
+    alike = kept.tag == found.tag if kept.tag or found.tag else kept.total == found.total
+    return begins == str(have) and alike
 
 
 def _read_version(part: Path) -> _Version | None:
@@ -218,7 +219,7 @@ def _description(part: Path) -> Path:
 def _size(part: Path) -> int:
     try:
         return os.stat(part).st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
 
 

@@ -82,25 +82,31 @@ def fetch(
         if name not in manifest.files:
             hint = suggestion(name, manifest.files) or f"there are {', '.join(manifest.files)}"
             raise UsageError(f"data set {manifest.name} has no {name!r} among its files; {hint}")
-    with _alone(data):
-        jobs = _downloads(manifest, names, data)
-        waiting = [job for job in jobs if not _is_there(manifest, job, data)]
-        _require_space(data, sum(max(0, (job.source.bytes or 0) - _size(job.part)) for job in waiting), "download")
-        for job in jobs:
-            if job not in waiting:
-                yield Fetched(job.name, "present", "there, and its checksum is right" if job.checksum else "there")
-                continue
-            tell = None if progress is None else _telling(progress, job.name)
-            digest = _get(job, patience, tell)
-            if isinstance(job.source, Archive):
-                where = _unpack(manifest, job, data)
-            else:
-                where = str(_place(job.part, data / (job.source.path or "")))
-            discard(job.part)
-            yield Fetched(job.name, "fetched", where if job.checksum else f"{where} (no checksum is known; {digest})")
-        for name in names:
-            if (found := _by_hand(manifest, name, data)) is not None:
-                yield found
+    if jobs := _downloads(manifest, names, data):
+        with _alone(data):
+            waiting = [job for job in jobs if not _is_there(manifest, job, data)]
+            _require_space(data, sum(max(0, (job.source.bytes or 0) - _size(job.part)) for job in waiting), "download")
+            for job in jobs:
+                if job in waiting:
+                    yield _bring(manifest, job, data, patience, progress)
+                else:
+                    yield Fetched(job.name, "present", "there, and its checksum is right" if job.checksum else "there")
+    for name in names:
+        if (found := _by_hand(manifest, name, data)) is not None:
+            yield found
+
+
+def _bring(
+    manifest: Manifest, job: _Download, data: Path, patience: Patience | None, progress: Progress | None
+) -> Fetched:
+    """Download, verify, and put in place."""
+    digest = _get(job, patience, None if progress is None else _telling(progress, job.name))
+    if isinstance(job.source, Archive):
+        where = _unpack(manifest, job, data)
+    else:
+        where = str(_place(job.part, data / (job.source.path or "")))
+    discard(job.part)
+    return Fetched(job.name, "fetched", where if job.checksum else f"{where} (no checksum is known; {digest})")
 
 
 def _downloads(manifest: Manifest, names: list[str], data: Path) -> list[_Download]:

@@ -140,7 +140,7 @@ class ParquetShard(Shard):
                     yield file
         except FileNotFoundError as error:
             raise DataError(f"{self.path}: there is no such file") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{self.path} cannot be read as Parquet ({error}); it may have been cut short: get it again"
             ) from error
@@ -159,14 +159,20 @@ def _skip_groups(file: pq.ParquetFile, start: int) -> tuple[int, list[int]]:
 
 def _encoded(column: Any, shard: ParquetShard) -> tuple[Any, Any]:
     """The columns of encoded bytes and of paths (null where there is none)."""
+    data, paths = column, pa.nulls(len(column), pa.string())
     if pa.types.is_struct(column.type):
         fields = {field.name for field in column.type}
-        if "bytes" in fields:
-            nothing = pa.nulls(len(column), pa.string())
-            return pc.struct_field(column, "bytes"), pc.struct_field(column, "path") if "path" in fields else nothing
-    elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return column, pa.nulls(len(column), pa.string())
+        data = pc.struct_field(column, "bytes") if "bytes" in fields else None
+        if "path" in fields:
+            paths = pc.struct_field(column, "path")
+    if data is not None and _is_any(data, "binary") and (_is_any(paths, "string") or pa.types.is_null(paths.type)):
+        return data, paths
     raise DataError(f"{shard.path}: column {shard.image!r} is {column.type}; images are binary or struct<bytes, path>")
+
+
+def _is_any(column: Any, kind: str) -> bool:
+    """Whether it is of that type, or of the same with long offsets."""
+    return str(column.type) in (kind, f"large_{kind}")
 
 
 def _declared_names(schema: pa.Schema, label: str) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def open_split(
     total = _total(manifest, spec, shards)
     rows = spec.rows(OPEN_END if total is None else total)
     cut = tuple(_cut(shards, rows if first is None else rows[:first]))
-    if not any(shard.rows() for shard in cut):
+    if not any(not shard.knows_its_rows or shard.rows() for shard in cut):
         raise DataError(
             f"the {split} split of {manifest.name} is empty: splits.{split} leaves no row of "
             f"files.{spec.source}{'' if total is None else f', which has {total}'}"

@@ -1,12 +1,15 @@
 """WebDataset: a tar whose neighbouring members of one key make up a sample.
 
-Two samples of one key stay two samples: identity is (shard, row). Nothing is ever extracted to disk.
+Two samples of one key stay two samples: identity is (shard, row). Nothing is ever extracted to disk. Rows count the
+samples that are there: a download that failed for img2dataset left nothing in the tar, and has no row; a sample without
+an image has one, and counts as empty.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 
@@ -41,6 +44,8 @@ class TarShard(Shard):
     path: Location
     names: tuple[str, ...] | None = None
     """Class names, for labels that are not numbers; None: labels are not read (a pool's)."""
+
+    knows_its_rows: ClassVar[bool] = False
 
     def rows(self) -> int:
         return sum(1 for _ in self._groups(images=0))

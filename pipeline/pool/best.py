@@ -19,52 +19,50 @@ SPAN = 1 << 32
 
 
 class Packed:
-    """An entry is one 64-bit integer that is greater where the entry is better: cut and sorted as numbers are.
+    """An entry is one 64-bit integer that is smaller where the entry is better: cut and sorted as numbers are.
 
-    The upper half is the score as an integer that rises with it, the lower how far the row id is from the last of
-    the ids base … base + 2**32 - 1.
+    The upper half is the score as an integer that falls as it rises, the lower the row id, less `base`.
     """
 
     dtype = np.dtype(np.int64)
 
     def __init__(self, base: int):
-        self.base = base
-        self.last = np.int64(base + SPAN - 1)
+        self.base = np.int64(base)
 
     @classmethod
     def of(cls, rows: Ids) -> "Packed | Paired":
         """For a stream that begins with these ids: from 0 on if they are ordinals, else around them."""
-        low, high = int(rows.min()), int(rows.max())
-        base = 0 if 0 <= low and high < SPAN else low - SPAN // 2
-        found = cls(base) if -(2**63) <= base <= 2**63 - SPAN else Paired()
-        return found if found.holds(rows) else Paired()
+        low, high = (int(rows.min()), int(rows.max())) if rows.size else (0, 0)
+        if high - low >= SPAN:
+            return Paired()
+        around = low - (SPAN - 1 - (high - low)) // 2
+        return cls(0 if low >= 0 and high < SPAN else min(max(around, -(2**63)), 2**63 - SPAN))
 
     def holds(self, rows: Ids) -> bool:
         """Whether all these ids can be packed."""
-        return bool(rows.size == 0 or (rows.min() >= self.base and rows.max() <= self.last))
+        return bool(rows.size == 0 or (rows.min() >= self.base and int(rows.max()) < int(self.base) + SPAN))
 
     def pack(self, scores: Scores, rows: Ids) -> Entries:
         """Entries of scores and ids, (m,) each."""
         bits = (scores + np.float32(0)).view(np.int32)  # no -0.0: it equals 0.0
-        entries = _rising(bits).astype(np.int64)
+        entries = (~_rising(bits)).astype(np.int64)
         entries <<= 32
-        entries += self.last - rows
+        entries += rows - self.base
         return entries
 
     def unpack(self, entries: Entries) -> tuple[Scores, Ids]:
         """Scores and ids of entries."""
-        bits = _rising((entries >> 32).astype(np.int32))  # its own inverse
-        return bits.view(np.float32), self.last - (entries & np.int64(SPAN - 1))
+        bits = _rising(~(entries >> 32).astype(np.int32))  # its own inverse
+        return bits.view(np.float32), (entries & np.int64(SPAN - 1)) + self.base
 
-    def cut(self, entries: Entries, k: int) -> tuple[Entries, np.float32]:
-        """The k best, in no order, and the k-th score; moves `entries`, of which there are at least k."""
-        entries.partition(entries.size - k)
-        kept = entries[-k:]
-        return kept, self.unpack(kept[:1])[0][0]
+    def cut(self, entries: Entries, k: int) -> np.float32:
+        """Move the k best of at least k to the front, in no order; the k-th score."""
+        entries.partition(k - 1)
+        return self.unpack(entries[k - 1 : k])[0][0]
 
     def ranked(self, entries: Entries) -> tuple[Scores, Ids]:
         """Scores and ids, best first."""
-        return self.unpack(np.sort(entries)[::-1])
+        return self.unpack(np.sort(entries))
 
 
 class Paired:
@@ -87,14 +85,15 @@ class Paired:
         """Scores and ids of entries."""
         return np.ascontiguousarray(entries["score"]), np.ascontiguousarray(entries["row"])
 
-    def cut(self, entries: Entries, k: int) -> tuple[Entries, np.float32]:
-        """The k best, in no order, and the k-th score, of at least k entries."""
+    def cut(self, entries: Entries, k: int) -> np.float32:
+        """Move the k best of at least k to the front, in no order; the k-th score."""
         scores, rows = self.unpack(entries)
-        kth = np.partition(scores, scores.size - k)[scores.size - k]
+        kth: np.float32 = np.partition(scores, scores.size - k)[scores.size - k]
         above, ties = np.flatnonzero(scores > kth), np.flatnonzero(scores == kth)
         missing = k - above.size
         lowest = ties[np.argpartition(rows[ties], missing - 1)[:missing]]
-        return entries[np.concatenate([above, lowest])], kth
+        entries[:k] = entries[np.concatenate([above, lowest])]
+        return kth
 
     def ranked(self, entries: Entries) -> tuple[Scores, Ids]:
         """Scores and ids, best first."""
@@ -104,14 +103,14 @@ class Paired:
 
 
 class Best:
-    """The k best entries of one class: a buffer that is cut back to k when about 1.25 k are in it.
+    """The k best entries of one class: a buffer that is cut back to k when about 1.5 k are in it.
 
-    With each cut `threshold`, the lowest score that can still enter, rises. A quarter of k between two cuts is where
-    the cuts and the entries that a late threshold lets in cost about the same.
+    With each cut `threshold`, the lowest score that can still enter, rises. With half of k between two cuts, the cuts
+    and the entries that a late threshold lets in cost about the same.
     """
 
     def __init__(self, k: int, kind: Packed | Paired):
-        self.k, self.kind, self.capacity = k, kind, k + max(k // 4, LEAST_ROOM)
+        self.k, self.kind, self.room = k, kind, max(k // 2, LEAST_ROOM)
         self.count, self.threshold = 0, np.float32(-np.inf)
         self.buffer = np.empty(0, kind.dtype)
 
@@ -122,22 +121,35 @@ class Best:
 
     def add(self, entries: Entries) -> None:
         """Take in entries, (m,)."""
+        capacity = self.k + self.room
+        if entries.size > self.room and self.count + entries.size > capacity:
+            entries = np.concatenate([self.entries, entries])
+            self.threshold = self.kind.cut(entries, self.k)
+            self.count, entries = 0, entries[: self.k]
+        elif self.count + entries.size > capacity:
+            left = capacity - self.count
+            self._append(entries[:left])
+            self._cut()
+            entries = entries[left:]
+        self._append(entries)
+
+    def ranked(self) -> tuple[Scores, Ids]:
+        """The k best scores and their row ids, best first."""
+        if self.count > self.k:
+            self._cut()
+        return self.kind.ranked(self.entries)
+
+    def _append(self, entries: Entries) -> None:
         end = self.count + entries.size
-        if end > self.capacity:
-            entries, self.threshold = self.kind.cut(np.concatenate([self.entries, entries]), self.k)
-            self.count, end = 0, self.k
         if end > self.buffer.size:
-            size = min(self.capacity, 2 * end)
+            size = min(self.k + self.room, 2 * end)
             self.buffer = np.concatenate([self.entries, np.empty(size - self.count, self.kind.dtype)])
         self.buffer[self.count : end] = entries
         self.count = end
 
-    def ranked(self) -> tuple[Scores, Ids]:
-        """The k best scores and their row ids, best first."""
-        entries = self.entries
-        if self.count > self.k:
-            entries, _ = self.kind.cut(entries.copy(), self.k)
-        return self.kind.ranked(entries)
+    def _cut(self) -> None:
+        self.threshold = self.kind.cut(self.entries, self.k)
+        self.count = self.k
 
     def change(self, kind: Packed | Paired) -> None:
         """Hold entries of another kind from now on."""

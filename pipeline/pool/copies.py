@@ -1,14 +1,12 @@
 """Copies of evaluation images: near-duplicates, not look-alikes.
 
-Two looks. Candidates come from a thumbnail of the luminance, 8×8, with mean and contrast taken out, of the image
-as it is and mirrored, in place and shifted by two pixels. Each candidate is then laid over the image at full size
-(at most 32 pixels), shifted by up to two pixels or trimmed by as much, and compared by the correlation of their
-*detail*: what is left when a blurred version is taken away. A copy keeps its detail through re-encoding, a change of
-brightness or contrast, the loss of colour, a shift or a mirror; another picture of the same thing shares the large
-forms, which is why thumbnails alone cannot tell, but not the detail. A teacher's features are class features, not
-copy features, and play no part.
+Two looks. Candidates come from thumbnails (`pipeline.pool.copy_candidates`). Each likely one is then laid over the
+image by an affine map, and compared by the correlation of their *detail* (`pipeline.pool.copy_alignment`). A copy
+keeps its detail through re-encoding, a change of brightness, contrast or colour, a shift, a trim, a slight turn or a
+mirror; another picture of the same thing shares the large forms, which is why thumbnails alone cannot tell, but not
+the detail. A teacher's features are class features, not copy features, and play no part.
 
-How it was measured: benchmarks/copies.py.
+How it was measured: benchmarks/copies.py; what was found: docs/results/copies.md.
 """
 
 from collections.abc import Sequence
@@ -16,14 +14,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-SIDE = 32  # pixels at which images are compared; larger ones are scaled down to it
-THUMBNAIL = 8
-CANDIDATES = 12
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from pipeline.pool.copy_alignment import Pairs, similarity
+from pipeline.pool.copy_candidates import COMMON, SIDE, TURNS, WINDOWS, Candidates, Thumbnails, luminance, turned
+
+CANDIDATES = 5
+LIKELY = 0.7  # correlation of the thumbnails from which a candidate is looked at
+UNUSUAL = 0.85  # the same where the image is turned by more than a mirror, or negative: these are sought whole
+HANDICAP = 0.1  # of the similarity of such: a tower lies down to be a ship more often than a ship is turned
+SMALL = 16  # pixels; smaller images have no detail and are compared as they are
+TOGETHER = 512  # pairs
+DECIMALS = 4  # of a similarity
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +35,9 @@ class Matches:
 
     Attributes:
         index: into the evaluation images, (n,), int64.
-        similarity: correlation of the detail at the best alignment, (n,), float32, in [−1, 1].
-        mirrored: whether the match is mirrored, (n,), bool.
+        similarity: correlation of the detail at the best alignment, (n,), float32, in [−1, 1]; 0 where no
+            evaluation image is like enough to be compared, or the image is flat.
+        mirrored: whether the match is a mirror image, (n,), bool.
     """
 
     index: NDArray[np.int64]
@@ -43,28 +47,8 @@ class Matches:
 
 def descriptor(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Thumbnail of the luminance of decoded images (n, S, S, 3): uint8, (n, 64)."""
-    return thumbnails(luminance(images)).flatten(1).round().to(torch.uint8).numpy()
-
-
-def luminance(images: NDArray[np.uint8]) -> Tensor:
-    """(n, S, S, 3) uint8 → (n, s, s) float32 in [0, 255], s = min(S, 32)."""
-    grey = torch.from_numpy(np.ascontiguousarray(images)).float() @ torch.tensor(LUMA)  # (n, S, S)
-    return grey if grey.shape[1] <= SIDE else F.adaptive_avg_pool2d(grey, SIDE)
-
-
-def thumbnails(grey: Tensor) -> Tensor:
-    """(n, s, s) → (n, 8, 8)."""
-    return F.adaptive_avg_pool2d(grey, THUMBNAIL)
-
-
-def detail(grey: Tensor) -> Tensor:
-    """(n, s, s) less its 5×5 blur, lightly smoothed against coding noise; small images as they are."""
-    if grey.shape[1] < 2 * THUMBNAIL:
-        return grey
-    padded = F.pad(grey[:, None], (3, 3, 3, 3), mode="reflect")
-    smooth = F.avg_pool2d(padded, 3, 1, 1)  # kernel 3, then the blur of the same
-    blurred = F.avg_pool2d(smooth, 5, 1, 2)
-    return (smooth - blurred)[:, 0, 3:-3, 3:-3]
+    grey = luminance(images).reshape(-1, 8, SIDE // 8, 8, SIDE // 8)
+    return ((grey.sum((2, 4), dtype=np.int64) * 2 + 16) // 32).astype(np.uint8).reshape(-1, 64)
 
 
 def default_threshold(size: int) -> float:
@@ -72,82 +56,59 @@ def default_threshold(size: int) -> float:
 
     Below 16 pixels there is no detail: honest digits correlate up to 0.99, and copies beyond.
     """
-    return 0.8 if size >= 2 * THUMBNAIL else 0.99
+    return 0.7 if size >= SMALL else 0.99
 
 
 class CopyIndex:
-    """The evaluation images, ready to be searched.
+    """The evaluation images, ready to be searched. About 2.7 kB are kept of each, whatever its size; it can be
+    pickled, and finds the same in another process.
 
     Args:
         images: decoded, (N, S, S, 3), uint8.
         names: of each, kept as evidence with every removal.
+
+    Raises:
+        ValueError: as many names as images are needed.
+        UsageError: faiss is not installed.
     """
 
     def __init__(self, images: NDArray[np.uint8], names: Sequence[str]):
         if len(images) != len(names):
             raise ValueError(f"{len(names)} names for {len(images)} images")
-        grey = luminance(images)
         self.names = list(names)
-        self._side = grey.shape[1]
-        self._shift = self._side // 16  # pixels either way
-        self._thumbnails = _standardised(thumbnails(grey).flatten(1))  # (N, 64)
-        self._detail = detail(grey)  # (N, s, s)
+        self._grey = luminance(images)  # (N, 32, 32)
+        self._thumbnails = Thumbnails(self._grey)
 
     def find(self, images: NDArray[np.uint8]) -> Matches:
-        """The best match of each image (n, S, S, 3), n of a few hundred at a time."""
+        """The best match of each image (n, S, S, 3), n of a few hundred at a time. What is found for an image does
+        not depend on the others, nor on the number of threads."""
         grey = luminance(images)
-        both = torch.stack([grey, grey.flip(2)])  # (2, n, s, s)
-        wanted = min(CANDIDATES, len(self.names))
-        candidates, mirrored = self._candidates(both, wanted)
-        of = torch.arange(len(grey))[:, None].expand(-1, wanted)
-        query = both[mirrored.long(), of]  # (n, m, s, s)
-        similarity = self._aligned(query, self._detail[candidates])  # (n, m)
-        best = similarity.argmax(1, keepdim=True)
+        found = self._thumbnails.candidates(grey, CANDIDATES)
+        alike = self._compared(torch.from_numpy(grey), found)  # (n, m)
+        best = alike.argmax(1, keepdim=True)
         return Matches(
-            candidates.gather(1, best)[:, 0].numpy(),
-            similarity.gather(1, best)[:, 0].numpy(),
-            mirrored.gather(1, best)[:, 0].numpy(),
+            found.index.gather(1, best)[:, 0].numpy(),
+            alike.gather(1, best)[:, 0].numpy(),
+            MIRRORED[found.turn.gather(1, best)[:, 0]].numpy(),
         )
 
-    def _candidates(self, both: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-        """Nearest evaluation images by thumbnail, (n, m), and whether as mirrored, (n, m)."""
-        scores = torch.stack([self._best_over_shifts(grey) for grey in both], dim=1)  # (n, 2, N)
-        best, orientation = scores.max(1)
-        top = best.topk(wanted, dim=1).indices
-        return top, orientation.gather(1, top) == 1
-
-    def _best_over_shifts(self, grey: Tensor) -> Tensor:
-        """Correlation of thumbnails, (n, N), at the best of no shift and the four diagonal ones."""
-        far = self._shift
-        padded = F.pad(grey[:, None], (far,) * 4, mode="replicate")[:, 0]
-        best = torch.full((len(grey), len(self.names)), -1.0)
-        for dy, dx in {(far, far), (0, 0), (0, 2 * far), (2 * far, 0), (2 * far, 2 * far)}:
-            seen = padded[:, dy : dy + self._side, dx : dx + self._side]
-            torch.maximum(best, _standardised(thumbnails(seen).flatten(1)) @ self._thumbnails.T, out=best)
-        return best
-
-    def _aligned(self, query: Tensor, candidate: Tensor) -> Tensor:
-        """Best correlation, (n, m), of the query's centre, or of all of it scaled to the centre's size, with the
-        windows of the candidate."""
-        n, m = query.shape[:2]
-        shift, side = self._shift, self._side - 2 * self._shift
-        flat = query.flatten(0, 1)
-        centres = [detail(flat)[:, shift : shift + side, shift : shift + side]]
-        if shift:
-            scaled = F.interpolate(flat[:, None], size=(side, side), mode="bilinear", antialias=True)
-            centres.append(detail(scaled[:, 0]))
-        views = [_standardised(centre.flatten(1)).view(n, m, -1) for centre in centres]
-        best = torch.full((n, m), -1.0)
-        for dy in range(2 * shift + 1):
-            for dx in range(2 * shift + 1):
-                window = _standardised(candidate[:, :, dy : dy + side, dx : dx + side].flatten(2))
-                for view in views:
-                    best = torch.maximum(best, (view * window).sum(2))
-        return best
+    def _compared(self, grey: Tensor, found: Candidates) -> Tensor:
+        """Similarity, (n, m), of the likely candidates; 0 of the others."""
+        result = torch.zeros(found.score.shape)
+        likely = torch.where(found.turn < COMMON, LIKELY, UNUSUAL)
+        image, rank = (found.score >= likely).nonzero(as_tuple=True)
+        for at in range(0, len(image), TOGETHER):
+            i, r = image[at : at + TOGETHER], rank[at : at + TOGETHER]
+            of, window, turn = found.index[i, r], found.window[i, r], found.turn[i, r]
+            pairs = Pairs(
+                torch.from_numpy(self._grey[of.numpy()]).float(),
+                turned(grey[i].float(), turn),
+                STARTS[window],
+            )
+            alike = similarity(pairs) - HANDICAP * (turn >= COMMON)
+            result[i, r] = alike.round(decimals=DECIMALS)
+        return result
 
 
-def _standardised(x: Tensor) -> Tensor:
-    """Rows less their mean, of norm one; flat rows become zero and correlate with nothing."""
-    x = x - x.mean(dim=-1, keepdim=True)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm > 1e-3 * x.shape[-1] ** 0.5, x / norm.clamp_min(1e-12), 0.0)
+MIRRORED = torch.tensor([how.mirrored != how.headlong != how.diagonal for how in TURNS])
+STARTS = torch.tensor([[[1 / zoom, 0, -x / zoom], [0, 1 / zoom, -y / zoom]] for x, y, zoom in WINDOWS])

@@ -18,8 +18,11 @@ from torch import Tensor
 SIDE = 32
 MARGIN = 4  # pixels at each edge that are not compared: shifts, frames and wrapped edges live there
 STEPS = (4, 3)  # at 16 and at 32 pixels
-HELPFUL = 0.4  # correlation at 16 pixels below which a pair is given up
+HELPFUL = 0.42  # correlation at 16 pixels below which a map is given up
 LIMITS = (0.4, 2.4, 0.35, 9.0)  # of a map: least and greatest change of area, greatest turn or shear, shift in pixels
+STRETCH, SKEW = 0.25, 0.5
+"""What a map costs in similarity, per share by which it stretches one way more than the other, and per sine of skew:
+copies are trimmed and turned, but look-alikes fit best when bent (median stretch 0.17 and skew 0.1 against 0.01)."""
 COVERED = 0.25  # of the pixels, at least, must be in both pictures
 DAMPING = (0.06, 0.06, 0.001) * 2  # per pixel compared; turns and zooms cost more than shifts
 
@@ -40,16 +43,21 @@ class Pairs:
 
 
 def similarity(pairs: Pairs) -> Tensor:
-    """Correlation of the detail at the best alignment found, (n,), in [−1, 1]; 0 where there is nothing to compare."""
+    """Correlation of the detail at the best alignment found, less what the bending costs, (n,), in [−1, 1]; 0 where
+    there is nothing to compare."""
     result = torch.zeros(len(pairs.start))
-    coarse, promising = _align(pairs, SIDE // 2, STEPS[0])
-    at = (promising >= HELPFUL).nonzero()[:, 0]
+    coarse, before, after = _align(pairs, SIDE // 2, STEPS[0])
+    at = (torch.maximum(before, after) >= HELPFUL).nonzero()[:, 0]
     if len(at):
         left = Pairs(pairs.evaluation[at], pairs.query[at], coarse[at])
-        fine, _ = _align(left, SIDE, STEPS[1])
+        fine, _, _ = _align(left, SIDE, STEPS[1])
         seen = detail(left.evaluation)
-        result[at] = torch.maximum(_agreement(seen, left.query, pairs.start[at]), _agreement(seen, left.query, fine))
-    return result
+        result[at] = _agreement(seen, left.query, fine) - _bending(fine)
+        # a frame or a caption can draw the map away from where it began
+        also = (before[at] >= HELPFUL).nonzero()[:, 0]
+        began = _agreement(seen[also], left.query[also], pairs.start[at[also]])
+        result[at[also]] = torch.maximum(result[at[also]], began)
+    return result.clamp(-1, 1)
 
 
 def detail(grey: Tensor) -> Tensor:
@@ -57,12 +65,11 @@ def detail(grey: Tensor) -> Tensor:
     return _held_down(_smooth(grey) - _blur(grey, 2), 0.5)
 
 
-def _align(pairs: Pairs, side: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Maps (n, 2, 3) after so many Gauss–Newton steps at `side` pixels, and the better correlation, (n,), of the
-    maps before and after."""
+def _align(pairs: Pairs, side: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps (n, 2, 3) after so many Gauss–Newton steps at `side` pixels, and the correlation, (n,), before and after."""
     if side < SIDE:
         grey, query = F.avg_pool2d(pairs.evaluation, 2), F.avg_pool2d(pairs.query, 2)
-        grey, query = (_held_down(x - _blur(x, 2), 1.0) for x in (grey, query))
+        grey, query = (_held_down(x - _blur(x, 1), 1.0) for x in (grey, query))
     else:
         grey, query = (_held_down(_smooth(x) - _blur(x, 3), 1.0) for x in (pairs.evaluation, pairs.query))
     points, edge = _points(side)
@@ -75,19 +82,19 @@ def _align(pairs: Pairs, side: int, steps: int) -> tuple[Tensor, Tensor]:
     across, down = across[:, inner, inner].flatten(1) / scale, down[:, inner, inner].flatten(1) / scale
     slopes = (across * points[0], across * points[1], across, down * points[0], down * points[1], down)
     inverse = _inverse_normal_matrix(slopes)
-    maps, best = pairs.start, torch.zeros(0)
+    maps, before = pairs.start, torch.zeros(0)
     for step in range(steps + 1):
         seen, inside = _seen(query, maps, points)
         values, _ = _standardised(seen, inside)
         agreement = (values * target * inside).sum(1) / inside.sum(1).clamp_min(1)
         if step == 0:
-            best = agreement
+            before = agreement
         if step == steps:
             break
         residual = ((values - target) * inside).clamp(-2, 2)
         gradient = torch.stack([(slope * residual).sum(1) for slope in slopes], 1)  # (n, 6)
         maps = _less(maps, (inverse * gradient[:, None]).sum(2))
-    return _tame(maps, pairs.start), torch.maximum(best, agreement)
+    return _tame(maps, pairs.start), before, agreement
 
 
 def _inverse_normal_matrix(slopes: tuple[Tensor, ...]) -> Tensor:
@@ -120,6 +127,14 @@ def _tame(maps: Tensor, otherwise: Tensor) -> Tensor:
     fine = (area > least) & (area < most) & (maps[:, 0, 1].abs() < turn) & (maps[:, 1, 0].abs() < turn)
     fine &= (maps[:, :, 2].abs() < shift).all(1)
     return torch.where(fine[:, None, None], maps, otherwise)
+
+
+def _bending(maps: Tensor) -> Tensor:
+    """What maps (n, 2, 3) cost, (n,)."""
+    columns = maps[:, :, :2]
+    across, down = (columns * columns).sum(1).sqrt().unbind(1)
+    skew = (columns[:, :, 0] * columns[:, :, 1]).sum(1).abs() / (across * down)
+    return STRETCH * (1 - torch.minimum(across, down) / torch.maximum(across, down)) + SKEW * skew
 
 
 def _agreement(seen: Tensor, query: Tensor, maps: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -100,7 +101,7 @@ def count_at_least(scores: Scores, floor: np.float32) -> NDArray[np.int64]:
 def spans(size: int, parts: int) -> list[slice]:
     """0 … size in at most `parts` slices of nearly equal length, none of them empty."""
     edges = [size * at // parts for at in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
 def cores() -> int:

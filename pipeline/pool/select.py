@@ -19,13 +19,15 @@ from pipeline.pool.best import Best, Entries, Ids, Packed, Paired, Scores
 from pipeline.pool.scan import columns, cores, count_at_least, in_threads, not_below, spans, tiled
 
 Assign = Literal["any", "argmax"]
-Hits = tuple[NDArray[np.intp], Entries]  # classes and entries of candidates, (m,) each
+Hits = tuple[NDArray[Any], Entries]  # classes and entries of candidates, (m,) each
 
 DENSE = 1 / 8  # share of scores that can enter, above which classes are served one by one
 LEAST_DENSE = 256  # candidates per class and stretch that make up for a class's fixed cost
 ROWS_DENSE = 1 << 14  # between two looks at the thresholds
 STRETCH = 1 << 22  # scores between two looks at the thresholds
-PENDING = 1 << 16  # candidates gathered before they are dealt out to their classes
+LOOK = 1 << 20  # scores whose candidates are packed together
+PENDING, PENDING_PER_CLASS = 1 << 16, 1 << 10  # candidates gathered before they are dealt out to their classes
+BATCH = 1 << 17  # candidates sorted by class at a time
 LEAST_THREADED = 1 << 19  # scores of a stretch that make up for handing it to threads
 MOST_THREADS = 4  # memory is the limit
 
@@ -112,7 +114,9 @@ class TopK:
         self.thresholds = np.full(classes, self.floor, np.float32)  # (C,) a lower score cannot be kept
         self._share = 1.0  # of the scores looked at last, those that were not below
         self._tile: Scores | None = None  # the thresholds for a block; None when they have risen
+        self._narrow = np.dtype(np.uint8 if classes <= 1 << 8 else np.uint16 if classes <= 1 << 16 else np.int64)
         self._pending: list[Hits] = []
+        self._waiting = 0  # candidates in _pending
 
     def add(self, rows: Any, scores: Any) -> None:
         """Take in row ids (n,) and their scores (n, C); see `select_top_k`."""
@@ -139,8 +143,9 @@ class TopK:
             raise UsageError(f"cannot merge selections of different settings: {mine} and {theirs}")
         other._deal()
         for c, best in enumerate(other.best):
-            scores, rows = best.kind.unpack(best.entries)
-            self._give(c, self._fit(rows).pack(scores, rows))
+            if best.count:
+                scores, rows = best.kind.unpack(best.entries)
+                self._give(c, self._fit(rows).pack(scores, rows))
         self.available += other.available
 
     def selection(self) -> Selection:
@@ -185,7 +190,7 @@ class TopK:
     def _fit(self, rows: Ids) -> Packed | Paired:
         """A kind of entries that holds these ids too."""
         if self.kind is None:
-            self.kind = Packed.of(rows) if rows.size else Paired()
+            self.kind = Packed.of(rows)
             self.best = [Best(self.k, self.kind) for _ in range(self.classes)]
         elif not self.kind.holds(rows):
             self._deal()
@@ -216,42 +221,55 @@ class TopK:
             self._tile = tiled(self.thresholds)
         parts = spans(len(rows), self.threads if scores.size >= LEAST_THREADED else 1)
         look = self._look_argmax if self.assign == "argmax" else self._look_any
-        found = in_threads(lambda part: look(rows[part], scores[part]), parts)
-        for available, hits in found:
+        results = in_threads(lambda part: look(rows[part], scores[part]), parts)
+        found = 0
+        for available, hits in results:
             self.available += available
-            if hits[0].size:
-                self._pending.append(hits)
-        if sum(len(columns) for columns, _ in self._pending) >= max(PENDING, LEAST_DENSE * self.classes):
+            found += sum(column.size for column, _ in hits)
+            self._pending.extend(hits)
+        self._waiting += found
+        if self._waiting >= max(PENDING, PENDING_PER_CLASS * self.classes):
             self._deal()
-        return sum(len(columns) for _, (columns, _) in found)
+        return found
 
-    def _look_any(self, rows: Ids, scores: Scores) -> tuple[Ids | int, Hits]:
+    def _look_any(self, rows: Ids, scores: Scores) -> tuple[Ids | int, list[Hits]]:
         assert self._tile is not None
         available = count_at_least(scores, self.floor) if self.floor > -np.inf else 0
-        places, found = not_below(scores.reshape(-1), self._tile)
-        row = places // self.classes
-        column = places - row * self.classes
-        return available, (column, self._entries(column, found, rows.take(row)))
+        hits = []
+        step = max(1, LOOK // self.classes)
+        for at in range(0, len(rows), step):
+            places, found = not_below(scores[at : at + step].reshape(-1), self._tile)
+            if places.size:
+                row = places // self.classes
+                column = places - row * self.classes
+                row += at
+                hits.append((column.astype(self._narrow), self._entries(column, found, rows.take(row))))
+        return available, hits
 
-    def _look_argmax(self, rows: Ids, scores: Scores) -> tuple[Ids | int, Hits]:
+    def _look_argmax(self, rows: Ids, scores: Scores) -> tuple[Ids | int, list[Hits]]:
         column = scores.argmax(axis=1)  # NaN counts as the highest, so that it is seen
         highest = scores[np.arange(len(rows)), column]  # (n,)
         available = np.bincount(column[~(highest < self.floor)], minlength=self.classes)
         hits = np.flatnonzero(~(highest < self.thresholds[column]))
-        return available, (column[hits], self._entries(column[hits], highest[hits], rows[hits]))
+        column = column[hits]
+        return available, [(column.astype(self._narrow), self._entries(column, highest[hits], rows[hits]))]
 
     def _deal(self) -> None:
-        """Hand the pending candidates to their classes."""
+        """Hand the pending candidates to their classes: sorted by class in batches that stay in the cache."""
         if not self._pending:
             return
-        narrow = np.uint16 if self.classes <= 1 << 16 else np.int64  # 16 bits: a radix sort
-        column = np.concatenate([column.astype(narrow) for column, _ in self._pending])
+        column = np.concatenate([column for column, _ in self._pending])
         entries = np.concatenate([entries for _, entries in self._pending])
-        self._pending = []
-        entries = entries.take(np.argsort(column, kind="stable"))
-        ends = np.cumsum(np.bincount(column, minlength=self.classes))
-        for c in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
-            self._give(c, entries[ends[c - 1] if c else 0 : ends[c]])
+        self._pending, self._waiting = [], 0
+        edges = np.zeros((self.classes + 1, -(-column.size // BATCH)), np.intp)  # where a class begins in a batch
+        for batch, start in enumerate(range(0, column.size, BATCH)):
+            part = slice(start, start + BATCH)
+            entries[part] = entries[part].take(np.argsort(column[part], kind="stable"))
+            np.cumsum(np.bincount(column[part], minlength=self.classes), out=edges[1:, batch])
+            edges[:, batch] += start
+        for c in np.flatnonzero((edges[1:] > edges[:-1]).any(axis=1)).tolist():
+            pieces = zip(edges[c].tolist(), edges[c + 1].tolist(), strict=True)
+            self._give(c, np.concatenate([entries[a:b] for a, b in pieces]))
 
     def _give(self, c: int, entries: Entries) -> None:
         """Candidates to class c; its threshold rises."""

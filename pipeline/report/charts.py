@@ -59,7 +59,7 @@ def percent(log_odds: float) -> str:
     rest = 100 / (1 + math.exp(min(700.0, abs(log_odds))))  # of the less probable side
     if rest < 0.00005:
         return "> 99.9999%" if log_odds > 0 else "< 0.0001%"
-    decimals = min(4, max(1, math.ceil(-math.log10(rest)) + (log_odds < 0)))
+    decimals = min(4, max(1, math.ceil(-math.log10(rest) - 1e-6) + (log_odds < 0)))
     return f"{100 - rest if log_odds >= 0 else rest:.{decimals}f}%"
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.files import Location
+from pipeline.files import Location, storage_errors
 from pipeline.pool.parts import part_shard
 from pipeline.pool.rejected import BELOW_K, BELOW_PROBABILITY, EVAL_COPY, FORMAT, REASONS, REPEAT_OF, rejected_path
 from pipeline.report.examples import Best, scramble
@@ -76,10 +76,17 @@ class DroppedExamples:
 
 
 def rejected_shards(folder: Location) -> list[str]:
-    """The shards of the pool, sorted, as the files in `folder` name them."""
-    if not folder.is_dir():
-        return []
-    return sorted(part_shard(path.name) for path in folder.iterdir() if path.name.startswith("part-"))
+    """The shards of the pool, sorted, as the files in `folder` name them.
+
+    Raises:
+        DataError: object storage does not answer.
+    """
+    try:
+        with storage_errors():
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error}") from error
+    return sorted(part_shard(name) for name in names if name.startswith("part-"))
 
 
 def find_dropped(

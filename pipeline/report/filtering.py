@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.shards import Shard
-from pipeline.files import Location
+from pipeline.files import Location, storage_errors
 from pipeline.pool.parts import part_path
 from pipeline.pool.rejected import REASONS
 from pipeline.pool.score import is_scored
@@ -184,7 +184,8 @@ def _changed(outputs: Location, figures: dict[str, Any], shard: Shard) -> bool:
     """Whether the shard's scores are of other content; False where that cannot be told."""
     mark = figures.get("scores_fingerprint")
     scores = outputs / SCORES
-    return bool(mark) and part_path(scores, shard.name).exists() and not is_scored(shard, scores, str(mark))
+    with storage_errors():
+        return bool(mark) and part_path(scores, shard.name).exists() and not is_scored(shard, scores, str(mark))
 
 
 def _places(kept: Sequence[KeptClass], dropped: DroppedExamples) -> list[tuple[Place, str | None]]:

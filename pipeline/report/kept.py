@@ -228,5 +228,7 @@ def reading(path: Location) -> Iterator[pq.ParquetFile]:
     try:
         with open_parquet(path) as file:
             yield file
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is not there; run mpl filter") from error
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} is not a whole Parquet file ({error}); run mpl filter again") from error

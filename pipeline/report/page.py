@@ -235,7 +235,7 @@ def left_out(report: FilterReport) -> list[Group]:
             "then the evaluation image. If an honest image was removed, it is most likely here."
         )
         groups.append(Group("Copies of evaluation images: the least alike", least, about))
-        if report.rejected["eval_copy"] > len(least):
+        if report.rejected.get("eval_copy", 0) > len(least):
             groups.append(Group("Copies of evaluation images: a sample", copies, "Drawn evenly from all of them."))
     if repeats := tiles.pop("repeat_of", ()):
         about = f"{_of(report, 'repeat_of', repeats)}: the image, then the earlier one that is used instead."
@@ -247,7 +247,7 @@ def left_out(report: FilterReport) -> list[Group]:
 
 
 def _of(report: FilterReport, reason: str, tiles: tuple[Tile, ...]) -> str:
-    return f"{len(tiles):,} of {report.rejected[reason]:,}"
+    return f"{len(tiles):,} of {report.rejected.get(reason, len(tiles)):,}"
 
 
 def _kept_tile(report: FilterReport, of: ClassReport, image: Kept) -> Tile:

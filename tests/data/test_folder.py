@@ -102,3 +102,18 @@ def test_troubles_are_named(data_set: Callable[..., Path]) -> None:
     root.write_text("a file")
     with pytest.raises(DataError, match="photos is not a folder"):
         open_split(load_manifest(path), "unlabelled")
+
+
+def test_a_shuffled_folder_holds_out_all_classes(data_set: Callable[..., Path]) -> None:
+    """In the order of paths the last rows would be of one class. The order is fixed, and splits do not meet."""
+    path = data_set(
+        files={"photos": {"path": "photos", "reader": "folder", "shuffle": 0}},
+        splits={"labelled": {"from": "photos", "drop_last": 20}, "validation": {"from": "photos", "last": 20}},
+    )
+    names = [f"{kind}/{i:02d}.png" for kind in ("cat", "dog") for i in range(30)]
+    fill(path.parent / "photos", names)
+    held_out = [sample.key for _, sample in open_split(load_manifest(path), "validation").read()]
+    rest = [sample.key for _, sample in open_split(load_manifest(path), "labelled").read()]
+    assert sorted(held_out + rest) == names
+    assert 5 <= sum(name.startswith("cat") for name in held_out) <= 15
+    assert held_out == [sample.key for _, sample in open_split(load_manifest(path), "validation").read()]

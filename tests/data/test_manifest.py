@@ -13,7 +13,10 @@ from pipeline.errors import DataError
 
 def test_embedded_manifests_are_complete() -> None:
     manifests = {manifest.name: manifest for manifest in list_manifests()}
-    assert set(manifests) == {"digits", "cifar10", "svhn", "imagenet"}
+    assert set(manifests) == {
+        *("digits", "cifar10", "cifar10-binary", "svhn", "svhn-parquet"),
+        *("imagenet", "imagenet-folder", "imagenet-webdataset", "imagenet-jft"),
+    }
     for manifest in manifests.values():
         assert set(manifest.splits) == {"labelled", "validation", "unlabelled", "test"}
         assert manifest.title
@@ -25,8 +28,11 @@ def test_embedded_manifests_are_complete() -> None:
     ("name", "k", "row"),
     [
         ("cifar10", 50_000, (97.18, 98.22, 98.56)),
+        ("cifar10-binary", 50_000, (97.18, 98.22, 98.56)),
         ("svhn", 35_000, (98.17, 98.71, 98.78)),
         ("imagenet", 12_800, (84.49, 85.81, 86.87)),
+        ("imagenet-folder", 12_800, (84.49, 85.81, 86.87)),
+        ("imagenet-webdataset", 12_800, (84.49, 85.81, 86.87)),
     ],
 )
 def test_papers_numbers(name: str, k: int, row: tuple[float, ...]) -> None:
@@ -37,7 +43,13 @@ def test_papers_numbers(name: str, k: int, row: tuple[float, ...]) -> None:
     assert (paper["supervised"], paper["noisy_student"], paper["reduced_mpl"]) == row
 
 
-@pytest.mark.parametrize(("name", "held_out"), [("cifar10", 4_000), ("svhn", 7_300), ("imagenet", 50_045)])
+@pytest.mark.parametrize(
+    ("name", "held_out"),
+    [
+        *(("cifar10", 4_000), ("cifar10-binary", 4_000), ("svhn", 7_300), ("svhn-parquet", 7_300)),
+        *((name, 50_045) for name in ("imagenet", "imagenet-folder", "imagenet-webdataset", "imagenet-jft")),
+    ],
+)
 def test_validation_rows_are_not_labelled_rows(name: str, held_out: int) -> None:
     manifest = load_manifest(name)
     total = manifest.files["train"].rows
@@ -100,6 +112,22 @@ def test_unknown_name_is_answered_with_a_suggestion() -> None:
             "files.train.reader: Input should be 'digits'",
         ),
         ({"folder": "x"}, "folder is not a key"),
+        (
+            {"files": {"train": {"path": "a", "reader": "parquet", "url": "ftp://x/a"}}},
+            "files.train.url: String should match",
+        ),
+        (
+            {"files": {"train": {"glob": "a*", "reader": "parquet", "url": "https://x/a"}}},
+            "`url` is of one file: give its `path`",
+        ),
+        (
+            {"files": {"train": {"path": "a", "reader": "parquet", "archive": "al"}}},
+            "files.train.archive is 'al', which `archives` lacks",
+        ),
+        (
+            {"files": {"train": {"path": "a", "reader": "parquet", "md5": "12"}}},
+            "files.train.md5: String should match",
+        ),
     ],
 )
 def test_mistakes_name_the_file_the_key_and_the_remedy(

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.engines import WorkFailed
 from pipeline.errors import DataError, RunError
 from pipeline.pool.filter import Rules, filter_pool
 from pipeline.pool.score import score_shard
@@ -158,7 +159,7 @@ def test_wrong_inputs_are_named(selected, labelled, scorer, make_shards, shard_o
     with pytest.raises(DataError, match="selected rows are missing"):
         run(tmp_path / "b", ([shorter, *shards[1:]], pool, selection), labelled, scorer)
     blank = shard_of(shards[0].name, (b"",) * 30)
-    with pytest.raises(DataError, match="does not decode"):
+    with pytest.raises(WorkFailed, match=r"1 of 4 could not be done.*\n.*does not decode"):
         run(tmp_path / "c", ([blank, *shards[1:]], pool, selection), labelled, scorer, scores=None)
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)

@@ -1,6 +1,8 @@
 """The streaming selection against a full sort."""
 
 import itertools
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,20 +10,63 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, UsageError
+from pipeline.pool import best, scan, select
+from pipeline.pool.best import Packed, Paired
 from pipeline.pool.select import TopK, float32_floor, select_top_k, upsample
 
+# The sizes at which another way is taken, so small that a few rows take all of them
+ROWWISE = {"STRETCH": 40, "LOOK": 16, "LEAST_THREADED": 1, "PENDING": 9, "PENDING_PER_CLASS": 0, "BATCH": 4}
+WAYS = {
+    "as it is": {},
+    "by class": {"DENSE": -1.0, "LEAST_DENSE": -1, "ROWS_DENSE": 7},
+    "by row": {"DENSE": 2.0} | ROWWISE,
+    "in turns": {"DENSE": 0.3, "LEAST_DENSE": 1, "ROWS_DENSE": 5} | ROWWISE,
+}
+SMALL_BLOCKS = {"BLOCK": 24, "BLOCK_TRANSPOSED": 40, "STRIP": 4}
 
-def by_full_sort(rows, scores, k, assign="any", floor=-np.inf):
-    """Oracle: sort everything in Python, by (score down, id up)."""
-    kept = []
+
+@contextmanager
+def taken(way):
+    """Chunks go this way."""
+    with ExitStack() as stack:
+        if WAYS[way]:
+            stack.enter_context(mock.patch.multiple(select, **WAYS[way]))
+            stack.enter_context(mock.patch.multiple(scan, **SMALL_BLOCKS))
+            stack.enter_context(mock.patch.object(best, "LEAST_ROOM", 1))
+        yield
+
+
+def chosen_by(way, chunks, k, classes, assign="any", floor=None, threads=1):
+    """The selection from these chunks, and its state."""
+    with taken(way):
+        state = TopK(k, classes, assign, min_log_odds=floor, threads=threads)
+        for rows, scores in chunks:
+            state.add(rows, scores)
+        return state.selection(), state
+
+
+def by_full_sort(rows, scores, k, assign="any", floor=None):
+    """Oracle: sort everything in Python by (score down, id up); rows, scores, available and threshold per class."""
+    found = []
     for c in range(scores.shape[1]):
         pairs = [
             (-float(score[c]), int(row))
             for row, score in zip(rows, scores, strict=True)
-            if score[c] >= floor and (assign == "any" or int(np.argmax(score)) == c)
+            if (floor is None or score[c] >= floor) and (assign == "any" or score.tolist().index(max(score)) == c)
         ]
-        kept.append(sorted(pairs)[:k])
-    return [[row for _, row in pairs] for pairs in kept], [[-s for s, _ in pairs] for pairs in kept]
+        kept = sorted(pairs)[:k]
+        values = [0.0 - score for score, _ in kept]  # 0.0, never -0.0
+        found.append(([row for _, row in kept], values, len(pairs), values[-1] if values else np.nan))
+    return found
+
+
+def assert_is(chosen, expected):
+    """Byte for byte."""
+    rows, values, available, threshold = zip(*expected, strict=True)
+    assert [kept.tobytes() for kept in chosen.rows] == [np.array(kept, np.int64).tobytes() for kept in rows]
+    assert [kept.tobytes() for kept in chosen.scores] == [np.array(kept, np.float32).tobytes() for kept in values]
+    assert chosen.available.tobytes() == np.array(available, np.int64).tobytes()
+    assert chosen.threshold.tobytes() == np.array(threshold, np.float32).tobytes()
 
 
 def cut(rows, scores, cuts):
@@ -30,61 +75,90 @@ def cut(rows, scores, cuts):
     return [(rows[a:b], scores[a:b]) for a, b in itertools.pairwise(edges)]
 
 
+ANY_IDS = st.integers(-(2**63), 2**63 - 1)
+ORDINALS = st.integers(0, 200)
+FAR = st.integers(2**62 - 100, 2**62 + 100)  # still within 2**32 of each other
+VALUES = st.sampled_from([-np.inf, -3.5, -1e-45, -0.0, 0.0, 1e-45, 1.0, 1.0000001, 7.0, 3e38, np.inf])
+
+
 @st.composite
 def problems(draw):
-    """Few distinct values, so that ties are common; any ids; any chunking and order."""
+    """Few distinct values, so that ties are common; ids of every kind; rows in any order and any chunking."""
     n, classes = draw(st.integers(0, 60)), draw(st.integers(1, 5))
-    ids = draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=n, max_size=n, unique=True))
-    values = st.sampled_from([-np.inf, -3.5, -1e-45, -0.0, 0.0, 1e-45, 1.0, 1.0000001, 7.0, 3e38, np.inf])
+    ids = draw(st.sampled_from([ANY_IDS, ORDINALS, FAR, ORDINALS | FAR]))
+    rows = draw(st.lists(ids, min_size=n, max_size=n, unique=True))
+    values = draw(st.sampled_from([VALUES, st.just(2.5), st.floats(width=32, allow_nan=False)]))
     scores = draw(st.lists(st.lists(values, min_size=classes, max_size=classes), min_size=n, max_size=n))
-    cuts = draw(st.lists(st.integers(0, n), max_size=5))
-    k, assign = draw(st.integers(1, 70)), draw(st.sampled_from(["any", "argmax"]))
-    floor = draw(st.sampled_from([None, -3.5, 0.0, 1.0]))
-    return np.array(ids, np.int64), np.array(scores, np.float32).reshape(n, classes), cuts, k, assign, floor
+    return {
+        "rows": np.array(rows, np.int64),
+        "scores": np.array(scores, np.float32).reshape(n, classes),
+        "k": draw(st.sampled_from([1, 2, 5, 30, 70])),
+        "assign": draw(st.sampled_from(["any", "argmax"])),
+        "floor": draw(st.sampled_from([None, -3.5, 0.0, 1.0])),
+    }
 
 
-@settings(max_examples=400, deadline=None)
-@given(problems())
-def test_equals_a_full_sort_under_any_chunking(problem):
-    rows, scores, cuts, k, assign, floor = problem
-    chosen = select_top_k(cut(rows, scores, cuts), k, assign, min_log_odds=floor)
-    expected, values = by_full_sort(rows, scores, k, assign, -np.inf if floor is None else floor)
-    assert [kept.tolist() for kept in chosen.rows] == expected
-    assert [kept.tolist() for kept in chosen.scores] == values
-    assert all(kept.dtype == np.int64 for kept in chosen.rows)
+@settings(max_examples=300, deadline=None)
+@given(problems(), st.lists(st.integers(0, 60), max_size=5), st.sampled_from(list(WAYS)), st.integers(1, 3))
+def test_equals_a_full_sort_under_any_chunking(problem, cuts, way, threads):
+    rows, scores, k, assign, floor = problem.values()
+    chunks = cut(rows, scores, [min(at, len(rows)) for at in cuts])
+    chosen, _ = chosen_by(way, chunks, k, scores.shape[1], assign, floor, threads)
+    assert_is(chosen, by_full_sort(rows, scores, k, assign, floor))
 
 
-@settings(max_examples=100, deadline=None)
-@given(problems(), st.randoms(use_true_random=False))
-def test_order_chunks_and_workers_do_not_matter(problem, random):
-    """Bit for bit: shuffled, cut otherwise, and merged from two states, the bytes are the same."""
-    rows, scores, cuts, k, assign, floor = problem
-    one = select_top_k([(rows, scores)], k, assign, min_log_odds=floor)
-    order = list(range(len(rows)))
-    random.shuffle(order)
-    two = select_top_k(cut(rows[order], scores[order], cuts), k, assign, min_log_odds=floor)
-    half = len(rows) // 3
-    left = TopK(k, scores.shape[1], assign, min_log_odds=floor)
-    right = TopK(k, scores.shape[1], assign, min_log_odds=floor)
-    left.add(rows[order][:half], scores[order][:half])
-    right.add(rows[order][half:], scores[order][half:])
-    left.merge(right)
-    three = left.selection()
-    for other in (two, three):
-        for a, b in zip(one.rows + one.scores, other.rows + other.scores, strict=True):
-            assert a.tobytes() == b.tobytes()
-        assert one.available.tobytes() == other.available.tobytes()
-        assert one.threshold.tobytes() == other.threshold.tobytes()
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.data())
+def test_workers_may_share_the_rows_and_merge_in_any_order(problem, data):
+    rows, scores, k, assign, floor = problem.values()
+    worker = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows))), int)
+    ways = data.draw(st.lists(st.sampled_from(list(WAYS)), min_size=4, max_size=4))
+    states = [
+        chosen_by(ways[w], [(rows[worker == w], scores[worker == w])], k, scores.shape[1], assign, floor)[1]
+        for w in range(4)
+    ]
+    while len(states) > 1:
+        one = states.pop(data.draw(st.integers(0, len(states) - 1)))
+        states[data.draw(st.integers(0, len(states) - 1))].merge(one)
+    assert_is(states[0].selection(), by_full_sort(rows, scores, k, assign, floor))
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems(), st.randoms(use_true_random=False), st.sampled_from(list(WAYS)))
+def test_rows_may_come_in_any_order_and_reading_in_between_changes_nothing(problem, random, way):
+    rows, scores, k, assign, floor = problem.values()
+    order = np.array(random.sample(range(len(rows)), len(rows)), int)
+    state = TopK(k, scores.shape[1], assign, min_log_odds=floor)
+    with taken(way):
+        for at in range(0, len(order), 9):
+            state.add(rows[order[at : at + 9]], scores[order[at : at + 9]])
+            state.selection()
+    assert_is(state.selection(), by_full_sort(rows, scores, k, assign, floor))
+
+
+def test_ids_that_lie_far_apart_are_held_as_they_are():
+    """Packed into 32 bits while they fit, whatever they begin with; paired with their scores from then on."""
+    ids = [np.arange(300), np.arange(300) + 2**62, np.array([-5, 2**32 - 6]), np.array([2**63 - 1, -(2**63)])]
+    scores = np.random.RandomState(0).permutation(604).astype(np.float32).reshape(-1, 1) % 40
+    one_by_one = [([chunk], Packed) for chunk in (*ids[:3], ids[3][:1], ids[3][1:])]
+    for chunks, kind in [*one_by_one, (ids[3:], Paired), (ids[:2], Paired), (ids, Paired)]:
+        rows, values = np.concatenate(chunks), scores[: sum(map(len, chunks))]
+        state = TopK(50, 1)
+        for chunk in cut(rows, values, np.cumsum([len(chunk) for chunk in chunks])[:-1]):
+            state.add(*chunk)
+        assert isinstance(state.kind, kind)
+        assert_is(state.selection(), by_full_sort(rows, values, 50))
 
 
 @pytest.mark.parametrize(("classes", "k", "n"), [(10, 500, 200_000), (300, 40, 6_000), (1, 3, 100_000)])
 @pytest.mark.parametrize("assign", ["any", "argmax"])
-def test_many_rows_with_ties(classes, k, n, assign):
+@pytest.mark.parametrize("step", [1777, 50_000])
+def test_many_rows_with_ties(classes, k, n, assign, step):
     """Long enough that buffers are cut back, thresholds rise and candidates wait; coarse scores tie."""
     random = np.random.RandomState(classes)
     scores = np.round(random.standard_normal((n, classes)) * 50).astype(np.float32)
     rows = random.permutation(n).astype(np.int64) * 7 - 1000
-    chunks = [(rows[a : a + 1777], scores[a : a + 1777]) for a in range(0, n, 1777)]
+    chunks = [(rows[a : a + step], scores[a : a + step]) for a in range(0, n, step)]
     chosen = select_top_k(chunks, k, assign)
     own = scores.argmax(axis=1)
     for c in range(classes):
@@ -115,12 +189,10 @@ def test_all_equal_keeps_the_lowest_ids():
 def test_memory_does_not_grow_with_the_stream():
     state = TopK(100, 4)
     random = np.random.RandomState(0)
-    sizes = []
     for at in range(60):
         state.add(np.arange(at * 5000, (at + 1) * 5000), random.rand(5000, 4).astype(np.float32))
-        sizes.append(sum(best.buffer.size for best in state.best) + sum(len(e) for _, e in state._pending))
-    assert max(best.buffer.size for best in state.best) <= 356
-    assert max(sizes[30:]) <= max(sizes[:30])
+        assert sum(one.buffer.nbytes for one in state.best) <= 4 * (24 * 100 + 8 * best.LEAST_ROOM)
+        assert state._waiting <= select.PENDING
 
 
 def test_k_far_beyond_the_rows_takes_no_memory():
@@ -135,15 +207,15 @@ def test_no_chunk_and_empty_chunks():
     assert np.isnan(chosen.threshold).all()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("assign", ["any", "argmax"])
 @pytest.mark.parametrize("floor", [None, 5.0])
-@pytest.mark.parametrize("place", [0, 7, 8, 4999])
-def test_nan_is_refused_wherever_it_stands(assign, floor, place):
-    scores = np.random.RandomState(0).rand(5000, 3).astype(np.float32)
-    scores[place, 1] = np.nan
-    rows = np.arange(5000) + 100
+@pytest.mark.parametrize(("place", "nan"), [(0, np.nan), (7, -np.nan), (8, np.nan), (499, np.nan)])
+def test_nan_is_refused_wherever_it_stands(way, assign, floor, place, nan):
+    scores = np.random.RandomState(0).rand(500, 3).astype(np.float32)
+    scores[place, 1] = nan
     with pytest.raises(DataError, match=f"row {place + 100} for class 1 is NaN"):
-        select_top_k([(rows, scores)], 2, assign, min_log_odds=floor)
+        chosen_by(way, [(np.arange(500) + 100, scores)], 2, 3, assign, floor, threads=2)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, "3", None, True])
@@ -165,10 +237,23 @@ def test_wrong_arguments_are_named():
         select_top_k([(np.arange(2), np.ones((2, 3), np.int64))], 1)
 
 
-def test_an_id_given_twice_is_refused():
-    chunk = (np.arange(4), np.ones((4, 2), np.float32))
-    with pytest.raises(DataError, match="row id 0 occurs more than once"):
-        select_top_k([chunk, chunk], 3)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("far", [0, 2**40])
+def test_an_id_given_twice_is_refused(way, far):
+    chunk = (np.array([5, 6, 7, 8 + far]), np.ones((4, 2), np.float32))
+    with pytest.raises(DataError, match=r"row id 5 occurs more than once .* class 0"):
+        chosen_by(way, [chunk, chunk], 3, 2)
+    left, right = TopK(3, 2), TopK(3, 2)
+    left.add(*chunk)
+    right.add(*chunk)
+    left.merge(right)
+    with pytest.raises(DataError, match="row id 5 occurs more than once"):
+        left.selection()
+
+
+def test_states_of_other_settings_are_not_merged():
+    with pytest.raises(UsageError, match="different settings"):
+        TopK(3, 2).merge(TopK(4, 2))
 
 
 @given(st.floats(-50, 50))

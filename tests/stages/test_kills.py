@@ -1,0 +1,161 @@
+"""kill -9 of whole process groups, at random moments, while a pool is scored, selected and stored.
+
+Twenty kills here; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py -s` makes a hundred and prints what was
+hit (docs/results/survival.md).
+"""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.data.layout import Row, write_images
+from tests.data.made_images import encode
+
+ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("MPL_KILLS", "20"))
+NAMES = ["ant", "bee", "cat"]
+SHARDS, ROWS = 8, 240
+RECIPE = """
+name: kills
+data: {manifest: pool-to-kill, image_size: 32}
+pretrain: {model: {name: wrn_16_2}, steps: 2, batch: 8, optimizer: {rule: sgd, lr: 0.01}}
+filter: {k: 250, batch: 32}
+precompute: {shard_rows: 100, format: FORMAT}
+train_reduced: {model: {name: wrn_10_1}, steps: 2}
+finetune: {steps: 2}
+"""
+ENGINES = {
+    "1 worker": ("--workers", "1"),
+    "2 workers": ("--workers", "2"),
+    "4 workers": ("--workers", "4"),
+    "Ray": ("--engine", "ray", "--cpus-per-worker", "0.5"),
+}
+SHARE = {"1 worker": 0.35, "2 workers": 0.35, "4 workers": 0.15, "Ray": 0.15}
+PHASES = {"scores": "scores", "rejected": "rejected", "spill": "targets/spill", "targets": "targets"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of eight shards with everything in it: repeats, copies of the test split, bad files."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = np.random.RandomState(0)
+    coarse = draw.randint(0, 256, (SHARDS * ROWS + 60, 5, 5, 3)).astype(np.uint8)
+    images = [Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC) for pixels in coarse]
+    pool = [encode(image, "JPEG", quality=90) for image in images[60:]]
+    pool[5], pool[700], pool[900], pool[901] = b"", b"no image", pool[3], encode(images[50], "JPEG", quality=60)
+    for name, first in (("labelled", 0), ("validation", 20), ("test", 40)):
+        rows = [Row(f"{name}-{at}", encode(images[at]), at % 3) for at in range(first, first + 20)]
+        write_images(folder / f"{name}.parquet", rows, NAMES)
+    for shard in range(SHARDS):
+        rows = [Row(f"{at}", pool[at], -1) for at in range(shard * ROWS, (shard + 1) * ROWS)]
+        write_images(folder / f"pool-{shard:05d}.parquet", rows, None)
+    splits = {name: {"path": f"{name}.parquet", "reader": "parquet"} for name in ("labelled", "validation", "test")}
+    manifest = {
+        "name": "pool-to-kill",
+        "classes": 3,
+        "class_names": NAMES,
+        "image": {"size": 32},
+        "files": splits | {"pool": {"glob": "pool-*.parquet", "reader": "parquet"}},
+        "splits": {name: {"from": name} for name in splits} | {"unlabelled": {"from": "pool"}},
+    }
+    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    return folder
+
+
+def start(run: Path, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """`mpl COMMAND` in a process group of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MPL_")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages", command, "--run", str(run), *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    """Wait for success."""
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+
+
+def files_of(run: Path) -> dict[str, str]:
+    """Content of all that the two stages leave, records (which hold times) apart."""
+    wanted = ["selection.parquet", *(f"{name}/**/*" for name in ("scores", "rejected", "targets"))]
+    paths = [path for pattern in wanted for path in run.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def complete(run: Path) -> dict[Path, tuple[int, int]]:
+    """Shards that are done, with what would change if they were done again."""
+    paths = [*run.glob("scores/part-*.parquet"), *run.glob("targets/pool-*")]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+def kill_at(process: subprocess.Popen[bytes], run: Path, phase: str, delay: float) -> bool:
+    """Kill the group `delay` seconds after the phase is seen to have begun; False if it ended before."""
+    folder = run / PHASES[phase]
+    seen = set(folder.iterdir()) if folder.is_dir() else set()
+    while process.poll() is None:
+        if folder.is_dir() and set(folder.iterdir()) - seen:
+            break
+        time.sleep(0.002)
+    time.sleep(delay)
+    alive = process.poll() is None
+    if alive:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+@pytest.fixture(scope="module")
+def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, str]]]:
+    """For each format a run with a teacher, and the files of an undisturbed run from there."""
+    found = {}
+    for form in ("parquet", "webdataset"):
+        folder = tmp_path_factory.mktemp(form)
+        (folder / "recipe.yaml").write_text(RECIPE.replace("FORMAT", form))
+        begun, whole = folder / "begun", folder / "whole"
+        finish(start(begun, "pretrain", "--recipe", str(folder / "recipe.yaml"), "--data", str(data)))
+        subprocess.run(["cp", "-r", str(begun), str(whole)], check=True)
+        for command in ("filter", "precompute"):
+            finish(start(whole, command))
+        found[form] = (begun, files_of(whole))
+        assert len(found[form][1]) > 2 * SHARDS + 8
+    return found
+
+
+@pytest.mark.timeout(60 * KILLS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_at_random_moments(engine, reference, tmp_path) -> None:
+    """The final files are those of an undisturbed run; no shard is done twice after it was complete; no litter."""
+    draw = random.Random(engine)
+    hits: Counter[str] = Counter()
+    attempt = 0
+    while hits.total() < max(2, round(KILLS * SHARE[engine])):
+        attempt += 1
+        begun, expected = reference["webdataset" if attempt % 3 == 0 else "parquet"]
+        run = tmp_path / f"run-{attempt}"
+        subprocess.run(["cp", "-r", str(begun), str(run)], check=True)
+        phases = {"filter": ["scores", "scores", "rejected"], "precompute": ["spill", "targets"]}
+        for command, order in phases.items():
+            done: dict[Path, tuple[int, int]] = {}
+            for phase in order:
+                process = start(run, command, *ENGINES[engine])
+                hits[phase] += kill_at(process, run, phase, draw.uniform(0, 0.3))
+                assert done.items() <= complete(run).items()  # what was complete is as it was
+                done = complete(run)
+            finish(start(run, command, *ENGINES[engine]))
+            assert done.items() <= complete(run).items()
+        assert files_of(run) == expected
+        assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
+    print(f"{engine}: {hits.total()} kills: " + ", ".join(f"{n} while writing {p}" for p, n in sorted(hits.items())))
