@@ -166,33 +166,34 @@ def contenders() -> dict[str, tuple[Callable[[Path, Pool], None], Any, int]]:
 def measure(folder: Path, q: Rows, rounds: int) -> list[list[object]]:
     """One line of the table for each contender."""
     pools = {fewer: Pool(q[: len(q) // fewer], 0) for _, _, fewer in contenders().values()}
-    figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders()}
+    figures: dict[str, list[tuple[float, ...]]] = {name: [] for name in contenders()}
     for _ in range(rounds):
         for name, (write, read, fewer) in contenders().items():
             pool, place = pools[fewer], folder / "contender"
             place.mkdir()
-            written = seconds(write, place, pool)
+            written, _ = seconds(write, place, pool)
             size = sum(path.stat().st_size for path in place.iterdir() if path.name != "_manifest.json")
-            took = float("nan")
+            took = used = float("nan")
             if read is not None:
                 assert np.array_equal(read(place, pool), normalised(pool.q)), name  # and the memory is warm
-                took = statistics.median(seconds(read, place, pool) for _ in range(3 if fewer == 1 else 1))
+                took, used = sorted(seconds(read, place, pool) for _ in range(3 if fewer == 1 else 1))[fewer == 1]
             shutil.rmtree(place)
             count = len(pool.q)
-            figures[name].append((size / count, count / written, count / took))
+            figures[name].append((size / count, count / written, count / took, count / used))
     lines: list[list[object]] = []
     for name, found in figures.items():
-        size, write_rate, read_rate = (statistics.median(values) for values in zip(*found, strict=True))
+        size, *rates = (statistics.median(values) for values in zip(*found, strict=True))
         rows = len(pools[contenders()[name][2]].q)
-        read_text = "" if np.isnan(read_rate) else f"{read_rate / 1e6:.3f}"
-        lines.append([q.shape[1], name, f"{rows:,}", f"{size:,.1f}", f"{write_rate / 1e6:.4f}", read_text])
+        told = ["" if np.isnan(rate) else f"{rate / 1e6:.4f}" for rate in rates]
+        lines.append([q.shape[1], name, f"{rows:,}", f"{size:,.1f}", *told])
     return lines
 
 
-def seconds(work: Callable[[Path, Pool], object], folder: Path, pool: Pool) -> float:
-    began = time.perf_counter()
+def seconds(work: Callable[[Path, Pool], object], folder: Path, pool: Pool) -> tuple[float, float]:
+    """On the clock, and of the processor in all threads."""
+    began, used = time.perf_counter(), time.process_time()
     work(folder, pool)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
 def main() -> None:
@@ -207,7 +208,7 @@ def main() -> None:
             lines += measure(Path(folder), teacher(rows, int(classes)), arguments.rounds)
     write_table(
         "targets",
-        ["C", "format", "rows", "bytes/row", "M rows/s written", "M rows/s read"],
+        ["C", "format", "rows", "bytes/row", "M rows/s written", "M rows/s read", "M rows read per processor second"],
         lines,
         f"python -m benchmarks.targets --rounds {arguments.rounds}",
         "float16; medians. The store's writing includes its checksums and manifest; slow formats had fewer rows.",

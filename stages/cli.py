@@ -24,7 +24,7 @@ COMMANDS = {  # name: (module:attribute, one line of help), in the order in whic
     "report": ("stages.report:command", "a run → report.html: what was kept, what just missed, copies"),
     "status": ("stages.status:command", "where a run stands"),
     "doctor": ("stages.doctor:command", "what this machine and installation can do"),
-    "data": ("stages.data:group", "list, check and import data sets"),
+    "data": ("stages.data:group", "list, fetch, check and import data sets"),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.pool.copy_alignment import Pairs, similarity
 from pipeline.pool.copy_candidates import COMMON, SIDE, TURNS, WINDOWS, Candidates, Thumbnails, luminance, turned
 
-CANDIDATES = 5
+CANDIDATES = 6
 LIKELY = 0.7  # correlation of the thumbnails from which a candidate is looked at
 UNUSUAL = 0.85  # the same where the image is turned by more than a mirror, or negative: these are sought whole
 HANDICAP = 0.1  # of the similarity of such: a tower lies down to be a ship more often than a ship is turned

@@ -36,7 +36,7 @@ SHIFTS = (-3.0, -1.5, 0.0, 1.5, 3.0)  # pixels
 ZOOMS = (0.88, 0.78, 1.2)
 NEAREST = 8  # thumbnails asked for
 LISTED = 1 << 12  # thumbnails from which on not all are looked at
-PROBES = {"windows": 12, "whole": 4}  # lists that are looked at
+PROBES = {"windows": 16, "whole": 4}  # lists that are looked at
 PER_LIST, ROUNDS = 40, 6  # of k-means
 
 

@@ -17,7 +17,7 @@ from pipeline.targets.numbers import normalised, stored_rows
 from pipeline.targets.pool_files import record_batches
 
 BATCH = 256  # rows with images that are read at a time
-ROWS = 4096  # rows without
+ROWS = 1024  # rows without
 HASHED = 4 << 30  # bytes; larger stores are hashed on request only, their pages and images always
 
 
