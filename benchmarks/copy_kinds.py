@@ -1,7 +1,8 @@
 """Ways to make a copy of a picture that a person would still call a copy, in three groups.
 
-`NAMED` are those that the filter must know about. `DESIGN` were looked at while the comparison was built. `HELD_OUT` were
-written down before that, and were used only to report. A kind is a function of a picture (RGB, any size) and a
+`NAMED` are those that the filter must know about. `DESIGN` were looked at while the comparison was built, the later
+half of them once, before covered pictures were provided for. `HELD_OUT` were written after that, and nothing was changed
+because of them. A kind is a function of a picture (RGB, any size) and a
 generator; it gives a picture, sometimes of another size or mode, which the decode stage brings back.
 """
 
@@ -197,9 +198,6 @@ DESIGN: dict[str, Kind] = {
     "autocontrast": lambda im, r: saved(ImageOps.autocontrast(im)),
     "mirrored, shifted by 2, JPEG 50": lambda im, r: saved(shifted(mirror(im), 2, -2), quality=50),
     "grey, cropped by 2, darker": lambda im, r: saved(bright(cropped(im, 2, 2, 2, 2).convert("L"), 0.75)),
-}
-
-HELD_OUT: dict[str, Kind] = {
     "JPEG 95": lambda im, r: saved(im, quality=95),
     "JPEG 20": lambda im, r: saved(im, quality=20),
     "WebP 30": lambda im, r: saved(im, "WEBP", quality=30),
@@ -269,7 +267,137 @@ HELD_OUT: dict[str, Kind] = {
 }
 
 
+HELD_OUT: dict[str, Kind] = {
+    "JPEG 60, WebP 50, JPEG 70 in turn": lambda im, r: saved(
+        saved(saved(im, quality=60), "WEBP", quality=50), quality=70
+    ),
+    "JPEG 2000, 1:30": lambda im, r: saved(im, "JPEG2000", quality_mode="rates", quality_layers=[30]),
+    "GIF of 16 colours": lambda im, r: saved(im.quantize(16), "GIF"),
+    "shifted by −1 and 3, symmetric edge": lambda im, r: saved(shifted(im, -1, 3, "symmetric")),
+    "shifted by 2.5": lambda im, r: saved(_slid(im, 2.5)),
+    "brightened by 25%, contrast +20%": lambda im, r: saved(contrast(bright(im, 1.25), 1.2)),
+    "contrast +60%": lambda im, r: saved(contrast(im, 1.6)),
+    "darkened by 50%": lambda im, r: saved(bright(im, 0.5)),
+    "gamma 0.5": lambda im, r: saved(mapped(im, lambda v: v**0.5)),
+    "gamma 2": lambda im, r: saved(mapped(im, lambda v: v**2)),
+    "hue by −90°": lambda im, r: saved(hue(im, -90)),
+    "green cast": lambda im, r: saved(cast(im, 0.8, 1.2, 0.8)),
+    "duotone": lambda im, r: saved(ImageOps.colorize(im.convert("L"), "navy", "orange")),
+    "cropped by 5": lambda im, r: saved(cropped(im, 5, 5, 5, 5)),
+    "cropped by 3 above and at the left": lambda im, r: saved(cropped(im, 3, 3, 0, 0)),
+    "cropped by 3 at both sides": lambda im, r: saved(cropped(im, 3, 0, 3, 0)),
+    "shrunk to 16 and back": lambda im, r: saved(scaled(scaled(im, 16), 32)),
+    "saved at 96, JPEG 30": lambda im, r: saved(scaled(im, 96), quality=30),
+    "box blur 3 × 3": lambda im, r: saved(im.filter(ImageFilter.BoxBlur(im.width / 32))),
+    "moved while exposed, 3": lambda im, r: saved(_smeared(im)),
+    "commonest of 3 × 3": lambda im, r: saved(im.filter(ImageFilter.ModeFilter(3))),
+    "noise 15": lambda im, r: saved(noisy(im, r, 15), "PNG"),
+    "grain": lambda im, r: saved(mapped(im, lambda v: v * r.normal(1, 0.08, (*v.shape[:2], 1)))),
+    "turned by 7°": lambda im, r: saved(turned(im, 7)),
+    "turned by −3°, black corners": lambda im, r: saved(im.rotate(-3, BICUBIC)),
+    "sheared by −0.1": lambda im, r: saved(sheared(im, -0.1)),
+    "barrel": lambda im, r: saved(_barrel(im)),
+    "frame of 4, grey": lambda im, r: saved(framed(im, 4, "gray")),
+    "white foot of 6": lambda im, r: saved(_footed(im)),
+    "round corners": lambda im, r: saved(_rounded(im)),
+    "date at the top": lambda im, r: saved(_dated(im)),
+    "mark of 7 × 7 in a corner": lambda im, r: saved(_marked(im)),
+    "red disc of 10 in the middle": lambda im, r: saved(_disced(im)),
+    "three thin lines": lambda im, r: saved(_lined(im)),
+    "posterised to 2 bits": lambda im, r: saved(ImageOps.posterize(im, 2)),
+    "palette of 8, dithered": lambda im, r: saved(im.quantize(8, dither=Image.Dither.FLOYDSTEINBERG), "PNG"),
+    "black and white, dithered": lambda im, r: saved(im.convert("1"), "PNG"),
+    "mirrored, turned by 4°, noise 5": lambda im, r: saved(noisy(turned(mirror(im), 4), r, 5)),
+    "cropped by 3, gamma 1.4, WebP 40": lambda im, r: saved(
+        mapped(cropped(im, 3, 3, 3, 3), lambda v: v**1.4), "WEBP", quality=40
+    ),
+    "upside down, JPEG 50": lambda im, r: saved(ImageOps.flip(im), quality=50),
+    "saved at 28, shifted by 2": lambda im, r: saved(scaled(shifted(im, 2, -2), 28)),
+    "grey, frame of 2, JPEG 60": lambda im, r: saved(framed(im.convert("L").convert("RGB"), 2, "white"), quality=60),
+    "shifted by 2, box of 6 × 6": lambda im, r: saved(boxed(shifted(im, -2, 1), r, 6, 6, "red")),
+    "mirrored, cropped by 2, warm, blur 0.6, JPEG 60": lambda im, r: saved(
+        blurred(cast(cropped(mirror(im), 2, 2, 2, 2), 1.1, 1, 0.8), 0.6), quality=60
+    ),
+}
+
+
 def _worn(image: Picture) -> Picture:
     for right, down in ((1, 0), (0, 1), (-1, 0), (1, 1), (0, -1)):
         image = saved(shifted(image, right, down), quality=50)
     return image
+
+
+def _slid(image: Picture, by: float) -> Picture:
+    """Moved to the right by so many 32nds, between pixels; black edge."""
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, -by * image.width / 32, 0, 1, 0), BICUBIC)
+
+
+def _smeared(image: Picture) -> Picture:
+    beside = (shifted(image, by, 0) for by in (-1, 1))
+    values = [np.asarray(im, np.float64) for im in (image, *beside)]
+    return Image.fromarray(np.rint(np.mean(values, axis=0)).astype(np.uint8))
+
+
+def _barrel(image: Picture) -> Picture:
+    """A lens that draws the corners in by about a pixel of 32."""
+    w, h = image.size
+    corners = [
+        (0.0, 0.0),
+        (0.5, 0.0),
+        (1.0, 0.0),
+        (0.0, 0.5),
+        (0.5, 0.5),
+        (1.0, 0.5),
+        (0.0, 1.0),
+        (0.5, 1.0),
+        (1.0, 1.0),
+    ]
+    bent = [(x + 0.06 * (x - 0.5) * (y - 0.5) ** 2 * 4, y + 0.06 * (y - 0.5) * (x - 0.5) ** 2 * 4) for x, y in corners]
+    pieces = []
+    for i in (0, 1, 3, 4):
+        box = (
+            round(corners[i][0] * w),
+            round(corners[i][1] * h),
+            round(corners[i + 4][0] * w),
+            round(corners[i + 4][1] * h),
+        )
+        pieces.append(
+            (box, tuple(v * s for j in (i, i + 3, i + 4, i + 1) for v, s in zip(bent[j], (w, h), strict=True)))
+        )
+    return image.transform(image.size, Image.Transform.MESH, pieces, BICUBIC)
+
+
+def _painted(image: Picture, paint: Callable[[ImageDraw.ImageDraw, float], None]) -> Picture:
+    """Painted on, in 32nds of the side."""
+    image = image.copy()
+    paint(ImageDraw.Draw(image), image.width / 32)
+    return image
+
+
+def _footed(image: Picture) -> Picture:
+    return _painted(image, lambda draw, u: draw.rectangle((0, 26 * u, 32 * u, 32 * u), "white"))
+
+
+def _rounded(image: Picture) -> Picture:
+    mask = Image.new("L", image.size, 0)
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, image.width - 1, image.height - 1), image.width / 4, 255)
+    return Image.composite(image, Image.new("RGB", image.size, "white"), mask)
+
+
+def _dated(image: Picture) -> Picture:
+    return _painted(image, lambda draw, u: draw.text((u, 0), "12:05", "orange", font_size=9 * u))
+
+
+def _marked(image: Picture) -> Picture:
+    return _painted(image, lambda draw, u: draw.rectangle((24 * u, 24 * u, 31 * u - 1, 31 * u - 1), "blue", "white"))
+
+
+def _disced(image: Picture) -> Picture:
+    return _painted(image, lambda draw, u: draw.ellipse((11 * u, 11 * u, 21 * u, 21 * u), "red"))
+
+
+def _lined(image: Picture) -> Picture:
+    return _painted(
+        image,
+        lambda draw, u: [draw.line((0, y * u, 32 * u, (y + 4) * u), "white", round(u)) for y in (5, 14, 23)] and None,
+    )

@@ -28,6 +28,7 @@ from pipeline.targets import (
     write_targets,
 )
 from pipeline.targets.numbers import normalised
+from pipeline.targets.pool_files import record_batches
 from pipeline.targets.tar import suffix
 
 NAMES = ("ant", "bee", "cat")
@@ -195,6 +196,29 @@ def test_the_tar_is_one_that_others_read(tmp_path):
     write_pool_file(again, 3, table, "webdataset")
     for name in ("pool-00003.tar", "pool-00003.parquet"):
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 100])
+def test_images_of_any_length_lie_where_they_are_looked_for(tmp_path, batch):
+    """At the edges of a tar's blocks of 512 bytes, too."""
+    lengths = (512, 0, 511, 513, 1024, 1, 1536)
+    table, _ = pool_table(0, len(lengths), image=lambda at: bytes([65 + at]) * lengths[at])
+    write_pool_file(tmp_path, 0, table, "webdataset")
+    found = [
+        image
+        for part in record_batches(tmp_path / "pool-00000.parquet", ["image"], batch, tar=True)
+        for image in part.column(0).to_pylist()
+    ]
+    assert found == table.column("image").to_pylist()
+    with tarfile.open(tmp_path / "pool-00000.tar", "r:") as tar:
+        assert [member.size for member in tar.getmembers()] == list(lengths)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_distributions_do_not_depend_on_how_much_is_read_at_a_time(tmp_path, format, monkeypatch):
+    wanted, _ = write_store(tmp_path, "float32", rows=(5, 1, 4), format=format)
+    monkeypatch.setattr("pipeline.targets.store.ROWS", 2)
+    np.testing.assert_allclose(TargetsStore.open(tmp_path).distributions(), wanted, atol=1e-7)
 
 
 def test_an_unknown_image_still_has_a_suffix():

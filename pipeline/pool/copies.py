@@ -17,14 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.pool.copy_alignment import Pairs, similarity
-from pipeline.pool.copy_candidates import COMMON, SIDE, TURNS, WINDOWS, Candidates, Thumbnails, luminance, turned
+from pipeline.pool.copy_alignment import Pairs, similarity_of
+from pipeline.pool.copy_candidates import COMMON, LOOKS, TURNS, WINDOWS, Candidates, Thumbnails, turned
+from pipeline.pool.copy_small import SmallIndex
+from pipeline.pool.copy_thumbnails import SIDE, luminance
 
 CANDIDATES = 6
-LIKELY = 0.7  # correlation of the thumbnails from which a candidate is looked at
-UNUSUAL = 0.85  # the same where the image is turned by more than a mirror, or negative: these are sought whole
-HANDICAP = 0.1  # of the similarity of such: a tower lies down to be a ship more often than a ship is turned
-SMALL = 16  # pixels; smaller images have no detail and are compared as they are
+HANDICAP = 0.1
+"""Taken from the similarity of images turned by more than a mirror, or negative: a tower that lies down is like a ship
+more often than a ship is turned."""
+SMALL = 16  # pixels; see `pipeline.pool.copy_small`
 TOGETHER = 512  # pairs
 DECIMALS = 4  # of a similarity
 
@@ -54,9 +56,10 @@ def descriptor(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def default_threshold(size: int) -> float:
     """Similarity from which an image of `size` pixels is a copy; measured by benchmarks/copies.py.
 
-    Below 16 pixels there is no detail: honest digits correlate up to 0.99, and copies beyond.
+    The smaller the images, the less detail there is to tell them apart by. Below 16 pixels there is none: honest
+    digits correlate up to 0.99.
     """
-    return 0.7 if size >= SMALL else 0.99
+    return 0.985 if size < SMALL else 0.9 - min(size, SIDE) / 160  # 0.8 at 16 pixels, 0.7 from 32 on
 
 
 class CopyIndex:
@@ -68,20 +71,29 @@ class CopyIndex:
         names: of each, kept as evidence with every removal.
 
     Raises:
-        ValueError: as many names as images are needed.
+        ValueError: there are no images, or not as many names.
         UsageError: faiss is not installed.
     """
 
     def __init__(self, images: NDArray[np.uint8], names: Sequence[str]):
         if len(images) != len(names):
             raise ValueError(f"{len(names)} names for {len(images)} images")
+        if not len(images):
+            raise ValueError("no evaluation images to look for copies of")
         self.names = list(names)
-        self._grey = luminance(images)  # (N, 32, 32)
-        self._thumbnails = Thumbnails(self._grey)
+        if images.shape[1] < SMALL:
+            self._small: SmallIndex | None = SmallIndex(images)
+        else:
+            self._small = None
+            self._grey = luminance(images)  # (N, 32, 32)
+            self._thumbnails = Thumbnails(self._grey)
 
     def find(self, images: NDArray[np.uint8]) -> Matches:
         """The best match of each image (n, S, S, 3), n of a few hundred at a time. What is found for an image does
         not depend on the others, nor on the number of threads."""
+        if self._small is not None:
+            index, similarity, mirrored = self._small.find(images)
+            return Matches(index, similarity.round(DECIMALS).astype(np.float32), mirrored)
         grey = luminance(images)
         found = self._thumbnails.candidates(grey, CANDIDATES)
         alike = self._compared(torch.from_numpy(grey), found)  # (n, m)
@@ -94,9 +106,8 @@ class CopyIndex:
 
     def _compared(self, grey: Tensor, found: Candidates) -> Tensor:
         """Similarity, (n, m), of the likely candidates; 0 of the others."""
-        result = torch.zeros(found.score.shape)
-        likely = torch.where(found.turn < COMMON, LIKELY, UNUSUAL)
-        image, rank = (found.score >= likely).nonzero(as_tuple=True)
+        result = torch.zeros(found.likely.shape)
+        image, rank = found.likely.nonzero(as_tuple=True)
         for at in range(0, len(image), TOGETHER):
             i, r = image[at : at + TOGETHER], rank[at : at + TOGETHER]
             of, window, turn = found.index[i, r], found.window[i, r], found.turn[i, r]
@@ -105,10 +116,23 @@ class CopyIndex:
                 turned(grey[i].float(), turn),
                 STARTS[window],
             )
-            alike = similarity(pairs) - HANDICAP * (turn >= COMMON)
+            alike = similarity_of(pairs) - HANDICAP * (turn >= len(COMMON))
             result[i, r] = alike.round(decimals=DECIMALS)
         return result
 
 
-MIRRORED = torch.tensor([how.mirrored != how.headlong != how.diagonal for how in TURNS])
-STARTS = torch.tensor([[[1 / zoom, 0, -x / zoom], [0, 1 / zoom, -y / zoom]] for x, y, zoom in WINDOWS])
+MIRRORED = torch.tensor([how.mirrored ^ how.headlong ^ how.diagonal for how in TURNS])
+
+
+def _starts() -> Tensor:
+    """From every window of an evaluation image to the window of the pool image that was sought in it, (W, 2, 3)."""
+    maps = {}
+    for look in LOOKS:
+        for window in look.windows:
+            across, down = look.query.wide / window.wide, look.query.high / window.high
+            x, y = look.query.x - across * window.x, look.query.y - down * window.y
+            maps[window] = [[across, 0, x], [0, down, y]]
+    return torch.tensor([maps[window] for window in WINDOWS])
+
+
+STARTS = _starts()

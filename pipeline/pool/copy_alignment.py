@@ -23,6 +23,8 @@ LIMITS = (0.4, 2.4, 0.35, 9.0)  # of a map: least and greatest change of area, g
 STRETCH, SKEW = 0.25, 0.5
 """What a map costs in similarity, per share by which it stretches one way more than the other, and per sine of skew:
 copies are trimmed and turned, but look-alikes fit best when bent (median stretch 0.17 and skew 0.1 against 0.01)."""
+BLOCKS, SPOILT, DOUBT = 4, 6, 0.13
+"""Of 4 × 4 blocks, the 6 that agree least may be left out, as if covered by a caption, at a cost of 0.13."""
 COVERED = 0.25  # of the pixels, at least, must be in both pictures
 DAMPING = (0.06, 0.06, 0.001) * 2  # per pixel compared; turns and zooms cost more than shifts
 
@@ -42,7 +44,7 @@ class Pairs:
     start: Tensor
 
 
-def similarity(pairs: Pairs) -> Tensor:
+def similarity_of(pairs: Pairs) -> Tensor:
     """Correlation of the detail at the best alignment found, less what the bending costs, (n,), in [−1, 1]; 0 where
     there is nothing to compare."""
     result = torch.zeros(len(pairs.start))
@@ -146,8 +148,23 @@ def _agreement(seen: Tensor, query: Tensor, maps: Tensor) -> Tensor:
     left, _ = _standardised(seen[:, inner, inner].flatten(1), both)
     right, _ = _standardised(detail(over)[:, inner, inner].flatten(1), both)
     covered = both.sum(1)
-    result = (left * right * both).sum(1) / covered.clamp_min(1)
+    whole = (left * right * both).sum(1) / covered.clamp_min(1)
+    result = torch.maximum(whole, _unspoilt(left * both, right * both) - DOUBT)
     return torch.where(covered >= COVERED * SIDE * SIDE, result, 0.0)
+
+
+def _unspoilt(left: Tensor, right: Tensor) -> Tensor:
+    """Correlation, (n,), of standardised pictures (n, p) over the blocks that agree best."""
+    ours, theirs, shared = (_block_sums(x) for x in (left * left, right * right, left * right))  # (n, blocks)
+    worst = (ours + theirs - 2 * shared).topk(SPOILT, dim=1).indices
+    ours, theirs, shared = (x.scatter(1, worst, 0.0).sum(1) for x in (ours, theirs, shared))
+    return shared / (ours * theirs).sqrt().clamp_min(0.05 * left.shape[1])
+
+
+def _block_sums(values: Tensor) -> Tensor:
+    """(n, p) → (n, 16)."""
+    side = (SIDE - 2 * MARGIN) // BLOCKS
+    return values.view(-1, BLOCKS, side, BLOCKS, side).sum((2, 4)).flatten(1)
 
 
 def _seen(query: Tensor, maps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,8 +193,10 @@ def _standardised(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _held_down(values: Tensor, share: float) -> Tensor:
-    """(n, s, s) → (−1, 1): linear below `share` of the picture's deviation (and one grey level), flat beyond."""
-    bend = (values * values).mean((1, 2), keepdim=True).sqrt() * share + 1
+    """(n, s, s) → (−1, 1): linear below `share` of the inner deviation (and one grey level), flat beyond."""
+    edge = MARGIN * values.shape[1] // SIDE
+    inner = values[:, edge:-edge, edge:-edge]  # frames are not to hold down the rest
+    bend = (inner * inner).mean((1, 2), keepdim=True).sqrt() * share + 1
     return values / (values * values + bend * bend).sqrt()
 
 

@@ -1,13 +1,9 @@
 """Which evaluation images a picture could be a copy of, and how it lies on them: a search among thumbnails.
 
-A thumbnail is the low frequencies (a discrete cosine transform, without the mean) of a window of the luminance,
-weighted by frequency, because photographs have most of their strength in the lowest, where all skies and lawns look
-alike. Of a pool image there is one, of its inner window, as it is, mirrored, and turned otherwise (which changes signs
-and order only). Of an evaluation image there are many, of windows side by side, larger and smaller ones, so that a
-copy that was shifted, trimmed or framed finds one that shows what its inner window shows.
-
-Thumbnails are whole numbers whose products add up to less than 2²⁴: float32 arithmetic on them is exact in any order,
-so that the search gives the same answer in any batch and with any number of threads.
+Of a pool image the inner window is sought, as it is, mirrored, and turned otherwise (which changes signs and order of
+its thumbnail only). Of an evaluation image there are many windows, side by side, larger and smaller, so that a copy
+that was shifted, trimmed or framed finds one that shows what its inner window shows; and its four halves, for copies
+of which a part is covered.
 """
 
 from dataclasses import dataclass
@@ -20,23 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.pool.copy_thumbnails import FREQUENCIES, NORM, WIDTH, Window, frequencies, thumbnails
 
 if TYPE_CHECKING:
     import faiss
 
-SIDE = 32  # pixels at which images are compared; others are brought to it
-LUMA = (77, 150, 29)  # of 256; ITU-R BT.601
-INNER = 25.0  # side of the window
-SAMPLES = 16  # of a window each way
-FREQUENCIES = 7  # each way; of these, the ones nearer than 7 to the mean
-WIDTH = 48  # of a thumbnail: 42 numbers, and noughts for the sake of vector instructions
-NORM = 127  # of a thumbnail
-LEAST = 1.0  # grey levels of deviation, roughly, below which a window is flat and resembles nothing
-SHIFTS = (-3.0, -1.5, 0.0, 1.5, 3.0)  # pixels
-ZOOMS = (0.88, 0.78, 1.2)
-NEAREST = 8  # thumbnails asked for
 LISTED = 1 << 12  # thumbnails from which on not all are looked at
-PROBES = {"windows": 16, "whole": 4}  # lists that are looked at
 PER_LIST, ROUNDS = 40, 6  # of k-means
 
 
@@ -49,9 +34,29 @@ class Turn(NamedTuple):
     negative: bool
 
 
+class Look(NamedTuple):
+    """One search: a window of the pool image, in some turns, among windows of the evaluation images.
+
+    Attributes:
+        query: the window of the pool image, after it was turned.
+        windows: those of the evaluation images.
+        turns: into TURNS.
+        nearest: thumbnails asked for.
+        probes: lists that are looked at, where there are lists.
+        likely: correlation of the thumbnails from which the images are compared.
+    """
+
+    query: Window
+    windows: tuple[Window, ...]
+    turns: tuple[int, ...]
+    nearest: int
+    probes: int
+    likely: float
+
+
 TURNS = (
     Turn(False, False, False, False),
-    Turn(False, True, False, False),  # these two are sought in all windows, the rest in the whole picture alone
+    Turn(False, True, False, False),
     Turn(False, False, True, False),
     Turn(False, True, True, False),
     Turn(True, False, False, False),
@@ -61,86 +66,97 @@ TURNS = (
     Turn(False, False, False, True),
     Turn(False, True, False, True),
 )
-COMMON = 2
-WINDOWS = tuple((x, y, 1.0) for y in SHIFTS for x in SHIFTS) + tuple((0.0, 0.0, zoom) for zoom in ZOOMS)
-WHOLE = WINDOWS.index((0.0, 0.0, 1.0))
+COMMON = (0, 1)  # as it is, and mirrored
+INNER = Window(0, 0, 25, 25)
+AROUND = (
+    *(Window(x, y, 25, 25) for y in (-3, -1.5, 0, 1.5, 3) for x in (-3, -1.5, 0, 1.5, 3)),
+    *(Window(0, 0, 25 * zoom, 25 * zoom) for zoom in (0.78, 0.88, 1.2)),
+)
+HALVES = (Window(0, -6.5, 25, 12), Window(0, 6.5, 25, 12), Window(-6.5, 0, 12, 25), Window(6.5, 0, 12, 25))
+LOOKS = (
+    Look(INNER, AROUND, COMMON, nearest=8, probes=16, likely=0.74),  # shifted, trimmed, framed
+    Look(INNER, (INNER,), tuple(range(2, len(TURNS))), nearest=1, probes=4, likely=0.85),  # turned, or negative
+    *(Look(half, (half,), COMMON, nearest=2, probes=4, likely=0.82) for half in HALVES),  # partly covered
+)
+WINDOWS = tuple(dict.fromkeys(window for look in LOOKS for window in look.windows))
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """Of n images the m likeliest originals, likeliest first; places without one have the score −1.
+    """Of n images the m likeliest originals, likeliest first.
 
     Attributes:
         index: of the evaluation image, (n, m), int64.
         window: of the evaluation image, into WINDOWS, (n, m), int64.
         turn: of the pool image, into TURNS, (n, m), int64.
-        score: correlation of the thumbnails, (n, m), float32.
+        likely: whether the thumbnails are alike enough, (n, m), bool.
     """
 
     index: Tensor
     window: Tensor
     turn: Tensor
-    score: Tensor
+    likely: Tensor
 
 
 class Thumbnails:
     """The thumbnails of N evaluation images, indexed with faiss, and the search among them.
 
-    About 1.6 kB per image: 28 windows of 48 bytes, and their numbers.
+    About 1.9 kB per image: 33 windows of 48 bytes, and their numbers.
 
     Args:
         grey: luminance, (N, 32, 32), uint8.
     """
 
     def __init__(self, grey: NDArray[np.uint8]):
-        every = max(1, len(grey) * len(WINDOWS) // (PER_LIST * 4096))
-        sample = thumbnails(grey[::every]) if len(grey) else np.empty((0, len(WINDOWS), WIDTH), np.float32)
-        self._windows = _empty_index(sample.reshape(-1, WIDTH), len(grey) * len(WINDOWS), PROBES["windows"])
-        self._whole = _empty_index(sample[:, WHOLE], len(grey), PROBES["whole"])
+        every = max(1, len(grey) * len(AROUND) // (PER_LIST * 4096))
+        self._indexes = [
+            _empty_index(
+                thumbnails(grey[::every], look.windows).reshape(-1, WIDTH), len(grey) * len(look.windows), look
+            )
+            for look in LOOKS
+        ]
         for at in range(0, len(grey), 1024):
-            part = thumbnails(grey[at : at + 1024])
-            self._windows.add(part.reshape(-1, WIDTH))
-            self._whole.add(np.ascontiguousarray(part[:, WHOLE]))
+            for look, index in zip(LOOKS, self._indexes, strict=True):
+                index.add(thumbnails(grey[at : at + 1024], look.windows).reshape(-1, WIDTH))
 
-    def __getstate__(self) -> dict[str, NDArray[np.uint8]]:
-        faiss = _faiss()
-        return {name: faiss.serialize_index(index) for name, index in vars(self).items()}
+    def __getstate__(self) -> list[NDArray[np.uint8]]:
+        return [load_faiss().serialize_index(index) for index in self._indexes]
 
-    def __setstate__(self, state: dict[str, NDArray[np.uint8]]) -> None:
-        faiss = _faiss()
-        for name, data in state.items():
-            setattr(self, name, faiss.deserialize_index(data))
+    def __setstate__(self, state: list[NDArray[np.uint8]]) -> None:
+        self._indexes = [load_faiss().deserialize_index(data) for data in state]
 
     def candidates(self, grey: NDArray[np.uint8], wanted: int) -> Candidates:
-        """The `wanted` best of each image (n, 32, 32), uint8, over all turns and windows."""
+        """The `wanted` best of each image (n, 32, 32), uint8, over all looks, turns and windows."""
         n = len(grey)
-        order, sign = _turning()
-        turned = thumbnails(grey, (WINDOWS[WHOLE],))[:, 0, order] * sign  # (n, T, WIDTH)
-        common, place = self._search(self._windows, turned[:, :COMMON])  # (n, 2, k)
-        other, at = self._search(self._whole, turned[:, COMMON:])
-        score = torch.from_numpy(np.concatenate([common.reshape(n, -1), other.reshape(n, -1)], 1)) / NORM**2
-        place = np.concatenate([place.reshape(n, -1), (at * len(WINDOWS) + WHOLE).reshape(n, -1)], 1)
-        turn = np.concatenate([np.arange(COMMON).repeat(common.shape[2]), np.arange(COMMON, len(TURNS)).repeat(other.shape[2])])
-        return _distinct(torch.from_numpy(place), torch.from_numpy(turn).expand(n, -1), score, wanted)
+        load_faiss().omp_set_num_threads(torch.get_num_threads())
+        queries, order, sign, sources = _questions()
+        seen = thumbnails(grey, queries)
+        found, at = [], 0
+        for look, searched in zip(LOOKS, self._indexes, strict=True):
+            to = at + len(look.turns)
+            sought = np.take_along_axis(seen[:, sources[at:to]], order[None, at:to], 2) * sign[at:to]  # (n, T, WIDTH)
+            score, place = searched.search(sought.reshape(-1, WIDTH), min(look.nearest, searched.ntotal))
+            which = np.array([WINDOWS.index(window) for window in look.windows])[place % len(look.windows)]
+            turns = np.tile(look.turns, n)[:, None].repeat(place.shape[1], 1)
+            alike = (place >= 0) & (score >= look.likely * NORM**2)
+            above = np.where(place >= 0, score - look.likely * NORM**2, -np.inf)
+            columns = (place // len(look.windows), which, turns, alike, above)
+            found.append([torch.from_numpy(x.reshape(n, -1)) for x in columns])
+            at = to
+        index, window, turn, likely, margin = (torch.cat(column, 1) for column in zip(*found, strict=True))
+        return _distinct(index, window, turn, likely, margin, wanted)
 
-    def _search(self, index: "faiss.Index", sought: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        _faiss().omp_set_num_threads(torch.get_num_threads())
-        nearest = NEAREST if index is self._windows else 1
-        score, place = index.search(np.ascontiguousarray(sought).reshape(-1, WIDTH), min(nearest, index.ntotal))
-        return (x.reshape(*sought.shape[:2], -1) for x in (score, place))
 
-
-def _distinct(place: Tensor, turn: Tensor, score: Tensor, wanted: int) -> Candidates:
-    """The best of every evaluation image among (n, k) found; equal ones in the order of their places."""
-    score = torch.where(place >= 0, score, -1.0)
-    order = place.argsort(dim=1, stable=True)
-    order = order.gather(1, score.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    place, turn, score = (x.gather(1, order) for x in (place.clamp_min(0), turn, score))
-    index = place // len(WINDOWS)
+def _distinct(index: Tensor, window: Tensor, turn: Tensor, likely: Tensor, margin: Tensor, wanted: int) -> Candidates:
+    """The best of every evaluation image among (n, k) found; equal ones in the order of the evaluation images."""
+    order = index.argsort(dim=1, stable=True)
+    order = order.gather(1, margin.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    index, window, turn, likely = (x.gather(1, order) for x in (index, window, turn, likely))
     again = (index[:, :, None] == index[:, None, :]).tril(-1).any(2)
     first = again.byte().argsort(dim=1, stable=True)[:, :wanted]
-    score = torch.where(again, -1.0, score)
-    return Candidates(*(x.gather(1, first) for x in (index, place % len(WINDOWS), turn, score)))
+    likely &= ~again
+    index, window, turn, likely = (x.gather(1, first) for x in (index.clamp_min(0), window, turn, likely))
+    return Candidates(index, window, turn, likely)
 
 
 def turned(images: Tensor, turn: Tensor) -> Tensor:
@@ -160,108 +176,29 @@ def turned(images: Tensor, turn: Tensor) -> Tensor:
     return result
 
 
-def luminance(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(n, S, S, 3) → (n, 32, 32), uint8. In whole numbers until the last division, so the same in any batch."""
-    size = images.shape[1]
-    weights, total = _resampling(size)
-    result = np.empty((len(images), SIDE, SIDE), np.uint8)
-    step = max(1, (1 << 20) // (size * size))
-    for at in range(0, len(images), step):
-        part = images[at : at + step]
-        grey = part[..., 0] * np.uint16(LUMA[0])
-        grey += part[..., 1] * np.uint16(LUMA[1])
-        grey += part[..., 2] * np.uint16(LUMA[2])
-        if size == SIDE:
-            result[at : at + step] = (grey + np.uint16(128)) >> 8
-        else:
-            small = weights @ torch.from_numpy(grey.astype(np.float64)) @ weights.T
-            small = (small / (256 * total * total)).round().clamp(0, 255)
-            result[at : at + step] = small.to(torch.uint8).numpy()
-    return result
-
-
-def thumbnails(
-    grey: NDArray[np.uint8], windows: tuple[tuple[float, float, float], ...] = WINDOWS
-) -> NDArray[np.float32]:
-    """Of windows (x, y, zoom) of (n, 32, 32) uint8: (n, W, 48), whole numbers, of norm 127; nought if flat."""
-    lines, pairs = _lines(windows)
-    low, weight = _frequencies()
-    exact = torch.from_numpy(grey).double()
-    rows = lines @ exact[:, None]  # (n, L, 7, 32)
-    found = torch.stack([(rows[:, y] @ lines[x].T).flatten(1)[:, low] for x, y in pairs], 1) * weight
-    norm = torch.linalg.vector_norm(found, dim=2, keepdim=True)
-    flat = norm < LEAST * SCALE**2 * SAMPLES
-    scaled = torch.where(flat, 0.0, found * (NORM / norm.clamp_min(1e-9))).round()
-    result = torch.zeros(len(grey), len(windows), WIDTH)
-    result[:, :, : len(low)] = scaled
-    return result.numpy()
-
-
-SCALE = 4096  # of the whole numbers that stand for a window's cosines
-
-
 @cache
-def _lines(windows: tuple[tuple[float, float, float], ...]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Cosines (L, 7, 32) of the windows' sides, whole numbers, and for every window which one across and down."""
-    sides = sorted({(at, zoom) for x, y, zoom in windows for at in (x, y)})
-    lines = torch.stack([_cosines(at, INNER * zoom) for at, zoom in sides])
-    return lines, [(sides.index((x, zoom)), sides.index((y, zoom))) for x, y, zoom in windows]
-
-
-def _cosines(centre: float, side: float) -> Tensor:
-    """(7, 32): from a line of 32 pixels to the cosine transform of 16 samples of a stretch of it; edges repeat."""
-    edges = np.linspace(-side / 2, side / 2, SAMPLES + 1) + centre + SIDE / 2
-    pixel = np.arange(SIDE)
-    cover = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)  # (16, 32)
-    cover = np.maximum(cover, 0)
-    cover[:, 0] += np.maximum(0, np.minimum(edges[1:], 0) - edges[:-1])
-    cover[:, -1] += np.maximum(0, edges[1:] - np.maximum(edges[:-1], SIDE))
-    cover *= SAMPLES / side
-    cosines = np.cos(np.pi * np.arange(FREQUENCIES)[:, None] * (np.arange(SAMPLES) + 0.5) / SAMPLES)
-    cosines *= np.sqrt(np.where(np.arange(FREQUENCIES) == 0, 1, 2) / SAMPLES)[:, None]
-    return torch.from_numpy(np.rint(cosines @ cover * SCALE))
-
-
-@cache
-def _frequencies() -> tuple[Tensor, Tensor]:
-    """Which of the 7 × 7 products of cosines are in a thumbnail, (42,), and their weights."""
-    down, across = np.divmod(np.arange(FREQUENCIES**2), FREQUENCIES)
-    far = np.hypot(down, across)
-    low = np.flatnonzero((far > 0) & (far < FREQUENCIES))
-    return torch.from_numpy(low), torch.from_numpy(far[low])
-
-
-@cache
-def _turning() -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The thumbnail of a turned image is thumbnail[order[t]] · sign[t]; both (T, 48)."""
-    low = _frequencies()[0].numpy()
+def _questions() -> tuple[tuple[Window, ...], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """What is asked of an image, look by look and turn by turn, Q in all: the windows of the image as it is; then how
+    their thumbnails become those of the turned image, thumbnail[source][order] · sign: order and sign (Q, 48), source
+    (Q,) into the windows. Every window that is not square about the centre is asked for mirrored at most."""
+    low = frequencies()[0].numpy()
     down, across = np.divmod(low, FREQUENCIES)
-    order = np.tile(np.arange(WIDTH), (len(TURNS), 1))
-    sign = np.ones((len(TURNS), WIDTH), np.float32)
-    for turn, how in enumerate(TURNS):
-        if how.diagonal:
-            order[turn, : len(low)] = np.searchsorted(low, across * FREQUENCIES + down)
-        odd = across * how.mirrored + down * how.headlong + how.negative
-        sign[turn, : len(low)] = 1 - 2 * (odd % 2)
-    return order, sign
+    asked = [(look.query, TURNS[turn]) for look in LOOKS for turn in look.turns]
+    order = np.tile(np.arange(WIDTH), (len(asked), 1))
+    sign = np.ones((len(asked), WIDTH), np.float32)
+    seen = [Window(-w.x if turn.mirrored else w.x, w.y, w.wide, w.high) for w, turn in asked]
+    windows = tuple(dict.fromkeys(seen))
+    for at, (_, turn) in enumerate(asked):
+        if turn.diagonal:
+            order[at, : len(low)] = np.searchsorted(low, across * FREQUENCIES + down)
+        odd = across * turn.mirrored + down * turn.headlong + turn.negative
+        sign[at, : len(low)] = 1 - 2 * (odd % 2)
+    return windows, order, sign, np.array([windows.index(window) for window in seen])
 
 
-@cache
-def _resampling(size: int) -> tuple[Tensor, int]:
-    """Whole-number weights (32, size) that bring a line to 32 pixels, and what each row adds up to: areas for larger
-    images, straight lines between pixels for smaller ones."""
-    out, pixel = np.arange(SIDE)[:, None], np.arange(size)[None]
-    if size >= SIDE:  # in units of a 32nd of a pixel
-        cover = np.minimum((out + 1) * size, (pixel + 1) * SIDE) - np.maximum(out * size, pixel * SIDE)
-        return torch.from_numpy(np.maximum(cover, 0).astype(np.float64)), size
-    place = np.clip((2 * out + 1) * size - SIDE, 0, 2 * SIDE * (size - 1))  # in units of a 64th of a pixel
-    near = np.maximum(2 * SIDE - np.abs(place - pixel * 2 * SIDE), 0)
-    return torch.from_numpy(near.astype(np.float64)), 2 * SIDE
-
-
-def _empty_index(sample: NDArray[np.float32], expected: int, probes: int) -> "faiss.Index":
+def _empty_index(sample: NDArray[np.float32], expected: int, look: Look) -> "faiss.Index":
     """Exact below LISTED thumbnails; beyond, lists around centres, of which the nearest few are looked at."""
-    faiss = _faiss()
+    faiss = load_faiss()
     kind = faiss.ScalarQuantizer.QT_8bit_direct_signed  # the whole numbers themselves, a byte each
     if expected < LISTED:
         index = faiss.IndexScalarQuantizer(WIDTH, kind, faiss.METRIC_INNER_PRODUCT)
@@ -270,7 +207,7 @@ def _empty_index(sample: NDArray[np.float32], expected: int, probes: int) -> "fa
         nearest = faiss.IndexFlatIP(WIDTH)
         nearest.add(_centres(sample, lists))
         index = faiss.IndexIVFScalarQuantizer(nearest, WIDTH, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
-        index.nprobe = probes
+        index.nprobe = look.probes
     index.is_trained = True
     return index
 
@@ -288,7 +225,8 @@ def _centres(sample: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     return centres
 
 
-def _faiss() -> Any:
+def load_faiss() -> Any:
+    """The faiss module, imported only when copies are looked for."""
     try:
         import faiss
     except ImportError as error:

@@ -89,7 +89,8 @@ def select_top_k(
 class TopK:
     """The running state of `select_top_k`: add chunks, merge states of other workers, read it out.
 
-    Memory: at most 24·k·C bytes, and some ten MiB.
+    Memory: at most 12·k·C bytes (18·k·C where row ids lie more than 2**32 apart), some KiB for each class that wait
+    to be dealt out, and some ten MiB.
 
     Two ways to the same end. While much can still enter, a stretch of the chunk is transposed and every class takes
     what is not below its threshold. Once little can, the stretch is compared as it lies in memory, and what is

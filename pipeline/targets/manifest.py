@@ -148,6 +148,8 @@ def _check_size(path: Location, file: dict[str, Any]) -> None:
         size = path.stat().st_size
     except FileNotFoundError as error:
         raise TargetsError(f"{path} is missing; {REMEDY}") from error
+    except OSError as error:
+        raise TargetsError(f"{path} cannot be reached ({error}); run the same command again") from error
     if size != file["bytes"]:
         raise TargetsError(
             f"{path} has {size:,} bytes, its manifest says {file['bytes']:,}: it was cut short or changed; {REMEDY}"

@@ -191,7 +191,9 @@ class TargetsStore:
         try:
             yield from record_batches(path, columns, batch, tar="tar" in entry)
         except (OSError, pa.ArrowInvalid) as error:
-            raise TargetsError(f"{path} or the tar beside it is damaged ({error}); {REMEDY}") from error
+            again = "" if is_local(path) else "run the same command again; if it stays so, "
+            which = f"{path} or the tar beside it" if "tar" in entry else path
+            raise TargetsError(f"{which} is damaged ({error}); {again}{REMEDY}") from error
 
     def _distributions(self, part: pa.RecordBatch) -> NDArray[np.float32]:
         """(n, C) float32, rows sum to 1."""

@@ -36,13 +36,13 @@ def taken(way):
         yield
 
 
-def chosen_by(way, chunks, k, classes, assign="any", floor=None, threads=1):
-    """The selection from these chunks, and its state."""
+def state_of(way, chunks, k, classes, assign="any", floor=None, threads=1):
+    """A state that took in these chunks."""
     with taken(way):
         state = TopK(k, classes, assign, min_log_odds=floor, threads=threads)
         for rows, scores in chunks:
             state.add(rows, scores)
-        return state.selection(), state
+    return state
 
 
 def by_full_sort(rows, scores, k, assign="any", floor=None):
@@ -103,8 +103,8 @@ def problems(draw):
 def test_equals_a_full_sort_under_any_chunking(problem, cuts, way, threads):
     rows, scores, k, assign, floor = problem.values()
     chunks = cut(rows, scores, [min(at, len(rows)) for at in cuts])
-    chosen, _ = chosen_by(way, chunks, k, scores.shape[1], assign, floor, threads)
-    assert_is(chosen, by_full_sort(rows, scores, k, assign, floor))
+    state = state_of(way, chunks, k, scores.shape[1], assign, floor, threads)
+    assert_is(state.selection(), by_full_sort(rows, scores, k, assign, floor))
 
 
 @settings(max_examples=150, deadline=None)
@@ -114,7 +114,7 @@ def test_workers_may_share_the_rows_and_merge_in_any_order(problem, data):
     worker = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows))), int)
     ways = data.draw(st.lists(st.sampled_from(list(WAYS)), min_size=4, max_size=4))
     states = [
-        chosen_by(ways[w], [(rows[worker == w], scores[worker == w])], k, scores.shape[1], assign, floor)[1]
+        state_of(ways[w], [(rows[worker == w], scores[worker == w])], k, scores.shape[1], assign, floor)
         for w in range(4)
     ]
     while len(states) > 1:
@@ -215,7 +215,7 @@ def test_nan_is_refused_wherever_it_stands(way, assign, floor, place, nan):
     scores = np.random.RandomState(0).rand(500, 3).astype(np.float32)
     scores[place, 1] = nan
     with pytest.raises(DataError, match=f"row {place + 100} for class 1 is NaN"):
-        chosen_by(way, [(np.arange(500) + 100, scores)], 2, 3, assign, floor, threads=2)
+        state_of(way, [(np.arange(500) + 100, scores)], 2, 3, assign, floor, threads=2)
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, "3", None, True])
@@ -242,7 +242,7 @@ def test_wrong_arguments_are_named():
 def test_an_id_given_twice_is_refused(way, far):
     chunk = (np.array([5, 6, 7, 8 + far]), np.ones((4, 2), np.float32))
     with pytest.raises(DataError, match=r"row id 5 occurs more than once .* class 0"):
-        chosen_by(way, [chunk, chunk], 3, 2)
+        state_of(way, [chunk, chunk], 3, 2).selection()
     left, right = TopK(3, 2), TopK(3, 2)
     left.add(*chunk)
     right.add(*chunk)
