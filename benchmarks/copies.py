@@ -1,101 +1,235 @@
-"""How many planted copies the filter finds, and how many honest images it takes for copies.
+"""How many planted copies the filter finds, how many honest images it takes for copies, and how fast it is.
 
-    python -m benchmarks.copies --data DATA     (cifar10/ and tinyimagenet32/, as data_manifests/cifar10.yaml says)
+    python -m benchmarks.copies --data DATA          (cifar10/ and tinyimagenet32/, as data_manifests/cifar10.yaml says)
+    python -m benchmarks.copies --data DATA --speed
 
-Copies of 2,000 CIFAR-10 test images are made in every way below, and searched among all validation and test
-images. Honest images: the pool (which itself holds copies, so its share is an upper bound), less exact repeats.
+Copies of CIFAR-10 test images are made in every way of benchmarks/copy_kinds.py, and searched among all validation and
+test images; held-out kinds are made of other images than the rest. Honest images are those of the pool, once each, and
+the training set. Both hold true copies: what is at least as similar as `--true` counts as such, and `--sheet` writes
+the pairs about that similarity to look at.
 """
 
 import argparse
 import io
+import pickle
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw
 
+from benchmarks.copy_kinds import DESIGN, HELD_OUT, NAMED, Kind
 from benchmarks.record import write_table
 from pipeline.data.batches import load_images
+from pipeline.data.decode import decode
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
-from pipeline.pool.copies import CopyIndex
+from pipeline.pool.copies import CopyIndex, default_threshold
+from pipeline.pool.copy_candidates import AROUND, LOOKS, load_faiss
+from pipeline.pool.copy_thumbnails import luminance, thumbnails
 
 Pixels = NDArray[np.uint8]
-BATCH = 256
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+SIZE, BATCH = 32, 256
+THRESHOLDS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
+FIGURE = Path(__file__).parents[1] / "docs" / "results" / "copies.png"
 
 
-def encoded(image: Image.Image, kind: str, **options: int) -> Image.Image:
-    """Through a file format and back."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return Image.open(file).convert("RGB")
+def split(data: Path, name: str, count: int | None = None) -> Pixels:
+    """The first images of a split of CIFAR-10."""
+    manifest = load_manifest("cifar10", data)
+    samples = islice(open_split(manifest, name, data).read(), count)
+    return load_images(samples, SIZE).images.permute(0, 2, 3, 1).numpy()
 
 
-def moved(image: Image.Image, by: int) -> Image.Image:
-    """Shifted right and down; edges repeat."""
-    pixels = np.pad(np.asarray(image), ((by, 0), (by, 0), (0, 0)), mode="edge")
-    return Image.fromarray(pixels[: image.height, : image.width])
-
-
-COPIES = {
-    "JPEG quality 75": lambda im: encoded(im, "JPEG", quality=75),
-    "JPEG quality 40": lambda im: encoded(im, "JPEG", quality=40),
-    "PNG": lambda im: encoded(im, "PNG"),
-    "WebP quality 70": lambda im: encoded(im, "WEBP", quality=70),
-    "mirrored": lambda im: encoded(im.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "JPEG", quality=85),
-    "shifted by 1": lambda im: encoded(moved(im, 1), "JPEG", quality=85),
-    "shifted by 2": lambda im: encoded(moved(im, 2), "JPEG", quality=85),
-    "brightened by 20%": lambda im: encoded(ImageEnhance.Brightness(im).enhance(1.2), "JPEG", quality=85),
-    "darkened by 20%": lambda im: encoded(ImageEnhance.Brightness(im).enhance(0.8), "JPEG", quality=85),
-    "desaturated": lambda im: encoded(ImageEnhance.Color(im).enhance(0.0), "JPEG", quality=85),
-    "cropped by 2, scaled back": lambda im: encoded(
-        im.crop((2, 2, im.width - 2, im.height - 2)).resize(im.size, Image.Resampling.BICUBIC),
-        "JPEG",
-        quality=85,
-    ),
-}
-
-
-def similarities(index: CopyIndex, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def similarities(index: CopyIndex, images: Pixels) -> Found:
     """Best similarity and match of each image."""
     found = [index.find(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
     return np.concatenate([f.similarity for f in found]), np.concatenate([f.index for f in found])
 
 
-def main() -> None:
-    """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--copies", type=int, default=2000)
-    parser.add_argument("--honest", type=int, default=20000)
-    arguments = parser.parse_args()
-    manifest = load_manifest("cifar10", arguments.data)
-    evaluation = [load_images(open_split(manifest, s, arguments.data).read(), 32) for s in ("test", "validation")]
-    pixels = np.concatenate([e.images.permute(0, 2, 3, 1).numpy() for e in evaluation])
-    index = CopyIndex(pixels, [str(i) for i in range(len(pixels))])
-    thresholds = (0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
-    rows = []
-    for name, make in COPIES.items():
-        copies = np.stack([np.asarray(make(Image.fromarray(p))) for p in pixels[: arguments.copies]])
-        similarity, match = similarities(index, copies)
-        right = match == np.arange(len(copies))
-        rows.append([name, *(f"{100 * np.mean(right & (similarity >= t)):.2f}" for t in thresholds)])
-    pool = open_split(manifest, "unlabelled", arguments.data)
-    samples = (entry for i, entry in zip(range(arguments.honest), pool.read(), strict=False))
-    honest = np.unique(load_images(samples, 32).images.permute(0, 2, 3, 1).numpy(), axis=0)
-    similarity, _ = similarities(index, honest)
-    rows.append(
-        [
-            f"pool ({len(honest):,} images), taken",
-            *(f"{100 * np.mean(similarity >= t):.2f}" for t in thresholds),
-        ]
-    )
+def copies(originals: Pixels, kind: Kind) -> Pixels:
+    """A copy of each image, as the decode stage sees it."""
+    made = []
+    for at, pixels in enumerate(originals):
+        picture = kind(Image.fromarray(pixels), np.random.default_rng(at))
+        file = io.BytesIO()
+        picture.convert("RGB").save(file, "PNG")  # the kind itself went through a format
+        made.append(decode(file.getvalue(), SIZE)[0])
+    return np.stack(made)
+
+
+def shares(similarity: NDArray[np.float32]) -> list[str]:
+    """% at each threshold."""
+    return [f"{100 * np.mean(similarity >= t):.2f}" for t in THRESHOLDS]
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """The table of kinds, the honest images, and the figure."""
+    test, validation = split(arguments.data, "test"), split(arguments.data, "validation")
+    index = CopyIndex(np.concatenate([test, validation]), [str(i) for i in range(len(test) + len(validation))])
+    rows: list[list[object]] = []
+    curves: dict[str, NDArray[np.float32]] = {}
+    groups = {"named in advance": (NAMED, 0), "used in design": (DESIGN, 0), "held out": (HELD_OUT, 5000)}
+    for group, (kinds, first) in groups.items():
+        scores = []
+        for name, kind in kinds.items():
+            similarity, match = similarities(index, copies(test[first : first + arguments.copies], kind))
+            right = np.where(match == np.arange(first, first + len(match)), similarity, -1)
+            removed = 100 * np.mean(similarity >= default_threshold(SIZE))
+            rows.append([name, group, *shares(right), f"{removed:.2f}"])
+            scores.append(right)
+        curves[group] = np.concatenate(scores)
+        rows.append([f"**all {len(kinds)} kinds**", group, *shares(curves[group]), ""])
+    honest = {
+        "pool": np.unique(split(arguments.data, "unlabelled", arguments.honest), axis=0),
+        "training set": split(arguments.data, "labelled", arguments.honest // 2),
+    }
+    for name, images in honest.items():
+        similarity, match = similarities(index, images)
+        true = similarity >= arguments.true
+        curves[name] = similarity[~true]
+        rows.append([f"{name}, {len(images):,} images: removed", "", *shares(similarity), ""])
+        rows.append([f"… of those below {arguments.true}", "honest", *shares(similarity[~true]), ""])
+        if arguments.sheet:
+            sheet(arguments.sheet / f"{name}.png", images, index, np.concatenate([test, validation]), similarity, match)
+    draw(curves, list(groups))
     write_table(
         "copies",
-        ["% found at similarity ≥", *map(str, thresholds)],
+        ["% with similarity ≥", "", *map(str, THRESHOLDS), "removed"],
         rows,
         f"python -m benchmarks.copies --data DATA --copies {arguments.copies} --honest {arguments.honest}",
+        f"{arguments.copies} copies of each kind among {len(index.names):,} images. Found: the right image, at "
+        f"that similarity. Removed: any, at {default_threshold(SIZE)}; CIFAR-10 holds near-duplicates.",
     )
+
+
+def sheet(
+    path: Path,
+    images: Pixels,
+    index: CopyIndex,
+    originals: Pixels,
+    similarity: NDArray[np.float32],
+    match: NDArray[np.int64],
+) -> None:
+    """Pairs from the most similar to those at 0.6, less the certain ones."""
+    order = np.argsort(-similarity)
+    order = order[(similarity[order] < 0.95) & (similarity[order] >= 0.6)][:144]
+    picture = Image.new("RGB", (12 * 112, 12 * 70), "white")
+    draw = ImageDraw.Draw(picture)
+    for place, at in enumerate(order):
+        x, y = place % 12 * 112, place // 12 * 70
+        for which, pixels in enumerate((images[at], originals[match[at]])):
+            picture.paste(Image.fromarray(pixels).resize((54, 54), Image.Resampling.NEAREST), (x + 55 * which, y + 12))
+        draw.text((x, y), f"{similarity[at]:.3f}", "black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def draw(curves: dict[str, NDArray[np.float32]], groups: Iterable[str]) -> None:
+    """Copies found against honest images removed, as the threshold moves."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = np.linspace(0.45, 0.95, 101)
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    chosen = default_threshold(SIZE)
+    removed = np.array([100 * np.mean(curves["pool"] >= t) for t in steps])
+    for group in groups:
+        found = np.array([100 * np.mean(curves[group] >= t) for t in steps])
+        (line,) = axes.plot(np.maximum(removed, 3e-3), found, label=group)
+        at = int(np.argmin(np.abs(steps - chosen)))
+        axes.plot(max(removed[at], 3e-3), found[at], "o", color=line.get_color())
+    axes.axvline(0.3, color="grey", lw=0.8, ls=":")
+    axes.axhline(98, color="grey", lw=0.8, ls=":")
+    axes.set(xscale="log", xlim=(3e-3, 10), ylim=(85, 100.3), xlabel="honest pool images removed, %")
+    axes.set(ylabel="planted copies found, %", title=f"Copies of evaluation images (dots: similarity {chosen:g})")
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(FIGURE, dpi=150)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Candidates by brute force and by the index, and the whole of `find`; one thread."""
+    torch.set_num_threads(1)
+    load_faiss().omp_set_num_threads(1)
+    test = split(arguments.data, "test")
+    pool = split(arguments.data, "unlabelled", 48_000)
+    everything = np.concatenate([test, split(arguments.data, "validation"), split(arguments.data, "labelled"), pool])
+    kinds = {**NAMED, **DESIGN}
+    planted = [
+        copies(test[:200], kinds[k]) for k in ("JPEG 40", "shifted by 1", "cropped by 3", "turned by 3°", "text")
+    ]
+    look, queries = LOOKS[0], split(arguments.data, "unlabelled", 52_000)[-2048:]
+    rows = []
+    for count in (14_000, 100_000):
+        began = time.process_time()
+        index = CopyIndex(everything[:count], [str(i) for i in range(count)])
+        built = time.process_time() - began
+        vectors = thumbnails(luminance(everything[:count]), AROUND).reshape(-1, 48)
+        sought = thumbnails(luminance(queries), (look.query,))[:, 0]
+        brute = torch.from_numpy(vectors)
+        flat = _flat(vectors)
+        methods = {
+            "matmul and top-k": lambda q, b=brute: (torch.from_numpy(q) @ b.T).topk(look.nearest)[1].numpy(),
+            "faiss, flat": lambda q, i=flat: i.search(q, look.nearest)[1],
+            "faiss, as used": lambda q, i=index: i._thumbnails._indexes[0].search(q, look.nearest)[1],
+        }
+        for name, search in methods.items():
+            per_query = _seconds(lambda s=search, q=sought: [s(q[i : i + 64]) for i in range(0, 256, 64)]) / 256
+            right = [
+                (
+                    search(thumbnails(luminance(p), (look.query,))[:, 0]) // len(AROUND) == np.arange(len(p))[:, None]
+                ).any(1)
+                for p in planted
+            ]
+            rows.append([f"{count:,}", name, f"{1 / per_query:,.0f}", f"{100 * np.mean(right):.2f}", "", "", ""])
+        whole = _seconds(lambda i=index: similarities(i, queries)) / len(queries)
+        hit = np.mean([similarities(index, p)[1] == np.arange(len(p)) for p in planted])
+        size = f"{len(pickle.dumps(index)) / 1e6:.0f}"
+        rows.append([f"{count:,}", "find, whole", "", f"{100 * hit:.2f}", f"{1 / whole:,.0f}", f"{built:.0f}", size])
+    write_table(
+        "copies-speed",
+        ["images", "", "thumbnails/s", "right among them, %", "images/s", "built in, s", "MB"],
+        rows,
+        "python -m benchmarks.copies --data DATA --speed",
+        "One thread, processor time. An image asks for two thumbnails of this kind, and for 16 smaller searches.",
+    )
+
+
+def _flat(vectors: NDArray[np.float32]) -> Any:
+    index = load_faiss().IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Processor time, the best of two."""
+    took = []
+    for _ in range(2):
+        began = time.process_time()
+        work()
+        took.append(time.process_time() - began)
+    return min(took)
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--copies", type=int, default=500)
+    parser.add_argument("--honest", type=int, default=20000)
+    parser.add_argument("--true", type=float, default=0.85)
+    parser.add_argument("--sheet", type=Path, help="a folder for contact sheets")
+    parser.add_argument("--speed", action="store_true")
+    arguments = parser.parse_args()
+    (speed if arguments.speed else measure)(arguments)
 
 
 if __name__ == "__main__":

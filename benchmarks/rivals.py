@@ -110,7 +110,7 @@ def duckdb_arg_max(connection: duckdb.DuckDBPyConnection, k: int, threads: int) 
     connection.execute(f"SET threads = {threads}")
     count = len(connection.execute("DESCRIBE scores").fetchall()) - 1
     chosen = ", ".join(f"arg_max(row, c{c}, {k})" for c in range(count))
-    found = connection.execute(f"SELECT {chosen} FROM scores").to_arrow_table()
+    found = connection.sql(f"SELECT {chosen} FROM scores").to_arrow_table()
     return [column.chunk(0).values.to_numpy() for column in found.columns]
 
 

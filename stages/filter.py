@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stages.execution import Stage
 
 SHOWN = 20  # classes in the table at the end
+INDEXED = 64  # pixels of an evaluation image, at most; they are compared at 32
 
 
 @click.command()
@@ -74,6 +75,7 @@ def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings 
     from pipeline.engines import EngineSettings
     from pipeline.files import sha256_file
     from pipeline.models import WEIGHTS
+    from pipeline.pool.copies import VERSION
     from stages.execution import Stage
     from stages.learning import split_of
 
@@ -90,7 +92,7 @@ def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings 
     basis = {
         "teacher": sha256_file(folder / WEIGHTS),
         "pool": split_of(context, "unlabelled").fingerprint(),
-        "evaluation": [split.fingerprint() for split in evaluation_splits(context)] if copies else [],
+        "evaluation": [VERSION, *(split.fingerprint() for split in evaluation_splits(context))] if copies else [],
         "precision": context.precision,
         "rules": asdict(rules(context)),
     }
@@ -278,7 +280,7 @@ def load_teacher(context: Context, folder: Path) -> "Network":
 
 
 def copy_index(context: Context, folder: Path) -> "CopyIndex | None":
-    """Index of the validation and test images at the teacher's size; None where the recipe turns it off."""
+    """Index of the validation and test images; None where the recipe turns it off."""
     import json
 
     import numpy as np
@@ -289,7 +291,7 @@ def copy_index(context: Context, folder: Path) -> "CopyIndex | None":
 
     if not context.recipe.filter.copies.enabled:
         return None
-    size = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1]
+    size = min(INDEXED, json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1])
     pixels, names = [], []
     for split in evaluation_splits(context):
         images = load_split(context, split, size)

@@ -84,7 +84,9 @@ def test_every_engine_does_every_item_once(engine, tmp_path) -> None:
 
 
 def test_one_bad_shard_does_not_stop_the_others(engine, tmp_path) -> None:
-    with pytest.raises(WorkFailed, match=r"1 of 7 could not be done; the others are(.|\n)*item 3: shard 3 is cut short"):
+    with pytest.raises(
+        WorkFailed, match=r"1 of 7 could not be done; the others are(.|\n)*item 3: shard 3 is cut short"
+    ):
         run(engine, Square(tmp_path, "user", 3))
     assert {int(path.name) for path in tmp_path.glob("[0-9]")} == {0, 1, 2, 4, 5, 6}
 

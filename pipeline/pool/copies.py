@@ -26,6 +26,7 @@ CANDIDATES = 6
 HANDICAP = 0.1
 """Taken from the similarity of images turned by more than a mirror, or negative: a tower that lies down is like a ship
 more often than a ship is turned."""
+VERSION = 2  # of the comparison: scores made by another one are made again
 SMALL = 16  # pixels; see `pipeline.pool.copy_small`
 TOGETHER = 512  # pairs
 DECIMALS = 4  # of a similarity

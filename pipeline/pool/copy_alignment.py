@@ -17,8 +17,8 @@ from torch import Tensor
 
 SIDE = 32
 MARGIN = 4  # pixels at each edge that are not compared: shifts, frames and wrapped edges live there
-STEPS = (4, 3)  # at 16 and at 32 pixels
-HELPFUL = 0.42  # correlation at 16 pixels below which a map is given up
+STEPS = (3, 2)  # at 16 and at 32 pixels
+HELPFUL = 0.5  # correlation at 16 pixels below which a map is given up
 LIMITS = (0.4, 2.4, 0.35, 9.0)  # of a map: least and greatest change of area, greatest turn or shear, shift in pixels
 STRETCH, SKEW = 0.25, 0.5
 """What a map costs in similarity, per share by which it stretches one way more than the other, and per sine of skew:
@@ -70,7 +70,8 @@ def detail(grey: Tensor) -> Tensor:
 def _align(pairs: Pairs, side: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Maps (n, 2, 3) after so many Gauss–Newton steps at `side` pixels, and the correlation, (n,), before and after."""
     if side < SIDE:
-        grey, query = F.avg_pool2d(pairs.evaluation, 2), F.avg_pool2d(pairs.query, 2)
+        # smooth enough that a shift by half a pixel of 16 changes little
+        grey, query = (F.avg_pool2d(_smooth(_smooth(x)), 2) for x in (pairs.evaluation, pairs.query))
         grey, query = (_held_down(x - _blur(x, 1), 1.0) for x in (grey, query))
     else:
         grey, query = (_held_down(_smooth(x) - _blur(x, 3), 1.0) for x in (pairs.evaluation, pairs.query))
@@ -88,15 +89,14 @@ def _align(pairs: Pairs, side: int, steps: int) -> tuple[Tensor, Tensor, Tensor]
     for step in range(steps + 1):
         seen, inside = _seen(query, maps, points)
         values, _ = _standardised(seen, inside)
-        agreement = (values * target * inside).sum(1) / inside.sum(1).clamp_min(1)
         if step == 0:
-            before = agreement
+            before = _correlation(values * inside, target * inside, inside)
         if step == steps:
             break
         residual = ((values - target) * inside).clamp(-2, 2)
         gradient = torch.stack([(slope * residual).sum(1) for slope in slopes], 1)  # (n, 6)
         maps = _less(maps, (inverse * gradient[:, None]).sum(2))
-    return _tame(maps, pairs.start), before, agreement
+    return _tame(maps, pairs.start), before, _correlation(values * inside, target * inside, inside)
 
 
 def _inverse_normal_matrix(slopes: tuple[Tensor, ...]) -> Tensor:
@@ -147,23 +147,21 @@ def _agreement(seen: Tensor, query: Tensor, maps: Tensor) -> Tensor:
     both = (_blur(inside, 2) > 0.99).float()[:, inner, inner].flatten(1)  # where no blur reached outside
     left, _ = _standardised(seen[:, inner, inner].flatten(1), both)
     right, _ = _standardised(detail(over)[:, inner, inner].flatten(1), both)
-    covered = both.sum(1)
-    whole = (left * right * both).sum(1) / covered.clamp_min(1)
-    result = torch.maximum(whole, _unspoilt(left * both, right * both) - DOUBT)
-    return torch.where(covered >= COVERED * SIDE * SIDE, result, 0.0)
+    return torch.where(both.sum(1) >= COVERED * SIDE * SIDE, _correlation(left * both, right * both, both), 0.0)
 
 
-def _unspoilt(left: Tensor, right: Tensor) -> Tensor:
-    """Correlation, (n,), of standardised pictures (n, p) over the blocks that agree best."""
+def _correlation(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """Of standardised pictures (n, p), (n,): over all pixels, or over the blocks that agree best, at a cost."""
+    whole = (left * right).sum(1) / weight.sum(1).clamp_min(1)
     ours, theirs, shared = (_block_sums(x) for x in (left * left, right * right, left * right))  # (n, blocks)
     worst = (ours + theirs - 2 * shared).topk(SPOILT, dim=1).indices
     ours, theirs, shared = (x.scatter(1, worst, 0.0).sum(1) for x in (ours, theirs, shared))
-    return shared / (ours * theirs).sqrt().clamp_min(0.05 * left.shape[1])
+    return torch.maximum(whole, shared / (ours * theirs).sqrt().clamp_min(0.05 * left.shape[1]) - DOUBT)
 
 
 def _block_sums(values: Tensor) -> Tensor:
     """(n, p) → (n, 16)."""
-    side = (SIDE - 2 * MARGIN) // BLOCKS
+    side = round(values.shape[1] ** 0.5) // BLOCKS
     return values.view(-1, BLOCKS, side, BLOCKS, side).sum((2, 4)).flatten(1)
 
 

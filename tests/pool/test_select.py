@@ -169,6 +169,14 @@ def test_many_rows_with_ties(classes, k, n, assign, step):
         assert chosen.threshold[c] == scores[order[-1], c]
 
 
+@pytest.mark.parametrize(("rows", "classes"), [(4003, 1000), (9001, 1), (5, 20_000)])
+def test_available_counts_every_row_at_the_floor_or_above(rows, classes):
+    scores = np.random.RandomState(0).randint(0, 5, (rows, classes)).astype(np.float32)
+    scores[:, 0] = 2
+    chosen = select_top_k([(np.arange(rows), scores)], 1, min_log_odds=2)
+    np.testing.assert_array_equal(chosen.available, (scores.astype(int) >= 2).sum(axis=0))
+
+
 def test_rising_scores_are_exact_too():
     """The worst order for a threshold: every row beats all before it."""
     n, k = 50_000, 100

@@ -7,6 +7,7 @@ hit (docs/results/survival.md).
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ name: kills
 data: {manifest: pool-to-kill, image_size: 32}
 pretrain: {model: {name: wrn_16_2}, steps: 2, batch: 8, optimizer: {rule: sgd, lr: 0.01}}
 filter: {k: 250, batch: 32}
-precompute: {shard_rows: 100, format: FORMAT}
+precompute: {shard_rows: 100}
 train_reduced: {model: {name: wrn_10_1}, steps: 2}
 finetune: {steps: 2}
 """
@@ -42,7 +43,11 @@ ENGINES = {
     "Ray": ("--engine", "ray", "--cpus-per-worker", "0.5"),
 }
 SHARE = {"1 worker": 0.35, "2 workers": 0.35, "4 workers": 0.15, "Ray": 0.15}
-PHASES = {"scores": "scores", "rejected": "rejected", "spill": "targets/spill", "targets": "targets"}
+PHASES = {
+    "filter": ["scores", "rejected", "scores", "scores"],
+    "precompute": ["targets/spill", "targets", "targets/spill", "targets"],
+}
+FORMATS = ("parquet", "webdataset")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def complete(run: Path) -> dict[Path, tuple[int, int]]:
 
 def kill_at(process: subprocess.Popen[bytes], run: Path, phase: str, delay: float) -> bool:
     """Kill the group `delay` seconds after the phase is seen to have begun; False if it ended before."""
-    folder = run / PHASES[phase]
+    folder = run / phase
     seen = set(folder.iterdir()) if folder.is_dir() else set()
     while process.poll() is None:
         if folder.is_dir() and set(folder.iterdir()) - seen:
@@ -120,41 +125,41 @@ def kill_at(process: subprocess.Popen[bytes], run: Path, phase: str, delay: floa
 @pytest.fixture(scope="module")
 def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, str]]]:
     """For each format a run with a teacher, and the files of an undisturbed run from there."""
-    found = {}
-    for form in ("parquet", "webdataset"):
-        folder = tmp_path_factory.mktemp(form)
-        (folder / "recipe.yaml").write_text(RECIPE.replace("FORMAT", form))
-        begun, whole = folder / "begun", folder / "whole"
-        finish(start(begun, "pretrain", "--recipe", str(folder / "recipe.yaml"), "--data", str(data)))
-        subprocess.run(["cp", "-r", str(begun), str(whole)], check=True)
-        for command in ("filter", "precompute"):
-            finish(start(whole, command))
-        found[form] = (begun, files_of(whole))
-        assert len(found[form][1]) > 2 * SHARDS + 8
-    return found
+    folder, found = tmp_path_factory.mktemp("reference"), {}
+    (folder / "recipe.yaml").write_text(RECIPE)
+    begun, whole = folder / "begun", folder / "whole"
+    finish(start(begun, "pretrain", "--recipe", str(folder / "recipe.yaml"), "--data", str(data)))
+    shutil.copytree(begun, whole)
+    finish(start(whole, "filter"))
+    for form in FORMATS:
+        finish(start(whole, "precompute", "--force", "--set", f"precompute.format={form}"))
+        found[form] = files_of(whole)
+        assert len(found[form]) > 2 * SHARDS + 8
+    return {form: (begun, files) for form, files in found.items()}
 
 
 @pytest.mark.timeout(60 * KILLS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_at_random_moments(engine, reference, tmp_path) -> None:
     """The final files are those of an undisturbed run; no shard is done twice after it was complete; no litter."""
-    draw = random.Random(engine)
-    hits: Counter[str] = Counter()
-    attempt = 0
-    while hits.total() < max(2, round(KILLS * SHARE[engine])):
+    draw, hits, attempt = random.Random(engine), Counter[str](), 0
+    wanted = max(2, round(KILLS * SHARE[engine]))
+    while hits.total() < wanted:
         attempt += 1
-        begun, expected = reference["webdataset" if attempt % 3 == 0 else "parquet"]
+        form = FORMATS[attempt % 2]
+        begun, expected = reference[form]
         run = tmp_path / f"run-{attempt}"
-        subprocess.run(["cp", "-r", str(begun), str(run)], check=True)
-        phases = {"filter": ["scores", "scores", "rejected"], "precompute": ["spill", "targets"]}
-        for command, order in phases.items():
+        shutil.copytree(begun, run)
+        for command, phases in PHASES.items():
+            more = [*ENGINES[engine], "--set", f"precompute.format={form}"]
             done: dict[Path, tuple[int, int]] = {}
-            for phase in order:
-                process = start(run, command, *ENGINES[engine])
+            left = wanted - hits.total()  # the first stage has half of them
+            for phase in phases[: left // 2 if command == "filter" and left < 2 * len(phases) else left]:
+                process = start(run, command, *more)
                 hits[phase] += kill_at(process, run, phase, draw.uniform(0, 0.3))
                 assert done.items() <= complete(run).items()  # what was complete is as it was
                 done = complete(run)
-            finish(start(run, command, *ENGINES[engine]))
+            finish(start(run, command, *more))
             assert done.items() <= complete(run).items()
         assert files_of(run) == expected
         assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]
