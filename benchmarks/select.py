@@ -31,6 +31,8 @@ from pipeline.pool.select import Selection, TopK
 
 Scores = NDArray[np.float32]
 Chunks = Iterator[tuple[NDArray[np.int64], Scores]]
+OURS = "select_top_k"
+FIRST = ("reading", OURS)  # in the table
 RISE = 64.0  # nats from chunk to chunk where each beats all before
 
 
@@ -177,71 +179,78 @@ def agreement(found: list[NDArray[np.int64]], truth: Selection) -> str:
     return "same but for ties"
 
 
+class Contest:
+    """One case: the best time of every contender, and how its result compares."""
+
+    def __init__(self, case: Case, threads: int) -> None:
+        self.case, self.threads, self.counts = case, threads, sorted({1, threads})
+        self.between = max(1, (1 << 27) // (case.chunk * case.classes * 4))
+        self.blocks = log_odds(case.classes, case.chunk, 4)
+        self.best: dict[tuple[str, int, int], float] = {}
+        self.told: dict[str, str] = {}
+        self.truths: dict[int, Selection] = {}
+
+    def round(self) -> None:
+        """Every contender once."""
+        from benchmarks.rivals import IN_MEMORY, STREAMED
+
+        case = self.case
+        for count in self.counts:
+            self._run("reading", count, case.rows, partial(read, threads=count))
+        for rows in sorted({case.rows, *case.fewer.values()} - {0}):  # ours on as few as the rivals, too
+            for count in self.counts:
+                self._run(OURS, count, rows, partial(selected, k=case.k, threads=count))
+        for name, rival in STREAMED.items():
+            for count in self.counts:
+                self._check(name, self._run(name, count, case.fewer[name], partial(rival, k=case.k, threads=count)))
+        for name, (prepare, rival) in IN_MEMORY.items():
+            if not (rows := case.fewer[name]):
+                continue
+            ready = prepare(np.concatenate([scores.copy() for _, scores in stream(self.blocks, rows, 0)]))
+            for count in self.counts if name.startswith("argpartition") else [self.threads]:
+                work = partial(rival, ready, case.k, count)
+                self._check(name, self._run(name, count, rows, lambda _, work=work: work()))
+
+    def table(self) -> list[list[object]]:
+        """Rates; what they are of the selection's on as many threads, on the same rows and on all; and of reading's."""
+        rate = {key: key[2] / spent for key, spent in self.best.items()}
+        rows_of_table: list[list[object]] = []
+        for (name, count, rows), speed in sorted(rate.items(), key=lambda item: (item[0][0] not in FIRST, -item[1])):
+            ours = [rate[OURS, count, size] / speed for size in (rows, self.case.rows)]
+            rows_of_table.append(
+                [
+                    f"C = {self.case.classes}, K = {self.case.k:,}",
+                    name,
+                    count,
+                    f"{rows:,}",
+                    f"{speed / 1e6:.4g} M",
+                    *(["", ""] if name in FIRST else [f"{ratio:.1f}×" for ratio in ours]),
+                    f"{speed / rate['reading', count, self.case.rows]:.1%}",
+                    self.told.get(name, ""),
+                ]
+            )
+        return rows_of_table
+
+    def _run(self, name: str, count: int, rows: int, work: Callable[[Chunks], Any]) -> Any:
+        spent, result = seconds(work, stream(self.blocks, rows, self.between))
+        key = name, count, rows
+        self.best[key] = min(self.best.get(key, math.inf), spent)
+        sys.stderr.write(f"C = {self.case.classes}: {name}, {count} threads, {rows:,} rows: {spent:.2f} s\n")
+        return rows, result
+
+    def _check(self, name: str, found: tuple[int, list[NDArray[np.int64]]]) -> None:
+        rows, result = found
+        if rows not in self.truths:
+            self.truths[rows] = selected(stream(self.blocks, rows, 0), self.case.k, self.threads)
+        self.told[name] = agreement(result, self.truths[rows])
+
+
 def compared(case: Case, threads: int) -> list[list[object]]:
     """A row of the table for every contender."""
-    from benchmarks.rivals import IN_MEMORY, STREAMED
-
-    between = max(1, (1 << 27) // (case.chunk * case.classes * 4))
-    blocks = log_odds(case.classes, case.chunk, 4)
-    counts = sorted({1, threads})
-    best: dict[tuple[str, int, int], float] = {}
-    told: dict[str, str] = {}
-    truths: dict[int, Selection] = {}
-
-    def run(name: str, count: int, rows: int, work: Callable[[Chunks], Any]) -> Any:
-        spent, result = seconds(work, stream(blocks, rows, between))
-        key = name, count, rows
-        best[key] = min(best.get(key, math.inf), spent)
-        sys.stderr.write(f"C = {case.classes}: {name}, {count} threads, {rows:,} rows: {spent:.2f} s\n")
-        return result
-
-    def truth(rows: int) -> Selection:
-        if rows not in truths:
-            truths[rows] = selected(stream(blocks, rows, 0), case.k, threads)
-        return truths[rows]
-
+    contest = Contest(case, threads)
     for _ in range(case.rounds):
-        for count in counts:
-            run("reading", count, case.rows, partial(read, threads=count))
-            run("select", count, case.rows, partial(selected, k=case.k, threads=count))
-    for name, rival in STREAMED.items():
-        rows = case.fewer[name]
-        for count in counts:
-            found = run(name, count, rows, partial(rival, k=case.k, threads=count))
-            told[name] = agreement(found, truth(rows))
-    for name, (prepare, in_memory) in IN_MEMORY.items():
-        if not (rows := case.fewer[name]):
-            continue
-        ready = prepare(np.concatenate([scores.copy() for _, scores in stream(blocks, rows, 0)]))
-        for count in counts if name.startswith("argp") else [threads]:
-            work = partial(in_memory, ready, case.k, count)
-            found = run(name, count, rows, lambda _, work=work: work())
-            told[name] = agreement(found, truth(rows))
-    for rows in sorted(set(case.fewer.values()) - {0, case.rows}):  # ours on as few as the rivals
-        for count in counts:
-            run("select", count, rows, partial(selected, k=case.k, threads=count))
-    return rated(case, best, told)
-
-
-def rated(case: Case, best: dict[tuple[str, int, int], float], told: dict[str, str]) -> list[list[object]]:
-    """Rates, and what they are of the selection's on as many threads and of reading's."""
-    rate = {key: key[2] / spent for key, spent in best.items()}
-    table: list[list[object]] = []
-    for (name, count, rows), speed in rate.items():
-        ours = [rate["select", count, size] / speed for size in (rows, case.rows)]
-        table.append(
-            [
-                f"C = {case.classes}, K = {case.k:,}",
-                name,
-                count,
-                f"{rows:,}",
-                f"{speed / 1e6:.4g} M",
-                *(["", ""] if name in ("select", "reading") else [f"{ratio:.1f}×" for ratio in ours]),
-                f"{speed / rate['reading', count, case.rows]:.1%}",
-                told.get(name, ""),
-            ]
-        )
-    return table
+        contest.round()
+    return contest.table()
 
 
 def streamed(classes: int, k: int, chunk: int, rows: int, rise: float, threads: int) -> dict[str, float]:
@@ -326,9 +335,9 @@ def main() -> None:
             "result",
         ]
         note = (
-            "Rivals that are too slow have fewer rows: how much faster select is on as many, and on the whole stream "
-            "(the first line of it). In memory, a rival's own format is made outside the clock. `reading` is np.max of "
-            "the same chunks. Single runs; of select and reading at C = 10 the best of three."
+            "Rivals that are too slow have fewer rows: how much faster select_top_k is on as many, and on the whole "
+            "stream. In memory, a rival's own format is made outside the clock. reading is np.max of the same chunks. "
+            "C = 10: the best of three interleaved rounds; C = 1000: single runs."
         )
         write_table(f"select{ending}", head, table, command, note)
     if a.only != "speed":

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -130,35 +130,44 @@ def _here(
 
 
 def _in_processes(workers: int, work: "Work[Item, Result]", items: Sequence[Item]) -> Iterator[Outcome[Item, Result]]:
-    """A pool of processes; when one dies the pool is made anew, and what was under way is tried again."""
-    left, tries = list(items), {id(item): 0 for item in items}
-    while left:
-        pool = _pool(workers, work)
-        under_way: dict[Future[Result], Item] = {}
-        waiting = iter(list(left))
-        try:
-            while True:
-                while len(under_way) < workers and (item := next(waiting, None)) is not None:
-                    under_way[pool.submit(_call, item)] = item
-                if not under_way:
+    """A pool of processes. When one dies, the items that were under way are tried again one by one, so that the one
+    that takes its worker down is known; then the others go on."""
+    waiting = iter(items)
+    while suspects := (yield from _until_broken(workers, work, waiting)):
+        for item in suspects:
+            for _ in range(RETRIES):
+                if not (yield from _until_broken(1, work, iter([item]))):
                     break
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    item = under_way[future]
-                    outcome = _collect(future, item)  # raises BrokenProcessPool
-                    del under_way[future]
-                    left.remove(item)
-                    yield outcome
-        except BrokenProcessPool:
-            for item in under_way.values():
-                tries[id(item)] += 1
-                if tries[id(item)] > RETRIES:
-                    left.remove(item)
-                    died = f"its worker died {RETRIES + 1} times; is there enough memory for {workers} workers?"
-                    yield Outcome(item, error=RunError(died))
-        finally:  # an error, Ctrl-C, a dead worker, or nothing left to do
-            for process in list((pool._processes or {}).values()):
-                process.kill()  # what it was writing is not whole, and nobody waits for it
-            pool.shutdown(wait=True, cancel_futures=True)
+            else:
+                died = f"its worker died {RETRIES + 1} times; is there enough memory for {workers} workers?"
+                yield Outcome(item, error=RunError(died))
+
+
+def _until_broken(
+    workers: int, work: "Work[Item, Result]", waiting: Iterator[Item]
+) -> Generator[Outcome[Item, Result], None, list[Item]]:
+    """Do items until none is left, or a worker dies; returns those that were under way then."""
+    pool = _pool(workers, work)
+    under_way: dict[Future[Result], Item] = {}
+    try:
+        while True:
+            while len(under_way) < workers and (item := next(waiting, None)) is not None:
+                try:
+                    under_way[pool.submit(_call, item)] = item
+                except BrokenProcessPool:
+                    return [*under_way.values(), item]
+            if not under_way:
+                return []
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                outcome = _collect(future, under_way[future])
+                del under_way[future]
+                yield outcome
+    except BrokenProcessPool:
+        return list(under_way.values())
+    finally:  # an error, Ctrl-C, a dead worker, or nothing left to do
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # what it was writing is not whole, and nobody waits for it
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _collect(future: "Future[Result]", item: Item) -> Outcome[Item, Result]:

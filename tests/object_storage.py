@@ -82,6 +82,7 @@ class Storage:
 @contextmanager
 def object_storage() -> Iterator[Storage]:
     """Run the server and the proxy; credentials and region are in the environment meanwhile."""
+    import requests
     from moto.server import ThreadedMotoServer
     from s3fs import S3FileSystem
 
@@ -98,6 +99,7 @@ def object_storage() -> Iterator[Storage]:
         thread.start()
         S3FileSystem.clear_instance_cache()  # else one of an earlier server may be found under the same settings
         try:
+            requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # its state outlives a server in this process
             storage.place("").fs.mkdir(BUCKET)
             yield storage
         finally:

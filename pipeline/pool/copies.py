@@ -58,9 +58,9 @@ def default_threshold(size: int) -> float:
     """Similarity from which an image of `size` pixels is a copy; measured by benchmarks/copies.py.
 
     The smaller the images, the less detail there is to tell them apart by. Below 16 pixels there is none: honest
-    digits correlate up to 0.99.
+    digits correlate up to 0.987.
     """
-    return 0.985 if size < SMALL else 0.9 - min(size, SIDE) / 160  # 0.8 at 16 pixels, 0.7 from 32 on
+    return 0.99 if size < SMALL else 0.9 - min(size, SIDE) / 160  # 0.8 at 16 pixels, 0.7 from 32 on
 
 
 class CopyIndex:

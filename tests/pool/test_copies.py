@@ -325,7 +325,7 @@ def test_descriptor_is_the_mean_of_blocks(tiles):
 
 def test_thresholds_fall_with_size():
     sizes = (8, 16, 24, 32, 224)
-    assert [round(default_threshold(size), 3) for size in sizes] == [0.985, 0.8, 0.75, 0.7, 0.7]
+    assert [round(default_threshold(size), 3) for size in sizes] == [0.99, 0.8, 0.75, 0.7, 0.7]
 
 
 def test_errors(tiles, monkeypatch):
