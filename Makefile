@@ -39,8 +39,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,bench]"
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.select
+	$(BIN)/python -m benchmarks.score
+	$(BIN)/python -m benchmarks.readers
+	$(BIN)/python -m benchmarks.targets
+	$(BIN)/python -m benchmarks.loader
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -58,9 +58,9 @@ CASES = [
         {
             "argpartition, merged chunk by chunk": 1 << 25,
             "torch.topk, merged chunk by chunk": 1 << 23,
-            "argpartition, all in memory": 1 << 23,
-            "Polars top_k_by": 1 << 22,
-            "Polars sort and head": 1 << 22,
+            "argpartition, all in memory": 1 << 25,
+            "Polars top_k_by": 1 << 23,
+            "Polars sort and head": 1 << 25,
             "DuckDB arg_max(n)": 1 << 22,
             "DuckDB window, QUALIFY": 1 << 20,
             "heapq.nlargest": 1 << 18,

@@ -58,7 +58,7 @@ def _false_places(flags: NDArray[np.bool_]) -> Places:
     words = flags.view(np.uint64)
     mixed = words != ALL_TRUE  # (n / 8,)
     lines = mixed.view(np.uint64)
-    at = lines.nonzero()[0]
+    at = (lines != 0).nonzero()[0]  # of booleans far quicker than of integers
     inside = lines.take(at).view(bool).nonzero()[0]
     at = at.take(inside >> 3) * 8 + (inside & 7)
     inside = (words.take(at) ^ ALL_TRUE).view(bool).nonzero()[0]
