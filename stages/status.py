@@ -43,7 +43,7 @@ def stage_names(run: Any) -> list[str]:
 
 def stage_status(run: Any, stage: str) -> dict[str, Any]:
     """State of one stage, and what it left or where it is."""
-    from pipeline.files import read_json
+    from pipeline.files import location, names_in, read_json
     from pipeline.logs import read_metrics
     from pipeline.runs import STARTED_FILE
 
@@ -63,6 +63,9 @@ def stage_status(run: Any, stage: str) -> dict[str, Any]:
         return {"stage": stage, "state": "to come", "detail": ""}
     rows = read_metrics(run.root / metrics_folder(stage) / "metrics.csv")
     detail = f"begun {read_json(started)['started']}" + (f", at step {rows[-1]['step']}" if rows else "")
+    if stage == "filter":
+        store = location(run.description.get("store") or run.root)
+        detail += f", {sum(name.startswith('part-') for name in names_in(store / 'scores')):,} shards scored"
     return {"stage": stage, "state": "unfinished", "detail": detail}
 
 

@@ -40,11 +40,7 @@ class Packed:
 
     def holds(self, rows: Ids) -> bool:
         """Whether all these ids can be packed."""
-        if rows.size == 0:
-            return True
-        if self.base == 0:
-            return bool(0 <= np.bitwise_or.reduce(rows) < SPAN)  # in one pass: no bit above the lowest 32
-        return bool(rows.min() >= self.base and int(rows.max()) < int(self.base) + SPAN)
+        return bool(rows.size == 0 or (rows.min() >= self.base and int(rows.max()) < int(self.base) + SPAN))
 
     def pack(self, scores: Scores, rows: Ids) -> Entries:
         """Entries of scores and ids, (m,) each."""

@@ -91,7 +91,7 @@ def parts(place: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_tar_cut_in_the_middle_is_named_and_the_others_are_scored(place, filtered, workers) -> None:
+def test_a_tar_cut_in_the_middle_is_named_and_the_others_are_scored(place, filtered, mpl, workers) -> None:
     path = place / "data/pool-1.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -102,6 +102,7 @@ def test_a_tar_cut_in_the_middle_is_named_and_the_others_are_scored(place, filte
     assert "Traceback" not in outcome.err
     before = parts(place)
     assert set(before) == {"part-pool-0.parquet", "part-pool-2.parquet"}
+    assert "2 shards scored" in mpl("status", "--run", place / "run").out
     path.write_bytes(whole)
     outcome = filtered("--workers", workers)
     assert outcome.status == 0
