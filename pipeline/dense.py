@@ -10,7 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.errors import RunError
 from pipeline.files import Location, opened
+
+
+def require_absence(place: Location, error: Exception) -> None:
+    """Pass where the error of a reader means that there is no file, or none that is whole.
+
+    Raises:
+        RunError: it means that nobody knows: the place cannot be reached just now, or may not be read.
+    """
+    absent = isinstance(error, FileNotFoundError | NotADirectoryError | pa.ArrowInvalid)
+    parsed = type(error) is OSError and error.errno is None  # Arrow's, of bytes that it was given
+    if not absent and not parsed:
+        raise RunError(f"{place} cannot be reached ({error}); run the same command again") from error
 
 
 @contextmanager
@@ -25,7 +38,7 @@ def open_parquet(place: Location, **options: Any) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(place, **options) as file:
             yield file
     else:
-        with opened(place) as stream, pq.ParquetFile(stream, pre_buffer=True, **options) as file:
+        with opened(place, random=True) as stream, pq.ParquetFile(stream, pre_buffer=True, **options) as file:
             yield file
 
 

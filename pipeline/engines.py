@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from pipeline.errors import RunError, UsageError, UserError
+from pipeline.files import remove_leftovers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -190,10 +191,14 @@ _WORK: dict[str, Any] = {}  # of a worker process: what it was sent
 
 def _start(pickled: bytes, threads: int, number: Any) -> None:
     """Once per worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which then ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with number.get_lock():
         place, number.value = number.value, number.value + 1
-    _WORK["work"] = _placed(pickle.loads(pickled), place, threads)  # from our own parent, by a pipe
+    try:
+        _WORK["work"] = _placed(pickle.loads(pickled), place, threads)  # from our own parent, by a pipe
+    except Exception as error:  # told to whoever asks for work; else the pool would be taken for broken
+        _WORK["error"] = error
 
 
 def _die_with_parent() -> None:
@@ -209,6 +214,8 @@ def _placed(work: Any, place: int, threads: int) -> Any:
 
 
 def _call(item: Any) -> Any:
+    if "error" in _WORK:
+        raise _WORK["error"]
     return _WORK["work"](item, lambda count: None)
 
 
@@ -249,11 +256,12 @@ def _on_ray(
 
 def _ray_task(key: str, threads: int, reference: list[Any], item: Any) -> tuple[Any, UserError | None]:
     """On a Ray worker, which serves many tasks: the work is fetched for the first of them."""
-    if _WORK.get("key") != key:
-        import ray
-
-        _WORK.update(key=key, work=_placed(ray.get(reference[0]), 0, threads))
     try:
+        if _WORK.get("key") != key:
+            import ray
+
+            remove_leftovers()  # uploads of workers of this machine that died
+            _WORK.update(key=key, work=_placed(ray.get(reference[0]), 0, threads))
         return _call(item), None
     except UserError as error:
         return None, error
@@ -270,7 +278,7 @@ def _ray(address: str | None) -> Any:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(
-                address=address,
+                address=address or "local",
                 log_to_driver=False,
                 include_dashboard=False if address is None else None,
                 logging_level=logging.WARNING,

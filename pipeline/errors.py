@@ -21,6 +21,10 @@ class DataError(UserError):
     """A data set, split, shard or label is missing or malformed."""
 
 
+class MissingDataError(DataError):
+    """A data set's files are not there."""
+
+
 class RunError(UserError):
     """A run directory is foreign, in use, stale, or would be overwritten."""
 

@@ -4,6 +4,7 @@ A `Location` is a `pathlib.Path`, or for a URL (`s3://bucket/pool`) a `UPath`, w
 fsspec. Read through `opened`, write through `whole_file`, and both kinds behave alike.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -60,20 +61,39 @@ def storage_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__module__.partition(".")[0] in REMOTE:
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
         raise
 
 
+def is_storage_error(error: BaseException) -> bool:
+    """Whether it comes from a library of object storage, at whatever remove."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen).__module__.partition(".")[0] in REMOTE:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 @contextmanager
-def opened(place: Location) -> Iterator[IO[bytes]]:
+def opened(place: Location, *, random: bool = False) -> Iterator[IO[bytes]]:
     """Open for reading bytes; seekable.
+
+    Args:
+        place: the file.
+        random: pieces here and there are wanted; in object storage nothing is then read ahead of them.
 
     Raises:
         OSError: it is not there, or cannot be read; so also inside the `with`, on a dropped connection
             that stays so through the retries of the storage's library.
     """
-    with storage_errors(), place.open("rb") as file:
-        yield file
+    with storage_errors():
+        if isinstance(place, Path):
+            file: IO[bytes] = place.open("rb")
+        else:
+            file = place.fs.open(place.path, "rb", **({"cache_type": "none"} if random else {}))
+        with file:
+            yield file
 
 
 @contextmanager
@@ -103,8 +123,9 @@ def whole_file(path: Location) -> Iterator[Path]:
             with storage_errors():
                 path.fs.put_file(str(temporary), path.path)
     except OSError as error:
+        by_way_of = "" if isinstance(path, Path) else f" (by way of {tempfile.gettempdir()})"
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
+            f"cannot write {path}{by_way_of}: {error.strerror or error}. What was there before is untouched; "
             "free some space or choose a place that can be written, then run the same command again"
         ) from error
     finally:

@@ -5,6 +5,7 @@ images are dealt to the training shards in a spill file; then each training shar
 from all spill files. A worker has at most one shard of the pool, or one training shard, in memory.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.data.shards import Sample, Shard
-from pipeline.dense import fixed_binary, fixed_numbers, open_parquet
+from pipeline.dense import fixed_binary, fixed_numbers, open_parquet, require_absence
 from pipeline.engines import EngineSettings, run_all
 from pipeline.errors import DataError, RunError, TargetsError
 from pipeline.files import Location, discard, names_in, opened, remove_leftovers, whole_file
@@ -136,6 +137,7 @@ def precompute(
     *,
     scores: ScoredPool | None,
     preprocessing: dict[str, Any],
+    here: Scorer | None = None,
     run: Runner = run_here,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -151,6 +153,7 @@ def precompute(
         scores: the scores that the selection was made from, whose distributions are stored; None when
             the teacher is another one, and then its distributions are inferred here.
         preprocessing: told in the manifest.
+        here: the teacher for the labelled images, which this process infers; `scorer` unless given.
         run: does the shards, here or in workers.
         tell: told the size to expect.
 
@@ -180,13 +183,18 @@ def precompute(
             [at for at in range(len(shards)) if plan.images_of(at).stop > plan.images_of(at).start],
             name=lambda at: shards[at].name,
         )
+        plan.scorer = replace(plan.scorer, model=nn.Identity())  # its work is done
         run(
             Gather(plan),
             left,
             name=lambda file: f"training shard {file}",
         )
-    skipped = write_labelled(folder, labelled, scorer, settings, mark)
+    skipped = write_labelled(folder, labelled, here or scorer, settings, mark)
+    stored = sum(_rows(folder / f"pool-{file:05d}.parquet") for file in range(plan.files))
+    if stored != len(chosen.row):
+        raise RunError(f"{folder} has {stored:,} of {len(chosen.row):,} selected images; run mpl precompute --force")
     discard(folder / SPILL)
+    remove_leftovers(folder)  # of workers that died
     return write_manifest(
         folder,
         fingerprint=mark,
@@ -293,11 +301,13 @@ class Plan:
             return 0  # their spill files are gone, and nobody needs them
         table = self._table(at, mine)
         file_of = self.file_of[mine]
-        schema = table.schema.with_metadata({"mpl.fingerprint": self.mark})
+        files = np.unique(file_of).tolist()
+        told = {"mpl.fingerprint": self.mark, "mpl.files": json.dumps(files)}  # a batch for each
+        schema = table.schema.with_metadata(told)
         with whole_file(self.spill(at)) as temporary, pa.ipc.new_file(temporary, schema) as writer:
-            for file in range(self.files):
+            for file in files:
                 rows = pa.array(np.flatnonzero(file_of == file))
-                writer.write_batch(table.take(rows).combine_chunks().to_batches()[0] if len(rows) else _empty(schema))
+                writer.write_batch(table.take(rows).combine_chunks().to_batches()[0])
         return table.num_rows
 
     def gather(self, file: int) -> int:
@@ -309,8 +319,7 @@ class Plan:
             mine = self.images_of(at)
             here = np.flatnonzero(self.file_of[mine] == file)
             if len(here):
-                with open_spill(self.spill(at)) as spill:
-                    parts.append(pa.Table.from_batches([spill.get_batch(file)]))
+                parts.append(read_spilled(self.spill(at), file))
                 images.append(here + mine.start)
         order = np.argsort(self.place[np.concatenate(images)])
         table = pa.concat_tables(parts).take(pa.array(order))
@@ -469,19 +478,34 @@ def open_spill(path: Location) -> Iterator[pa.ipc.RecordBatchFileReader]:
         with pa.memory_map(str(path)) as source:
             yield pa.ipc.open_file(source)
     else:
-        with opened(path) as stream:
+        with opened(path, random=True) as stream:
             yield pa.ipc.open_file(stream)
 
 
+def read_spilled(path: Location, file: int) -> pa.Table:
+    """The rows of one shard that are dealt to training shard `file`.
+
+    Raises:
+        RunError: the spill file cannot be read.
+    """
+    try:
+        with open_spill(path) as spill:
+            at = json.loads(spill.schema.metadata[b"mpl.files"]).index(file)
+            return pa.Table.from_batches([spill.get_batch(at)])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{path} cannot be read ({error}); run the same command again") from error
+
+
 def spill_is_done(path: Location, mark: str) -> bool:
-    """Whether it is whole, and of this store."""
+    """Whether it is whole, and of this store.
+
+    Raises:
+        RunError: its place cannot be reached, so that nobody knows.
+    """
     try:
         with open_spill(path) as spill:
             metadata = spill.schema.metadata or {}
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid) as error:
+        require_absence(path, error)
         return False
     return bool(metadata.get(b"mpl.fingerprint") == mark.encode())
-
-
-def _empty(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)

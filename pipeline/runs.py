@@ -5,11 +5,13 @@ present one. A stage that began and did not end left `started.json` with its bas
 another one is refused, so nothing that took time is overwritten by accident.
 """
 
+import json
 import os
 import platform
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +26,12 @@ import filelock
 import pipeline
 from pipeline.config import Recipe, parse_recipe
 from pipeline.errors import RunError
-from pipeline.files import Location, fingerprint, read_json, write_json
+from pipeline.files import Location, fingerprint, opened, read_json, write_json
 
 FORMAT = 1
 NOT_DONE = "not done yet"
 RUN_FILE, RECORD_FILE, STARTED_FILE, LOCK_FILE = "run.json", "record.json", "started.json", ".lock"
+STORE_FILE = "store.json"  # whose a store outside a run directory is
 
 
 class Action(StrEnum):
@@ -98,6 +101,7 @@ class Run:
             {
                 "format": FORMAT,
                 "created": found["created"],
+                "id": found.get("id") or uuid.uuid4().hex,
                 "recipe": tree,
                 "seed": seed,
                 "data": data,
@@ -106,6 +110,30 @@ class Run:
                 "machine": machine(),
             },
         )
+
+    def claim(self, store: Location) -> None:
+        """Make a store outside the run directory this run's own, or see that it is.
+
+        Raises:
+            RunError: it is another run's.
+        """
+        description = self.description
+        assert description is not None
+        path = store / STORE_FILE
+        owner = {"run": description["id"]}
+        try:
+            with opened(path) as file:
+                found = json.loads(file.read())
+        except FileNotFoundError:
+            write_json(path, owner | {"root": str(self.root.resolve())})
+            return
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read ({error}); run the same command again") from error
+        if found.get("run") != owner["run"]:
+            raise RunError(
+                f"the store {store} belongs to the run {found.get('root')}; give each run a --store of its own "
+                f"(or remove {path} if that run is gone)"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -80,6 +80,13 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort) as error:
         _say(f"Interrupted: {error}" if str(error) else "Interrupted", resume=True)
         status = 130
+    except OSError as error:
+        from pipeline.files import is_storage_error
+
+        if not is_storage_error(error):
+            raise
+        _say(f"Error: object storage cannot be reached: {error}", resume=True)
+        status = 1
     except ValueError as error:
         from pipeline.errors import UsageError, UserError
 

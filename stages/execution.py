@@ -57,6 +57,7 @@ def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any
 
 def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
     run, console = context.run, context.console
+    require_store(context, stage.name)
     decision = decide(context, stage)
     if decision.action is Action.SKIP:
         record = run.record(stage.name)
@@ -68,6 +69,8 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
     if stage.keeps_recipe or run.description is None:
         store = None if context.store == run.root else str(context.store)
         run.keep(context.recipe, context.seed, str(context.data) if context.data else None, store)
+    if context.store != run.root:
+        run.claim(context.store)
     if context.force:
         discard(*stage.replaces)
     console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
@@ -81,6 +84,22 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
     record = run.finish(stage.name, stage.basis, clock.seconds, result)
     console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
     return record
+
+
+def require_store(context: Context, stage: str) -> None:
+    """Refuse a store that is another run's, or another one than this run's scores lie in.
+
+    Raises:
+        RunError: with what to do.
+    """
+    run, known = context.run, context.run.description
+    if known is None:
+        return
+    before = known.get("store") or str(run.root)
+    if stage != "filter" and run.record("filter") is not None and str(context.store) != before:
+        raise RunError(f"{run.root} has its scores and targets in {before}; another --store begins with mpl filter")
+    if context.store != run.root and run.record("filter") is not None:
+        run.claim(context.store)
 
 
 def decide(context: Context, stage: Stage) -> Decision:

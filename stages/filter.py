@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.errors import UsageError
 from stages.options import Context, stage_options, with_changes
 from stages.workers import engine_options, is_elsewhere, run_shards
 
@@ -113,7 +114,7 @@ def evaluation_splits(context: Context) -> "list[Any]":
     Raises:
         DataError: there is none, or its files are not there, and nobody said that this is meant.
     """
-    from pipeline.errors import DataError
+    from pipeline.errors import DataError, MissingDataError
     from stages.learning import manifest_of, split_of
 
     remedy = "To go on without looking for copies of evaluation images: --set filter.copies.enabled=false"
@@ -122,7 +123,7 @@ def evaluation_splits(context: Context) -> "list[Any]":
         raise DataError(f"data set {manifest_of(context).name} has neither a validation nor a test split. {remedy}")
     try:
         return [split_of(context, name) for name in names]
-    except DataError as error:
+    except MissingDataError as error:
         raise DataError(f"{error}. {remedy}") from error
 
 
@@ -201,6 +202,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: "EngineS
         if len(left) < len(shards):
             context.console.note(f"{len(shards) - len(left):,} of {len(shards):,} shards are scored already")
         scoring = _score(context, left, folder, mark, engine)
+        remove_leftovers(scores)  # of workers that died
     filtered = filter_pool(open_scored(shards, scores, mark), context.store, rules(context))
     if filtered.repeated_keys:
         context.console.note(f"{filtered.repeated_keys:,} images have a key that an earlier image has (harmless)")
@@ -222,7 +224,8 @@ def _score(
 
     from pipeline.pool.score import ScoreWork
 
-    network, copies = load_teacher(context, folder), copy_index(context, folder)
+    device_of(context, engine)  # before anything takes time
+    network, copies = load_teacher(context, folder, engine), copy_index(context, folder)
     work = ScoreWork(scorer(context, network, engine), context.store / "scores", mark, copies)
     began = time.monotonic()
     counts = run_shards(
@@ -247,32 +250,52 @@ def _score(
     return found
 
 
-def scorer(context: Context, network: "Network", engine: "EngineSettings | None" = None) -> "Scorer":
+def scorer(
+    context: Context, network: "Network", engine: "EngineSettings | None" = None, batch: int | None = None
+) -> "Scorer":
     """The teacher as the pool's scorer: here on its device, for workers elsewhere on the CPU until it gets there."""
     from pipeline.pool.infer import Scorer
 
-    if engine is not None and is_elsewhere(engine):
-        network.model.cpu()
     return Scorer(
         network.model,
         tuple(network.class_names),
         network.image_size,
         network.mean,
         network.std,
-        batch=context.recipe.filter.batch,
-        device=str(context.device),
+        batch=batch or context.recipe.filter.batch,
+        device=device_of(context, engine),
         precision={"float32": "float32", "bf16": "bfloat16"}[context.precision],
     )
 
 
-def load_teacher(context: Context, folder: Path) -> "Network":
-    """The teacher on its device, with the data set's classes."""
+def device_of(context: Context, engine: "EngineSettings | None") -> str:
+    """Where the network runs: for Ray what its tasks reserve, whatever this machine has.
+
+    Raises:
+        UsageError: `--device` contradicts `--gpus-per-worker`.
+    """
+    if engine is None or engine.kind != "ray":
+        return str(context.device)
+    device = "cuda" if engine.gpus else "cpu"
+    if context.device_name not in ("auto", device):
+        raise UsageError(
+            f"--device {context.device_name} with --engine ray and --gpus-per-worker {engine.gpus:g}: Ray gives each "
+            f"task what it reserves, so the device is {device}; leave --device out, or change --gpus-per-worker"
+        )
+    return device
+
+
+def load_teacher(context: Context, folder: Path, engine: "EngineSettings | None" = None) -> "Network":
+    """The teacher, on its device unless workers will bring it there, with the data set's classes."""
     from dataclasses import replace
+
+    import torch
 
     from pipeline.models import load_network
     from stages.learning import check_classes, split_of, to_device
 
-    network = to_device(load_network(folder), context.device)
+    device = torch.device("cpu") if engine is not None and is_elsewhere(engine) else context.device
+    network = to_device(load_network(folder), device)
     names = split_of(context, "labelled").class_names
     check_classes(network, names, f"teacher {folder}")
     network.model.eval()

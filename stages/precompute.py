@@ -1,5 +1,6 @@
 """`mpl precompute`: teacher + selection → targets/."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,13 +49,15 @@ def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings 
     filtered = require_fresh_selection(context.run)
     folder = teacher_folder(context, teacher)
     settings = context.recipe.precompute
+    scored_by = filtered["result"]["teacher_sha256"]
+    used = sha256_file(folder / WEIGHTS) if teacher is not None else scored_by
     basis = {
         "selection": filtered["result"]["fingerprint"],
-        "teacher": sha256_file(folder / WEIGHTS) if teacher is not None else filtered["result"]["teacher_sha256"],
+        "teacher": used,
         "labelled": split_of(context, "labelled").fingerprint(),
         "settings": settings.model_dump(mode="json", exclude={"batch"}),
         "seed": context.seed,
-        "precision": context.precision,
+        "precision": filtered["basis"]["precision"] if used == scored_by else context.precision,
     }
     return Stage(
         name="precompute",
@@ -122,20 +125,23 @@ def work(
     from stages.filter import load_teacher, scorer
     from stages.learning import split_of
 
+    context = replace(context, precision=basis["precision"])  # of the pool's distributions and the labelled images'
     filtered = context.run.require("filter", "mpl filter")["result"]
     shards = split_of(context, "unlabelled").shards
-    network = load_teacher(context, folder)
-    scores = None
-    if basis["teacher"] == filtered["teacher_sha256"]:
-        scores = open_scored(shards, context.store / "scores", filtered["scores_fingerprint"])
+    network = load_teacher(context, folder, engine)
+    pool = open_scored(shards, context.store / "scores", filtered["scores_fingerprint"])  # refuses changed shards
+    selection = read_selection(context.store / "selection.parquet")
+    if selection.fingerprint != filtered["fingerprint"]:
+        raise RunError(f"{context.store} does not hold the selection of {context.run.root}; run mpl filter again")
     manifest = precompute(
         context.store / "targets",
-        read_selection(context.store / "selection.parquet"),
+        selection,
         shards,
         split_of(context, "labelled").read(),
-        scorer(context, network, engine),
+        scorer(context, network, engine, context.recipe.precompute.batch),
         store_settings(context, basis),
-        scores=scores,
+        scores=pool if basis["teacher"] == filtered["teacher_sha256"] else None,
+        here=scorer(context, network),
         run=partial(run_shards, context, engine or EngineSettings(), images=lambda count: count),
         tell=context.console.note,
         preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
@@ -147,6 +153,7 @@ def work(
         "pool": manifest["pool"]["rows"],
         "labelled": manifest["labelled"]["rows"],
         "inferred": manifest["inferred"],
+        "precision": basis["precision"],
         "bytes": manifest["pool"]["bytes"] + manifest["labelled"]["bytes"],
     }
 
@@ -160,6 +167,7 @@ def _check(context: Context, rows: int) -> None:
     from stages.filter import load_teacher, scorer
 
     record = context.run.require("precompute", "mpl precompute")["result"]
+    context = replace(context, precision=record["precision"])
     network = load_teacher(context, Path(record["teacher"]))
     store = TargetsStore.open(
         context.store / "targets",

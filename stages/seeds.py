@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UsageError
 from stages.options import Context, make_context
 
 PRELOAD = ["stages.train_reduced", "stages.learning", "pipeline.training", "pipeline.precompute",
@@ -45,6 +46,8 @@ def run_chains(context: Context, chains: dict[int, Chain], jobs: int | None) -> 
     Raises:
         UserError: the first failure; what other chains have done stays.
     """
+    if context.store != context.run.root:
+        raise UsageError("--store (MPL_STORE) cannot be shared by the seeds' runs; leave it out")
     jobs = min(jobs or (1 if context.device.type != "cpu" else len(os.sched_getaffinity(0))), len(chains))
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     processes = multiprocessing.get_context("forkserver")

@@ -23,8 +23,7 @@ OPTIONS = (
     click.option("--address", metavar="HOST:PORT|auto", help="Of the Ray cluster. [default: one on this machine]"),
     click.option("--gpus-per-worker", type=click.FloatRange(0), default=0.0, show_default=True,
                  help="Accelerators of each Ray task; 0.5 lets two share one."),
-    click.option("--cpus-per-worker", type=click.FloatRange(0.01), default=1.0, show_default=True,
-                 help="Cores of each Ray task."),
+    click.option("--cpus-per-worker", type=click.FloatRange(0.01), help="Cores of each Ray task. [default: 1]"),
 )  # fmt: skip
 
 
@@ -38,20 +37,20 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         engine: str,
         address: str | None,
         gpus_per_worker: float,
-        cpus_per_worker: float,
+        cpus_per_worker: float | None,
         **others: Any,
     ) -> Any:
         from pipeline.engines import EngineSettings
 
         ray = engine == "ray"
-        if not ray and (address is not None or gpus_per_worker):
-            raise click.UsageError("--address and --gpus-per-worker belong to --engine ray")
+        if not ray and (address is not None or gpus_per_worker or cpus_per_worker is not None):
+            raise click.UsageError("--address, --gpus-per-worker and --cpus-per-worker belong to --engine ray")
         settings = EngineSettings(
             kind="ray" if ray else "local",
             workers=workers if workers is not None else (0 if ray else 1),
             address=address,
             gpus=gpus_per_worker,
-            cpus=cpus_per_worker,
+            cpus=cpus_per_worker or 1.0,
         )
         return function(*arguments, engine=settings, **others)
 

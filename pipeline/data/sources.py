@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -9,9 +10,10 @@ import numpy as np
 
 from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
 from pipeline.data.shards import NO_LABEL, Sample, Shard, Window
-from pipeline.errors import DataError
+from pipeline.errors import DataError, MissingDataError
 from pipeline.files import Location, fingerprint, storage_errors
 
+LOOKING = 16  # shards at a time: in object storage each is a request
 OPEN_END = 1 << 62  # the last row of a split, when nobody has counted them
 
 __all__ = ["NO_LABEL", "Sample", "Shard", "Split", "Window", "class_names", "open_split"]
@@ -55,7 +57,9 @@ class Split:
 
     def fingerprint(self) -> str:
         """Changes with the rows, the order or the classes of the split."""
-        shards = [[shard.name, shard.fingerprint()] for shard in self.shards]
+        with ThreadPoolExecutor(LOOKING) as pool:
+            marks = list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+        shards = [[shard.name, mark] for shard, mark in zip(self.shards, marks, strict=True)]
         return fingerprint([shards, list(self.class_names), self.labelled])
 
     def _check_label(self, shard: str, row: int, label: int) -> None:
@@ -215,7 +219,7 @@ def find_files(manifest: Manifest, spec: FileSpec, data: Location | None) -> lis
     folder = data or manifest.folder
     place = spec.path or spec.glob or ""
     if folder is None:
-        raise DataError(
+        raise MissingDataError(
             f"data set {manifest.name} needs {place} in a data folder, and none was given: "
             "use --data DIR or set MPL_DATA"
         )
@@ -225,7 +229,7 @@ def find_files(manifest: Manifest, spec: FileSpec, data: Location | None) -> lis
     except OSError as error:
         raise DataError(f"{folder / place} cannot be looked up: {error}") from error
     if not paths:
-        raise DataError(
+        raise MissingDataError(
             f"data set {manifest.name} needs {place}, and there is nothing of that name in {folder}; "
             "is --data (or MPL_DATA) the right folder?" + _how_to_get(manifest, spec)
         )

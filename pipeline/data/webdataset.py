@@ -51,8 +51,12 @@ class TarShard(Shard):
         return sum(1 for _ in self._groups(images=0))
 
     def fingerprint(self) -> str:
-        with open_tar(self.path):  # a clear error for a missing file
+        try:
             return quick_fingerprint(self.path)
+        except FileNotFoundError as error:
+            raise DataError(f"{self.path}: there is no such file") from error
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read ({error})") from error
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
         return between(self._samples(), start, stop)

@@ -19,7 +19,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.files import Location, discard, names_in, whole_file
 from pipeline.files import fingerprint as fingerprint_of
 from pipeline.pool.rejected import CANDIDATE, NEEDED, Lines, Verdicts, rejected_path, write_rejected
-from pipeline.pool.repeats import Hashed, find_repeats, hash_texts
+from pipeline.pool.repeats import Hashed, count_repeats, find_repeats, hash_texts
 from pipeline.pool.scored import ScoredPool
 from pipeline.pool.select import Assign, Selection, checked_assign, checked_k, select_top_k, upsample
 from pipeline.pool.selection import read_selection, write_selection
@@ -109,7 +109,7 @@ def is_filtered(pool: ScoredPool, folder: Location, rules: Rules) -> bool:
 def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
     """Select, and write rejected/part-*.parquet and selection.parquet into `folder`.
 
-    A class without a candidate keeps nothing, and its count says so. Memory: 24 bytes per class and k,
+    A class without a candidate keeps nothing, and its count says so. Memory: at most 18 bytes per class and k,
     the keys of what is kept, and buffers of bounded size.
 
     Raises:
@@ -179,7 +179,7 @@ def _repeated_keys(pool: ScoredPool) -> int:
         for ordinals, batch in pool.stream(["key"]):
             yield ordinals, hash_texts(batch.column("key"))
 
-    return len(find_repeats(pool.rows, keys).later)
+    return count_repeats(pool.rows, keys)
 
 
 def _candidates(pool: ScoredPool, verdicts: Verdicts) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:

@@ -117,7 +117,10 @@ class Scorer:
         """For one of several workers: its share of the accelerators and of the cores."""
         device = torch.device(self.device)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", worker % torch.cuda.device_count())
+            count = torch.cuda.device_count()
+            if not count:
+                raise UsageError("a worker was to use an accelerator, and sees none; is CUDA installed there?")
+            device = torch.device("cuda", worker % count)
         return replace(self, device=str(device), threads=threads)
 
     def logits(self, pixels: NDArray[np.uint8]) -> Tensor:

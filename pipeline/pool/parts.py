@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dense import fixed_binary, open_parquet
+from pipeline.dense import fixed_binary, open_parquet, require_absence
 from pipeline.errors import DataError
 from pipeline.files import Location
 
@@ -194,11 +194,13 @@ def read_info(path: Location) -> PartInfo:
 
     Raises:
         DataError: the file is missing, cut short, or not a part of this version.
+        RunError: it cannot be reached.
     """
     try:
         with open_parquet(path) as file:
             footer = file.metadata
     except (OSError, pa.ArrowInvalid) as error:
+        require_absence(path, error)
         raise DataError(f"{path} is not a whole Parquet file ({error}); score its shard again") from error
     meta = {k.decode(): v.decode() for k, v in (footer.metadata or {}).items() if k.startswith(b"mpl.")}
     found = (meta.get("mpl.format"), meta.get("mpl.version"))
@@ -226,13 +228,17 @@ def _first_row(path: Location, footer: Any) -> int:
     return int(first)
 
 
-def part_is_done(path: Location, shard: str, fingerprint: str) -> bool:
-    """Whether the file is whole and holds this shard scored under this fingerprint."""
+def part_is_done(path: Location, shard: str, fingerprint: str, rows: int | None = None) -> bool:
+    """Whether the file is whole and holds this shard, of so many rows if that is known, scored under this fingerprint.
+
+    Raises:
+        RunError: its place cannot be reached.
+    """
     try:
         info = read_info(path)
     except DataError:
         return False
-    return (info.shard, info.fingerprint) == (shard, fingerprint)
+    return (info.shard, info.fingerprint) == (shard, fingerprint) and rows in (None, info.rows)
 
 
 def read_part(info: PartInfo, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-BUCKET_ROWS = 1 << 23  # rows compared at a time: about a quarter GiB
+BUCKET_ROWS = 1 << 22  # rows compared at a time: about a quarter GiB
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; 2^64 over the golden ratio
 
 
@@ -44,7 +44,25 @@ def find_repeats(rows: int, stream: Callable[[], Iterator[Hashed]]) -> Repeats:
             time for the hashes of one bucket, so that memory stays bounded.
         stream: gives the hashes from the start, each time it is called.
     """
-    later, first = [], []
+    later, first = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for ordinals, begins in _sorted_buckets(rows, stream):
+        group = np.cumsum(begins) - 1
+        later.append(ordinals[~begins])
+        first.append(ordinals[begins][group[~begins]])
+    ordinals, firsts = np.concatenate(later), np.concatenate(first)
+    order = np.argsort(ordinals)
+    return Repeats(ordinals[order], firsts[order])
+
+
+def count_repeats(rows: int, stream: Callable[[], Iterator[Hashed]]) -> int:
+    """How many `find_repeats` would find, in memory that does not depend on it."""
+    return sum(int(np.count_nonzero(~begins)) for _, begins in _sorted_buckets(rows, stream))
+
+
+def _sorted_buckets(
+    rows: int, stream: Callable[[], Iterator[Hashed]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Ordinals by hash and then by themselves, and where another hash begins; a bucket at a time."""
     buckets = -(-max(rows, 1) // BUCKET_ROWS)
     for bucket in range(buckets):
         ordinals, hashes = _bucket(stream(), bucket, buckets)
@@ -52,12 +70,7 @@ def find_repeats(rows: int, stream: Callable[[], Iterator[Hashed]]) -> Repeats:
         ordinals, hashes = ordinals[order], hashes[order]
         begins = np.ones(len(ordinals), bool)
         begins[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
-        group = np.cumsum(begins) - 1
-        later.append(ordinals[~begins])
-        first.append(ordinals[begins][group[~begins]])
-    ordinals, firsts = np.concatenate(later), np.concatenate(first)
-    order = np.argsort(ordinals)
-    return Repeats(ordinals[order], firsts[order])
+        yield ordinals, begins
 
 
 def hash_texts(texts: pa.Array) -> NDArray[np.uint64]:
@@ -89,4 +102,4 @@ def _bucket(stream: Iterator[Hashed], bucket: int, buckets: int) -> Hashed:
     return np.concatenate(ordinals), np.concatenate(hashes)
 
 
-__all__: Sequence[str] = ["Repeats", "find_repeats", "hash_texts"]
+__all__: Sequence[str] = ["Repeats", "count_repeats", "find_repeats", "hash_texts"]

@@ -86,7 +86,8 @@ def score_fingerprint(shard: Shard, fingerprint: str) -> str:
 
 def is_scored(shard: Shard, folder: Location, fingerprint: str) -> bool:
     """Whether `folder` holds the whole scores of this shard, content and settings unchanged."""
-    return part_is_done(part_path(folder, shard.name), shard.name, score_fingerprint(shard, fingerprint))
+    rows = shard.rows() if shard.knows_its_rows else None
+    return part_is_done(part_path(folder, shard.name), shard.name, score_fingerprint(shard, fingerprint), rows)
 
 
 def score_shard(

@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dense import open_parquet
+from pipeline.dense import open_parquet, require_absence
 from pipeline.files import Location, whole_file
 
 GROUP = 4096  # rows of a row group, at most …
@@ -56,7 +56,8 @@ def notes_of(path: Location) -> dict[str, Any] | None:
     """The notes of a whole file under its own name, or None."""
     try:
         notes = footer(path)[1]
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowInvalid) as error:
+        require_absence(path, error)
         return None
     return notes if notes.get("file", path.stem) == path.stem else None
 

@@ -152,6 +152,30 @@ def test_shards_that_overlap_and_keys_that_come_twice(place, filtered) -> None:
     assert [row["match"] for row in rejected] == [f"pool-0/{row['row']}" for row in rejected]
 
 
+def test_a_shard_that_changed_is_not_stored_under_its_old_selection(place, filtered) -> None:
+    """Whoever the teacher is."""
+    assert filtered().status == 0
+    tar(place / "data/pool-2.tar", members(12, 99))
+    for more in ([], ["--teacher", place / "run/teacher"]):
+        outcome = filtered(*more, command="precompute")
+        assert outcome.status == 1
+        assert "its shard pool-2 has changed since" in outcome.err
+
+
+def test_check_uses_the_precision_of_the_scores(place, filtered) -> None:
+    assert filtered("--precision", "bf16").status == 0
+    assert filtered(command="precompute").status == 0
+    outcome = filtered("--check", 20, command="precompute")
+    assert outcome.status == 0, outcome.err
+
+
+def test_ray_decides_on_the_device(place, filtered) -> None:
+    outcome = filtered("--engine", "ray", "--device", "cuda")
+    assert outcome.status == 2
+    assert "the device is cpu; leave --device out" in outcome.err
+    assert filtered("--cpus-per-worker", 2).status == 2
+
+
 def test_an_evaluation_set_that_is_absent_is_refused_unless_told(place, filtered) -> None:
     (place / "data/test.parquet").unlink()
     outcome = filtered()

@@ -1,9 +1,13 @@
 """Pools and outputs in object storage: the same files as on disk, and what happens when storage breaks."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -50,7 +54,8 @@ def stored(storage: Storage, prefix: str) -> dict[str, bytes]:
     """The same, from the bucket."""
     root = storage.place(prefix)
     root.fs.invalidate_cache()
-    return {str(name).split(f"{prefix}/", 1)[1]: root.fs.cat_file(name) for name in root.fs.find(root.path)}
+    found = {str(name).split(f"{prefix}/", 1)[1]: root.fs.cat_file(name) for name in root.fs.find(root.path)}
+    return {name: data for name, data in found.items() if name != "store.json"}  # whose it is
 
 
 def test_the_store_in_object_storage_holds_the_same_bytes(mpl, finished, begun, storage) -> None:
@@ -68,6 +73,57 @@ def test_the_store_in_object_storage_holds_the_same_bytes(mpl, finished, begun, 
     assert "scored" not in fewer.err
     assert "made from another selection" in mpl("train-reduced", "--run", begun, "--force").err
     assert mpl("precompute", "--run", begun, "--force").status == 0
+
+
+def test_a_store_belongs_to_one_run(mpl, begun, tmp_path) -> None:
+    """Else `precompute` of one run would store what another one selected."""
+    other = Path(shutil.copytree(begun, tmp_path / "other"))
+    description = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(description | {"id": "another"}))
+    store = tmp_path / "store"
+    assert mpl("filter", "--run", begun, "--store", store, "--k", 5).status == 0
+    outcome = mpl("filter", "--run", other, "--store", store, "--k", 9)
+    assert outcome.status == 1
+    assert f"belongs to the run {begun}" in outcome.err
+    outcome = mpl("precompute", "--run", begun, "--store", tmp_path / "second")
+    assert outcome.status == 1
+    assert "another --store begins with mpl filter" in outcome.err
+    assert mpl("precompute", "--run", begun).status == 0  # and the run still knows the first one
+    assert mpl("reproduce", "table2", "--run", tmp_path / "table", "--store", tmp_path / "third").status == 2
+
+
+def test_files_that_cannot_be_reached_are_not_taken_for_unfinished(mpl, begun, storage) -> None:
+    """A moment of 503 must not have finished shards removed, or scored again."""
+    url = storage.url("finished")
+    assert mpl("filter", "--run", begun, "--store", url).status == 0
+    assert mpl("precompute", "--run", begun).status == 0
+    before = stored(storage, "finished")
+    for n in range(2, 40, 6):
+        storage.break_next(n, "503", "HEAD")
+        for command in ("precompute", "filter"):
+            outcome = mpl(command, "--run", begun)
+            assert outcome.status in (0, 1)
+            assert outcome.status == 0 or "run the same command again" in outcome.err or "cannot be reached" in outcome.err
+        storage.break_next(0)
+        assert stored(storage, "finished").items() >= before.items()
+
+
+def test_a_tar_in_object_storage_is_not_read_to_be_recognised(storage, tmp_path) -> None:
+    """Its ETag will do. Columns of a part are read without the others."""
+    from pipeline.data.webdataset import TarShard
+    from pipeline.dense import open_parquet
+
+    storage.put("large.tar", bytes(10 << 20))
+    seen = len(storage.requests)
+    TarShard("large", location(storage.url("large.tar"))).fingerprint()
+    assert sum(count for _, _, count in storage.requests[seen:]) < 1 << 16
+    table = pa.table({"a": np.arange(100_000), "b": pa.array([bytes(100)] * 100_000, pa.binary(100))})
+    pq.write_table(table, tmp_path / "part", compression="none", use_dictionary=False)
+    storage.put("part", (tmp_path / "part").read_bytes())
+    seen = len(storage.requests)
+    with open_parquet(location(storage.url("part"))) as file:
+        assert file.read(["a"]).equals(table.select(["a"]))
+    assert sum(count for method, _, count in storage.requests[seen:] if method == "GET") < 2 << 20
 
 
 @pytest.mark.parametrize("kind", ["503", "drop"])
@@ -90,7 +146,7 @@ def test_storage_that_stays_broken_is_one_clear_message(mpl, finished, begun, st
     outcome = mpl("filter", "--run", begun, "--store", url)
     assert outcome.status == 1
     assert "Traceback" not in outcome.err
-    assert f"cannot write {url}/scores" in outcome.err
+    assert f"cannot write {url}/" in outcome.err
     assert "Resume with: mpl filter" in outcome.err
     storage.break_next(0)
     assert stored(storage, f"broken-{kind}") == {}
