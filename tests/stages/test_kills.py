@@ -102,7 +102,8 @@ def files_of(run: Path) -> dict[str, str]:
 
 def complete(run: Path) -> dict[Path, tuple[int, int]]:
     """Shards that are done, with what would change if they were done again."""
-    paths = [*run.glob("scores/part-*.parquet"), *run.glob("targets/pool-*")]
+    paths = [*run.glob("scores/part-*.parquet"), *run.glob("targets/pool-*.parquet")]
+    paths += [path for done in paths if (path := done.with_suffix(".tar")).exists()]  # its sidecar comes last
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
