@@ -183,14 +183,17 @@ def _pool(workers: int, work: Any) -> ProcessPoolExecutor:
     processes.set_forkserver_preload(PRELOAD)
     cores = len(os.sched_getaffinity(0))
     number = processes.Value("i", 0)
-    return ProcessPoolExecutor(workers, processes, _start, (pickle.dumps(work), max(1, cores // workers), number))
+    return ProcessPoolExecutor(
+        workers, processes, _start, (pickle.dumps(work), max(1, cores // workers), number, dict(os.environ))
+    )
 
 
 _WORK: dict[str, Any] = {}  # of a worker process: what it was sent
 
 
-def _start(pickled: bytes, threads: int, number: Any) -> None:
+def _start(pickled: bytes, threads: int, number: Any, environment: dict[str, str]) -> None:
     """Once per worker process."""
+    os.environ.update(environment)  # the process that workers are forked from may be older than a setting
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which then ends its workers
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with number.get_lock():

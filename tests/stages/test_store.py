@@ -157,9 +157,9 @@ def test_storage_that_stays_broken_is_one_clear_message(mpl, finished, begun, st
 
 def test_a_pool_in_object_storage(mpl, recipe, storage, tmp_path) -> None:
     """Labelled images and pool at one URL; workers read it too."""
-    for name, count in (("train", 12), ("test", 4), ("pool-0", 9), ("pool-1", 9)):
+    for place, (name, count) in enumerate((("train", 12), ("test", 4), ("pool-0", 9), ("pool-1", 9))):
         labels = None if name.startswith("pool") else [at % 2 for at in range(count)]
-        images = [encode(noise(8, hash(name) % 1000 + at)) for at in range(count)]
+        images = [encode(noise(8, 100 * place + at)) for at in range(count)]
         path = write_parquet(tmp_path / f"{name}.parquet", images, labels)
         storage.put(f"set/{name}.parquet", path.read_bytes())
     source = {"path": "train.parquet", "reader": "parquet"}
