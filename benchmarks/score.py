@@ -84,9 +84,9 @@ def measure(scorer: Scorer, shard: TarShard, index: CopyIndex, folder: Path, rou
 def main() -> None:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", nargs="+", default=["wrn_28_2", "resnet18", "wrn_28_10"])
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", default=["wrn_28_2", "resnet18"])
     parser.add_argument("--size", type=int, default=32)
     arguments = parser.parse_args()
     half, rows = (0.5, 0.5, 0.5), []
