@@ -9,26 +9,30 @@ import difflib
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
     ValidationError,
     model_validator,
 )
 
 from pipeline.data.settings import AugmentSettings
 from pipeline.errors import RecipeError
+from pipeline.methods import Method, parse_method
 
 Rule = Literal["sgd", "nesterov", "rmsprop", "rmsprop_tf", "adamw"]
 TeacherKind = Literal["calibrator", "fixed", "none"]
+FeedbackKind = Literal["soft", "hard", "none"]
 Reading = Literal["memory", "stream"]
 
 
@@ -97,10 +101,14 @@ class TrainSettings(Settings):
         return self
 
 
+LabelNoise = Annotated[float, Field(ge=0.0, lt=1.0)]  # share of each class's labels that say the next class
+
+
 class PretrainSettings(TrainSettings):
     """The large teacher, trained on the labelled images."""
 
     model: ModelSettings
+    label_noise: LabelNoise = 0.0  # for experiments: a teacher that is wrong in a systematic way
 
 
 class FinetuneSettings(TrainSettings):
@@ -175,6 +183,48 @@ class TrainReducedSettings(TrainSettings):
     feedback: FeedbackSettings = FeedbackSettings()
 
 
+class MplFeedbackSettings(FeedbackSettings):
+    """The same for a teacher network."""
+
+    baseline: float = Field(default=0.0, ge=0.0, lt=1.0)  # hard: decay of the moving average taken off h; 0 = none
+
+
+class MplTeacherSettings(Settings):
+    """The teacher network of full Meta Pseudo Labels."""
+
+    model: ModelSettings | None = None  # none: the student's
+    start: Literal["scratch", "pretrain"] = "scratch"  # pretrain: the network of `mpl pretrain`
+    optimizer: OptimizerSettings | None = None  # none: the student's
+    schedule: ScheduleSettings | None = None  # none: the student's
+    label_noise: LabelNoise = 0.0  # in its own labelled loss, never in the feedback; for experiments
+
+
+class TrainMplSettings(TrainSettings):
+    """Full Meta Pseudo Labels, or with `alone` the method that trains its teacher, by itself.
+
+    `batch` counts pool images; `augment` is the strong view, which the student learns from.
+    """
+
+    model: ModelSettings  # the student
+    method: SerializeAsAny[Annotated[Method, BeforeValidator(parse_method)]]
+    alone: bool = False  # the baseline: one network, trained by the method, without a student
+    labelled_batch: PositiveInt = 64  # labelled images per step of the method
+    weak: AugmentSettings = AugmentSettings()  # view of the labelled images, and the method's second one of the pool
+    feedback: FeedbackKind = "soft"
+    feedback_options: MplFeedbackSettings = MplFeedbackSettings()
+    student_wait: NonNegativeInt = 0  # steps that the teacher learns alone, before the student's first
+    teacher: MplTeacherSettings = MplTeacherSettings()
+
+    @model_validator(mode="after")
+    def _student_begins(self) -> "TrainMplSettings":
+        if self.student_wait + self.schedule.warmup_steps >= self.steps:
+            raise ValueError(
+                f"student_wait (={self.student_wait}) and schedule.warmup_steps (={self.schedule.warmup_steps}) "
+                f"together must be below steps (={self.steps})"
+            )
+        return self
+
+
 class EvaluateSettings(Settings):
     """How a network is judged."""
 
@@ -213,6 +263,7 @@ class Recipe(Settings):
     filter: FilterSettings
     precompute: PrecomputeSettings = PrecomputeSettings()
     train_reduced: TrainReducedSettings
+    train_mpl: TrainMplSettings | None = None
     finetune: FinetuneSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     reproduce: ReproduceSettings = ReproduceSettings()

@@ -10,6 +10,7 @@ Source: docs/meta-gradient.md.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -158,12 +159,18 @@ def check_replay(primal: Tensor, recorded: Tensor, replay: Replay) -> None:
         )
 
 
-def record(module: nn.Module, images: Tensor, autocast: torch.dtype | None) -> Replay:
-    """Record what the coming forward depends on; call it before that forward."""
+def record(
+    module: nn.Module, images: Tensor, autocast: torch.dtype | None, earlier: Replay | None = None
+) -> Replay:
+    """Record what the coming forward depends on; call it before that forward.
+
+    `earlier` is the record of another micro-batch of the same step: the weights are still the same.
+    """
     on_device = images.device.type != "cpu"
+    weights = earlier.parameters if earlier else {name: p.detach().clone() for name, p in module.named_parameters()}
     return Replay(
         module=module,
-        parameters={name: p.detach().clone() for name, p in module.named_parameters()},
+        parameters=weights,
         buffers={name: b.detach().clone() for name, b in module.named_buffers()},
         modes={name: m.training for name, m in module.named_modules()},
         images=images,
@@ -208,6 +215,18 @@ def labelled_loss_modes(module: nn.Module) -> dict[str, bool]:
     return {name: isinstance(m, batch_norm) and m.training for name, m in module.named_modules()}
 
 
+@torch.no_grad()
+def labelled_loss(module: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None) -> Tensor:
+    """R = CE(labels, p(images; θ)) at the network's present weights, nats, ().
+
+    Neither the running statistics nor the random state is touched.
+    """
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with training_modes(module, labelled_loss_modes(module)):
+        log_p = log_probabilities(lambda x: functional_call(module, buffers, (x,)), images, autocast)
+    return F.nll_loss(log_p, labels)
+
+
 def labelled_loss_gradient(
     module: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None
 ) -> tuple[Tensor, Tensors]:
@@ -227,6 +246,12 @@ def labelled_loss_gradient(
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     named = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     return loss.detach(), named
+
+
+def row_parts(rows: int, parts: int) -> list[slice]:
+    """`rows` cut into `parts` runs that differ by one row at most; fewer runs where there are fewer rows."""
+    ends = [rows * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in pairwise(ends) if b > a]
 
 
 def global_norm(tensors: Tensors) -> Tensor:

@@ -9,20 +9,26 @@ own object gets its gradient by ordinary backward through its own targets:
 Source: arXiv:2003.10580v1, equations 1, 2 and 8; the derivation is docs/meta-gradient.md.
 """
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed.layout import averages_gradients, bare, running_statistics, unsynchronised
+from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import FeedbackError, NonFiniteError
 from pipeline.feedback import (
     Engine,
     Replay,
     Tensors,
     directional_derivative,
+    labelled_loss,
     labelled_loss_gradient,
     log_probabilities,
     record,
+    row_parts,
 )
 from pipeline.optim import check_rule, update_derivative
 
@@ -31,11 +37,16 @@ class Student:
     """A classifier and its optimiser.
 
     Args:
-        model: any classifier, images (B, 3, H, W) → logits (B, C), in the mode it shall train in.
+        model: any classifier, images (B, 3, H, W) → logits (B, C), in the mode it shall train in; bare,
+            compiled, or laid over processes by `pipeline.distributed.layout`.
         optimizer: SGD (momentum, Nesterov), RMSprop, timm's RMSpropTF, Adam or AdamW over its parameters.
             Another one works while no feedback is asked for.
         clip_norm: clip the gradient to this global norm, as torch does.
         autocast: dtype of mixed precision (torch.bfloat16), or None.
+        ranks: the processes that train it together, each on its own rows of the global batch, equally many;
+            gradients are those of the global batch.
+        micro_batches: parts in which a batch is taken, for memory; the step and its feedback are those of
+            the whole batch, but for batch statistics, which are each part's own.
     """
 
     def __init__(
@@ -45,22 +56,34 @@ class Student:
         *,
         clip_norm: float | None = None,
         autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
+        micro_batches: int = 1,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.autocast = autocast
+        self.ranks = ranks
+        self.micro_batches = micro_batches
         self.steps_taken = 0
 
     @property
     def module(self) -> nn.Module:
-        """The bare eager network: without torch.compile's wrapper."""
-        return getattr(self.model, "_orig_mod", self.model)
+        """The bare eager network: without the wrappers of torch.compile and DistributedDataParallel."""
+        return bare(self.model)
 
     def learn(
-        self, images: Tensor, targets: Tensor, weight: Tensor | None = None, *, replay: bool = True
+        self,
+        images: Tensor,
+        targets: Tensor,
+        weight: Tensor | None = None,
+        *,
+        replay: bool = True,
+        probe: tuple[Tensor, Tensor] | None = None,
     ) -> "StudentStep":
         """One optimiser step on −mean over the batch of weight · Σ_c targets_c log p_c.
+
+        With several ranks the arguments are this rank's rows, and the batch is that of all ranks.
 
         Args:
             images: (B, 3, H, W), as the network expects them.
@@ -68,29 +91,79 @@ class Student:
             weight: optional, (B,), a weight per row.
             replay: keep what `target_gradient` needs (one copy of the weights and one of the update's
                 derivative); False for a step that gets no feedback.
+            probe: labelled images (V, 3, H, W) and labels (V,), int64: take R before and after the step.
 
         Raises:
-            NonFiniteError: the loss or the gradient is NaN or infinite; weights and optimiser state are
-                untouched.
+            NonFiniteError: the loss or the gradient is NaN or infinite, on whatever rank; weights and
+                optimiser state are untouched, on all ranks.
         """
         targets = targets.detach()
-        kept = None
         if replay:
             check_rule(self.optimizer)
-            kept = record(self.module, images, self.autocast)
-        log_p = log_probabilities(self.model, images, self.autocast)  # (B, C)
-        row_loss = -(targets.to(log_p.dtype) * log_p).sum(dim=1)  # (B,) nats
-        loss = (row_loss if weight is None else weight * row_loss).mean()
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"the student's loss is {float(loss.detach())} at its step {self.steps_taken + 1}")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        before = None if probe is None else self._labelled_loss(*probe)
+        loss, log_p, replays = self._forward_and_backward(images, targets, weight, replay)
         norm = self._clip()
         derivative = self._update_derivative() if replay else {}
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.steps_taken += 1
-        return StudentStep(self, loss.detach(), norm, lr, log_p.detach(), weight, kept, derivative)
+        self._average_statistics()
+        step = StudentStep(self, loss, norm, lr, log_p, weight, replays, derivative)
+        if probe is not None and before is not None:
+            step.labelled_losses = before, self._labelled_loss(*probe)
+        return step
+
+    def _forward_and_backward(
+        self, images: Tensor, targets: Tensor, weight: Tensor | None, replay: bool
+    ) -> tuple[Tensor, Tensor, list[Replay]]:
+        """(loss, log p (B, C), what was recorded of each micro-batch); g is in `.grad`, averaged over ranks."""
+        parts = row_parts(len(images), self.micro_batches)
+        loss, log_ps, replays = torch.zeros((), device=images.device), [], []
+        for number, rows in enumerate(parts):
+            last = number == len(parts) - 1
+            if replay:
+                first = replays[0] if replays else None
+                replays.append(record(self.module, images[rows], self.autocast, first))
+            with nullcontext() if last else unsynchronised(self.model):
+                log_p = log_probabilities(self.model, images[rows], self.autocast)  # (b, C)
+                row_loss = -(targets[rows].to(log_p.dtype) * log_p).sum(dim=1)  # (b,) nats
+                part = (row_loss if weight is None else weight[rows] * row_loss).mean()
+                part = part * ((rows.stop - rows.start) / len(images))
+                loss = loss + part.detach()
+                if last:
+                    loss = self._agreed(loss)
+                if number == 0:
+                    self.optimizer.zero_grad(set_to_none=True)
+                part.backward()
+            log_ps.append(log_p.detach())
+        if self.ranks.world > 1 and not averages_gradients(self.model):
+            self.ranks.mean_([p.grad for p in self.module.parameters() if p.grad is not None])
+        return loss, torch.cat(log_ps) if len(log_ps) > 1 else log_ps[0], replays
+
+    def _agreed(self, loss: Tensor) -> Tensor:
+        """The loss over all ranks, before any of them goes on to the backward pass."""
+        losses = self.ranks.every(float(loss))
+        wrong = {rank: value for rank, value in enumerate(losses) if not math.isfinite(value)}
+        if not wrong:
+            return loss if self.ranks.world == 1 else loss.new_tensor(sum(losses) / len(losses))
+        self.optimizer.zero_grad(set_to_none=True)
+        where = "" if self.ranks.world == 1 else f" on rank {', '.join(map(str, wrong))}"
+        raise NonFiniteError(
+            f"the student's loss is {next(iter(wrong.values()))}{where} at its step {self.steps_taken + 1}"
+        )
+
+    def _labelled_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """R at the present weights, the mean over all ranks' labelled images, ()."""
+        return self.ranks.mean(
+            sum(
+                (
+                    labelled_loss(self.module, images[rows], labels[rows], self.autocast)
+                    * ((rows.stop - rows.start) / len(images))
+                    for rows in row_parts(len(images), self.micro_batches)
+                ),
+                torch.zeros((), device=images.device),
+            )
+        )
 
     def _clip(self) -> Tensor:
         """Clip the gradients in place; returns their norm n before clipping."""
@@ -112,6 +185,11 @@ class Student:
             if p.grad is not None and id(p) in groups
         }
 
+    def _average_statistics(self) -> None:
+        """Running statistics are the mean of the ranks': the same everywhere, and as many images in them."""
+        if self.ranks.world > 1:
+            self.ranks.mean_(running_statistics(self.module))
+
 
 @dataclass
 class StudentStep:
@@ -123,6 +201,7 @@ class StudentStep:
         learning_rate: η of the step (of the optimiser's first group).
         log_probabilities: log p of the batch before the step, (B, C).
         labelled_loss: R after the step, nats, (); set by `target_gradient`.
+        labelled_losses: R before and after the step, nats, ((), ()), where `learn` was given a probe.
     """
 
     student: Student
@@ -131,9 +210,10 @@ class StudentStep:
     learning_rate: float
     log_probabilities: Tensor
     weight: Tensor | None = None
-    _replay: Replay | None = field(default=None, repr=False)
+    _replays: list[Replay] = field(default_factory=list, repr=False)
     _derivative: dict[str, Tensor | float] = field(default_factory=dict, repr=False)
     labelled_loss: Tensor | None = None
+    labelled_losses: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self._taken = self.student.steps_taken
@@ -154,7 +234,9 @@ class StudentStep:
             engine: "exact" (forward mode), or finite differences: "central", "one_sided".
 
         Returns:
-            dR/dq, (B, C), nats per unit of probability; detached.
+            dR/dq, (B, C), nats per unit of probability; detached. With several ranks: of this rank's rows,
+            with R the mean over all ranks' labelled images and B the global batch, so that a teacher's
+            objective on it, *summed* over the ranks, is that of a single process.
 
         Raises:
             FeedbackError: the step kept no replay, the student has moved on since, an operation has no
@@ -162,20 +244,41 @@ class StudentStep:
 
         Source: arXiv:2003.10580v1, equations 2 and 8; one forward-mode derivative, docs/meta-gradient.md.
         """
-        if self._replay is None:
+        if not self._replays:
             raise FeedbackError("this step was taken with replay=False; feedback needs learn(..., replay=True)")
         if self.student.steps_taken != self._taken:
             raise FeedbackError(
                 f"the student has taken {self.student.steps_taken - self._taken} more step(s) since this one; "
                 "ask for the gradient before the next learn()"
             )
-        self.labelled_loss, gradient = labelled_loss_gradient(
-            self.student.module, images, labels, self.student.autocast
-        )
+        gradient = self._labelled_loss_gradient(images, labels)
         direction = self._through_the_update(gradient)
-        tangent = directional_derivative(self._replay, direction, engine, self.log_probabilities)  # (B, C)
-        result = -tangent / len(tangent)
+        tangents = [
+            directional_derivative(replay, direction, engine, recorded)
+            for replay, recorded in zip(self._replays, self._recorded(), strict=True)
+        ]
+        tangent = tangents[0] if len(tangents) == 1 else torch.cat(tangents)  # (B, C)
+        result = -tangent / (len(tangent) * self.student.ranks.world)
         return result if self.weight is None else result * self.weight[:, None]
+
+    def _recorded(self) -> tuple[Tensor, ...]:
+        """log p of each micro-batch."""
+        return self.log_probabilities.split([len(replay.images) for replay in self._replays])
+
+    def _labelled_loss_gradient(self, images: Tensor, labels: Tensor) -> Tensors:
+        """∇R at the present weights, by name: the mean over all ranks' labelled images."""
+        student, parts = self.student, row_parts(len(images), self.student.micro_batches)
+        total: Tensors = {}
+        loss = torch.zeros((), device=images.device)
+        for rows in parts:
+            part, gradient = labelled_loss_gradient(student.module, images[rows], labels[rows], student.autocast)
+            share = (rows.stop - rows.start) / len(images)
+            loss = loss + part * share
+            for name, g in gradient.items():
+                total[name] = total[name].add_(g, alpha=share) if name in total else g.mul_(share)
+        student.ranks.mean_([loss, *total.values()])
+        self.labelled_loss = loss
+        return total
 
     def _through_the_update(self, gradient: Tensors) -> Tensors:
         """v = (∂θ'/∂g₀)ᵀ ∇R, with g₀ the gradient before clipping. Overwrites `gradient`."""

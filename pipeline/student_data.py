@@ -150,7 +150,7 @@ class StudentData:
         self.mixture, self.settings, self.classes = mixture, settings, classes
         self.mean, self.std, self.seed, self.device = mean, std, seed, device
         self.feedback_augment = feedback_augment or AugmentSettings()
-        self.student_labelled, self.feedback_labelled = _hold_out(labelled, held_out, seed)
+        self.student_labelled, self.feedback_labelled = hold_out(labelled, held_out, seed)
         self.feedback_batch = min(feedback_batch, len(self.feedback_labelled.labels))
         self.pool = pool
 
@@ -197,7 +197,7 @@ class StudentData:
         return F.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
 
 
-def _hold_out(labelled: LabelledSet, share: float, seed: int) -> tuple[LabelledSet, LabelledSet]:
+def hold_out(labelled: LabelledSet, share: float, seed: int) -> tuple[LabelledSet, LabelledSet]:
     """(for the student, for the feedback); without a share both are all labelled images."""
     n = len(labelled.labels)
     count = round(share * n)

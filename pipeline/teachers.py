@@ -1,22 +1,26 @@
 """Teachers: where the student's targets come from, and what a teacher learns from the student's step.
 
 The four methods share one training loop and differ in the teacher alone. NoisyStudent is `FixedTargets`;
-Reduced MPL is `Calibrator`, "the only difference" being that it adapts (arXiv:2003.10580v1, section 4.2).
+Reduced MPL is `Calibrator`, "the only difference" being that it adapts (arXiv:2003.10580v1, section 4.2);
+full Meta Pseudo Labels is `pipeline.teacher_network.TeacherNetwork`.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import CalibratorSettings, FeedbackSettings
+from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import NonFiniteError
+from pipeline.methods import Views
 from pipeline.student import StudentStep
 
 Metrics = dict[str, Tensor]
+Wish = Literal["nothing", "gradient", "losses"]  # what a teacher wants to know of the student's coming step
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,18 @@ class Batch:
         images: augmented and normalised, (B, 3, S, S).
         distributions: q_large of each image, (B, C); for a labelled image that stands with its true
             label, that label as a distribution.
+            An empty (B, 0) where none is stored: a teacher network makes its own.
         calibrated: whether the row's target may be changed by a calibrator, (B,), bool; False for rows
             that stand with their true label.
+        weight: of each row in the student's loss, (B,), or None for 1.
+        views: what a teacher network's method works on; its `pool` is `images`.
     """
 
     images: Tensor
     distributions: Tensor
     calibrated: Tensor
+    weight: Tensor | None = None
+    views: Views | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,15 @@ class Teacher(Protocol):
         """Targets (B, C), differentiable in the teacher."""
         ...
 
-    def wants_feedback(self, step: int) -> bool:
-        """Whether `adapt` will ask the student's step `step` (from 0) for a gradient."""
+    def wish(self, step: int) -> Wish:
+        """What `adapt` will ask of the student's step `step` (from 0): dR/dq, or R before and after it."""
         ...
 
-    def adapt(self, step: StudentStep, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
-        """The teacher's turn to learn, after the student's step."""
+    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+        """The teacher's turn to learn, after the student's step (None while the student waits).
+
+        `labelled` is there when the teacher wished for something.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -77,10 +89,10 @@ class FixedTargets:
     def __call__(self, batch: Batch) -> Tensor:
         return batch.distributions
 
-    def wants_feedback(self, step: int) -> bool:
-        return False
+    def wish(self, step: int) -> Wish:
+        return "nothing"
 
-    def adapt(self, step: StudentStep, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -130,9 +142,14 @@ class Calibrator:
     """
 
     def __init__(
-        self, classes: int, settings: CalibratorSettings, feedback: FeedbackSettings, device: torch.device
+        self,
+        classes: int,
+        settings: CalibratorSettings,
+        feedback: FeedbackSettings,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.settings, self.feedback = settings, feedback
+        self.settings, self.feedback, self.ranks = settings, feedback, ranks
         self.network = CalibratorNetwork(classes, settings).to(device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
@@ -145,14 +162,15 @@ class Calibrator:
     def __call__(self, batch: Batch) -> Tensor:
         return torch.where(batch.calibrated[:, None], self.network(batch.distributions), batch.distributions)
 
-    def wants_feedback(self, step: int) -> bool:
-        return step % self.feedback.every == 0
+    def wish(self, step: int) -> Wish:
+        return "gradient" if step % self.feedback.every == 0 else "nothing"
 
-    def adapt(self, step: StudentStep, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
         """One Adam step on the feedback and the supervised term; returns what to log."""
-        assert labelled is not None
+        if step is None or labelled is None:
+            return {}
         gradient = step.target_gradient(labelled.images, labelled.labels, engine=self.feedback.engine)
-        objective = self.feedback.weight * (targets * self._scaled(gradient, step)).sum()
+        objective = self.feedback.weight * (targets * fed_back(gradient, step, self.feedback, self.ranks)).sum()
         assert step.labelled_loss is not None
         metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": torch.linalg.vector_norm(gradient)}
         if self.settings.supervised_weight:
@@ -160,25 +178,14 @@ class Calibrator:
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()
-        if not torch.isfinite(objective):
-            raise NonFiniteError(f"the calibrator's objective is {float(objective.detach())}")
+        require_finite(objective, "the calibrator's objective", self.ranks)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        self.ranks.mean_([p.grad for p in self.network.parameters() if p.grad is not None])
         self.optimizer.step()
         changed = targets.argmax(1) != batch.distributions.argmax(1)
         metrics["labels_changed"] = changed[batch.calibrated].float().mean()
         return metrics
-
-    def _scaled(self, gradient: Tensor, step: StudentStep) -> Tensor:
-        """dR/dq in the scale that is fed back, with the ablation's control applied."""
-        if self.feedback.control == "flipped":
-            gradient = -gradient
-        elif self.feedback.control == "shuffled":
-            gradient = gradient[torch.randperm(len(gradient), device="cpu").to(gradient.device)]
-        if self.feedback.scale == "raw":
-            return gradient
-        lr = step.learning_rate
-        return gradient * (len(gradient) / lr) if lr > 0 else torch.zeros_like(gradient)
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -186,3 +193,33 @@ class Calibrator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def fed_back(gradient: Tensor, step: StudentStep, settings: FeedbackSettings, ranks: Ranks) -> Tensor:
+    """dR/dq, (B, C), as it enters a teacher's objective Σ q · dR/dq: scaled, with the ablation's control.
+
+    The objective is a sum over all ranks' rows, but their gradients are averaged: hence the factor.
+    """
+    if settings.control == "flipped":
+        gradient = -gradient
+    elif settings.control == "shuffled":
+        gradient = gradient[torch.randperm(len(gradient), device="cpu").to(gradient.device)]
+    return gradient * feedback_scale(step, settings, len(gradient) * ranks.world) * ranks.world
+
+
+def feedback_scale(step: StudentStep, settings: FeedbackSettings, batch: int) -> float:
+    """1, or B/η of the student's step with `per_image`; 0 where the student did not move."""
+    lr = step.learning_rate
+    if settings.scale == "raw" or lr == 0:
+        return float(lr > 0)
+    return batch / lr
+
+
+def require_finite(objective: Tensor, what: str, ranks: Ranks) -> None:
+    """Stop on all ranks where one of them sees a NaN or an infinity, before any update.
+
+    Raises:
+        NonFiniteError: on all ranks.
+    """
+    if not ranks.agree(bool(torch.isfinite(objective))):
+        raise NonFiniteError(f"{what} is {float(objective.detach())}")

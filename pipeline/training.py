@@ -17,8 +17,7 @@ from pipeline.logs import MetricsLog
 from pipeline.optim import average_with_warmup, build_optimizer, learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.student import Student
-from pipeline.student_data import StudentData
-from pipeline.teachers import Batch, Labelled, Metrics, Teacher
+from pipeline.teachers import Batch, Labelled, Metrics, Teacher, Wish
 
 
 class Observer(Protocol):
@@ -37,6 +36,18 @@ class Observer(Protocol):
         ...
 
 
+class Batches(Protocol):
+    """What a training sees, as a pure function of the step."""
+
+    def batch(self, step: int) -> Batch:
+        """The student's batch."""
+        ...
+
+    def feedback(self, step: int) -> Labelled:
+        """Labelled images for the teacher's turn."""
+        ...
+
+
 class Interrupted(KeyboardInterrupt):
     """Stopped on request after a checkpoint was saved."""
 
@@ -52,15 +63,19 @@ class Progress:
 
 
 def train_step(
-    student: Student, teacher: Teacher, batch: Batch, labelled: Labelled | None, *, feedback: bool
+    student: Student, teacher: Teacher, batch: Batch, labelled: Labelled | None, wish: Wish, *, waits: bool = False
 ) -> Metrics:
-    """One step of any method: the student learns from the teacher, then the teacher from the student."""
+    """One step of any method: the student learns from the teacher, then the teacher from the student.
+
+    `labelled` goes with a `wish` of the teacher; a student that `waits` does not learn yet.
+    """
     targets = teacher(batch)  # (B, C), differentiable in the teacher
-    step = student.learn(batch.images, targets.detach(), replay=feedback)
+    if waits:
+        return teacher.adapt(None, targets, batch, None)
+    probe = (labelled.images, labelled.labels) if labelled is not None and wish == "losses" else None
+    step = student.learn(batch.images, targets.detach(), batch.weight, replay=wish == "gradient", probe=probe)
     metrics = {"loss": step.loss, "gradient_norm": step.gradient_norm}
-    if feedback:
-        metrics |= teacher.adapt(step, targets, batch, labelled)
-    return metrics
+    return metrics | teacher.adapt(step, targets, batch, labelled)
 
 
 class Training:
@@ -75,15 +90,16 @@ class Training:
         identity: fingerprint of what is trained, kept with the checkpoints.
         seed: of dropout and drop path.
         observer: told of progress.
-        validate: figures of a network on the validation split, for the log; never for a choice.
+        validate: figures of a network for the log (validation_top1 …); never for a choice.
         autocast: dtype of mixed precision, or None.
+        wait: steps that the teacher learns alone, before the student's first.
     """
 
     def __init__(
         self,
         model: nn.Module,
         teacher: Teacher,
-        data: StudentData,
+        data: Batches,
         settings: TrainSettings,
         *,
         folder: Path,
@@ -92,7 +108,9 @@ class Training:
         observer: Observer,
         validate: Callable[[nn.Module], dict[str, float]],
         autocast: torch.dtype | None = None,
+        wait: int = 0,
     ) -> None:
+        self.wait = wait
         self.model, self.teacher, self.data, self.settings = model, teacher, data, settings
         self.folder, self.seed, self.observer, self.validate = folder, seed, observer, validate
         self.student = Student(
@@ -144,18 +162,20 @@ class Training:
         step = self.at.step
         set_learning_rate(self.student.optimizer, self._learning_rate(step))
         torch.manual_seed(derive_seed(self.seed, "masks", step))  # dropout, drop path: a function of the step
-        feedback = self.teacher.wants_feedback(step)
+        waits = step < self.wait
+        wish: Wish = "nothing" if waits else self.teacher.wish(step)
         batch = self.data.batch(step)
-        labelled = self.data.feedback(step) if feedback else None
+        labelled = None if wish == "nothing" else self.data.feedback(step)
         try:
-            metrics = train_step(self.student, self.teacher, batch, labelled, feedback=feedback)
+            metrics = train_step(self.student, self.teacher, batch, labelled, wish, waits=waits)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error}; training stopped before that update (step {step + 1} of {self.settings.steps}). "
                 "Lower the learning rate, lengthen the warm-up, or set optimizer.clip_norm; "
                 "the last checkpoint is intact"
             ) from error
-        self.average.update_parameters(self.model)
+        if not waits:
+            self.average.update_parameters(self.model)
         for name, value in metrics.items():
             self.at.sums[name] = self.at.sums.get(name, 0.0) + float(value)
             self.at.counts[name] = self.at.counts.get(name, 0) + 1
@@ -172,14 +192,16 @@ class Training:
         values["learning_rate"] = self._learning_rate(step - 1)
         values["images_per_second"] = step * self.settings.batch / max(self.at.seconds, 1e-9)
         if look:
-            values |= {f"validation_{k}": v for k, v in self.validate(self.average.module).items()}
+            values |= self.validate(self.average.module)
         self.at.sums, self.at.counts = {}, {}
         log.write(step, values)
         self.observer.progress(step, self.settings.steps, values)
 
     def _learning_rate(self, step: int) -> float:
         settings = self.settings
-        return learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
+        if step < self.wait:
+            return 0.0
+        return learning_rate(settings.schedule, settings.optimizer.lr, step - self.wait, settings.steps - self.wait)
 
     def _save(self) -> None:
         self.checkpoints.save(
@@ -204,6 +226,6 @@ class Training:
         self.student.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         self.teacher.load_state_dict(state["teacher"])
-        self.student.steps_taken = step
+        self.student.steps_taken = max(0, step - self.wait)
         self.at = Progress(step=step, **state["progress"])
         self.observer.note(f"goes on from step {step} of {self.settings.steps}")

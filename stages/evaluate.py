@@ -29,17 +29,17 @@ def command(context: Context, network: Path | None, split: str | None, name: str
 
 
 def last_student(context: Context, name: str | None = None) -> Path:
-    """student-finetuned/ where `finetune` came after `train-reduced`, else student/.
+    """student-finetuned/ where `finetune` came after the training, else student/.
 
     Raises:
         RunError: there is no student yet.
     """
-    from stages.train_reduced import stage_name, student_folder
+    from stages.students import stage_name, student_folder, trained
 
-    trained = context.run.require(stage_name(name), "mpl train-reduced")
+    record = trained(context, name)
     folder = student_folder(context, name)
-    finetuned = context.run.record(f"finetune-{name}" if name else "finetune")
-    if finetuned is not None and finetuned["basis"]["student"] == trained["result"]["weights_sha256"]:
+    finetuned = context.run.record(stage_name("finetune", name))
+    if finetuned is not None and finetuned["basis"]["student"] == record["result"]["weights_sha256"]:
         return context.run / f"{folder.name}-finetuned"
     return folder
 

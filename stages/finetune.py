@@ -28,11 +28,11 @@ def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
     from stages.execution import Stage
     from stages.learning import network_outputs, split_of, training_basis
-    from stages.train_reduced import stage_name, student_folder
+    from stages.students import stage_name, student_folder, trained
 
     source = student_folder(context, name)
     folder = context.run / f"{source.name}-finetuned"
-    student = context.run.require(stage_name(name), "mpl train-reduced")
+    student = trained(context, name)
     basis = training_basis(
         context,
         context.recipe.finetune,
@@ -40,7 +40,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         student=student["result"]["weights_sha256"],
     )
     return Stage(
-        name=f"finetune-{name}" if name else "finetune",
+        name=stage_name("finetune", name),
         basis=basis,
         outputs=network_outputs(folder),
         work=lambda: work(context, source, folder, basis),

@@ -1,6 +1,6 @@
 """What the training stages share: splits in memory, settings that matter, train and save."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from pipeline.files import fingerprint
 from pipeline.models import CONFIG, WEIGHTS, Network, save_network
 from pipeline.runs import peak_memory_mib
 from pipeline.seeds import derive_seed
-from pipeline.student_data import StudentData
 from pipeline.teachers import Teacher
-from pipeline.training import Training
+from pipeline.training import Batches, Training
 from stages.options import Context
 
 INTERVALS = {"log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds"}  # change no result
@@ -104,17 +103,34 @@ def train_and_save(
     context: Context,
     network: Network,
     teacher: Teacher,
-    data: StudentData,
+    data: Batches,
     settings: TrainSettings,
     folder: Path,
     basis: dict[str, Any],
+    *,
+    wait: int = 0,
+    train_set: Images | None = None,
+    watched: dict[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
     """Train `network` under `teacher`; leave its moving average in `folder` in timm's layout.
 
-    The validation split is looked at for the log and the record; nothing is chosen by it here.
+    The validation split is looked at for the log and the record; nothing is chosen by it here. With a
+    `train_set` the log also has the accuracy on those labelled images, unaugmented; and the same of `watched`
+    networks beside the student's average.
     """
     validation = load_split(context, split_of(context, "validation"), network.image_size)
     judge = Judge(validation, network, context.recipe.evaluate, context.device, context.autocast)
+
+    def look(model: nn.Module) -> dict[str, float]:
+        figures = {f"validation_{key}": value for key, value in judge.for_log(model).items()}
+        if train_set is not None:
+            on_train = replace(judge, images=train_set)
+            figures["train_top1"] = on_train(model).top1
+            for name, other in (watched or {}).items():
+                figures[f"{name}_validation_top1"] = judge(other).top1
+                figures[f"{name}_train_top1"] = on_train(other).top1
+        return figures
+
     training = Training(
         network.model,
         teacher,
@@ -124,8 +140,9 @@ def train_and_save(
         identity=fingerprint(basis),
         seed=context.seed,
         observer=context.console,
-        validate=judge.for_log,
+        validate=look,
         autocast=context.autocast,
+        wait=wait,
     )
     figures = training.run()
     digest = save_network(folder, network, training.averaged_state())

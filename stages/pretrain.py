@@ -42,6 +42,7 @@ def plan(context: Context) -> "Stage":
 
 def work(context: Context, basis: dict[str, Any]) -> dict[str, Any]:
     """Train the teacher with true labels: the one loop, without feedback."""
+    from pipeline.lessons import wrong_labels
     from pipeline.models import build_network
     from pipeline.student_data import LabelledSet, Mixture, StudentData
     from pipeline.teachers import FixedTargets
@@ -52,8 +53,9 @@ def work(context: Context, basis: dict[str, Any]) -> dict[str, Any]:
     images = load_split(context, split)
     seed_initialisation(context, "teacher")
     network = build_network(settings.model, split.class_names, data.image_size, data.mean, data.std)
+    labels = wrong_labels(images.labels, settings.label_noise, len(split.class_names), context.seed)
     batches = StudentData(
-        LabelledSet(images.images, images.labels),
+        LabelledSet(images.images, labels),
         None,
         Mixture(settings.batch, 0, true_labels=True),
         settings,

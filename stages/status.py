@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-ORDER = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate")
+ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "finetune", "evaluate")
 
 
 @click.command()
@@ -73,7 +73,7 @@ def metrics_folder(stage: str) -> str:
     """Folder that a stage writes its metrics to; a folder without any for stages that do not train."""
     if stage == "pretrain":
         return "teacher"
-    for prefix, suffix in (("train-reduced", ""), ("finetune", "-finetuned")):
+    for prefix, suffix in (("train-reduced", ""), ("train-mpl", ""), ("finetune", "-finetuned")):
         if stage.startswith(prefix):
             return f"student{stage.removeprefix(prefix)}{suffix}"
     return stage

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stages.options import Context, stage_options, with_changes
+from stages.students import NAME_HELP
 
 if TYPE_CHECKING:
     from pipeline.config import Reading, Recipe
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from pipeline.targets import TargetsStore
     from pipeline.targets.stream import StreamedPool
     from stages.execution import Stage
-
-NAME_HELP = "Keep this student beside others: student-NAME/ instead of student/."
 
 
 @click.command()
@@ -36,21 +35,12 @@ def command(context: Context, teacher: str | None, name: str | None) -> None:
     execute(context, lambda c: plan(c, name))
 
 
-def student_folder(context: Context, name: str | None) -> Path:
-    """student/, or student-NAME/."""
-    return context.run / (f"student-{name}" if name else "student")
-
-
-def stage_name(name: str | None) -> str:
-    """Folder of the record."""
-    return f"train-reduced-{name}" if name else "train-reduced"
-
-
 def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
     from stages.execution import Stage
     from stages.learning import network_outputs, split_of, training_basis
     from stages.precompute import require_fresh_targets
+    from stages.students import own_student, stage_name, student_folder
 
     settings = context.recipe.train_reduced
     folder = student_folder(context, name)
@@ -69,8 +59,8 @@ def plan(context: Context, name: str | None = None) -> "Stage":
     outputs = network_outputs(folder)
     if settings.teacher == "calibrator":
         outputs.append(folder / "calibrator.safetensors")
-    return Stage(
-        name=stage_name(name),
+    stage = Stage(
+        name=stage_name("train-reduced", name),
         basis=basis,
         outputs=outputs,
         work=lambda: work(context, folder, basis),
@@ -78,6 +68,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         replaces=[folder],
         keeps_recipe=name is None,
     )
+    return own_student(context, stage, "train-reduced", name)
 
 
 def reading(settings: "Recipe", images: int, classes: int) -> "Reading":

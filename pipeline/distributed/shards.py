@@ -1,0 +1,56 @@
+"""Parameters that lie in shards on several processes (FSDP2): each holds a part of every tensor.
+
+FSDP2 makes the parameters of a network DTensors. What happens here is done on each process's own part of
+them, in place; the network gathers them for its forward pass, block by block.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds its parameters."""
+    return next(_sharded_modules(module), None) is not None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; another tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up what was gathered for a forward pass, so that the next one sees the parameters as they are then.
+
+    FSDP2 leaves the outermost parameters gathered after a forward pass without a backward pass.
+    """
+    for m in _sharded_modules(module):
+        m.reshard()  # type: ignore[operator]
+
+
+def sum_over_shards(module: nn.Module, value: Tensor) -> Tensor:
+    """The sum of one number per shard over the processes that hold a network's shards; ()."""
+    for p in module.parameters():
+        if hasattr(p, "device_mesh"):
+            total = value.detach().clone()
+            for dimension, placement in enumerate(p.placements):
+                if placement.is_shard():
+                    dist.all_reduce(total, group=p.device_mesh.get_group(dimension))
+            return total
+    return value
+
+
+def norm_over_shards(module: nn.Module, tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of tensors of which each process holds its part; ()."""
+    square = sum((torch.linalg.vector_norm(t).square() for t in tensors), torch.zeros(()))
+    first = next(module.parameters())
+    return sum_over_shards(module, torch.as_tensor(square).to(first.device)).sqrt()
+
+
+def _sharded_modules(module: nn.Module) -> Iterator[nn.Module]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing can be sharded
+    kind = getattr(fsdp, "FSDPModule", ())
+    return (m for m in module.modules() if isinstance(m, kind))

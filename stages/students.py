@@ -1,0 +1,59 @@
+"""Where students lie, and which stage trained them: student/, or student-NAME/ beside it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import RunError
+from pipeline.runs import STARTED_FILE
+from stages.options import Context
+
+if TYPE_CHECKING:
+    from stages.execution import Stage
+
+MAKERS = ("train-reduced", "train-mpl")
+NAME_HELP = "Keep this student beside others: student-NAME/ instead of student/."
+
+
+def student_folder(context: Context, name: str | None) -> Path:
+    """student/, or student-NAME/."""
+    return context.run / (f"student-{name}" if name else "student")
+
+
+def stage_name(stage: str, name: str | None) -> str:
+    """Folder of a stage's record."""
+    return f"{stage}-{name}" if name else stage
+
+
+def trained(context: Context, name: str | None) -> dict[str, Any]:
+    """Record of the stage that trained the student.
+
+    Raises:
+        RunError: there is none; names the commands that make one.
+    """
+    for maker in MAKERS:
+        if (found := context.run.record(stage_name(maker, name))) is not None:
+            return found
+    named = f" --name {name}" if name else ""
+    raise RunError(
+        f"{context.run.root} has no trained student{f' {name!r}' if name else ''}. Run first: "
+        f"mpl train-reduced --run {context.run.root}{named} (or mpl train-mpl)"
+    )
+
+
+def own_student(context: Context, stage: "Stage", maker: str, name: str | None) -> "Stage":
+    """The stage, which may not overwrite a student that the other method trained, unless told to.
+
+    Raises:
+        RunError: with the ways out.
+    """
+    (other,) = (stage_name(m, name) for m in MAKERS if m != maker)
+    folder = context.run / other
+    if context.force:
+        return replace(stage, replaces=[*stage.replaces, folder])
+    if context.run.record(other) is not None or (folder / STARTED_FILE).exists():
+        raise RunError(
+            f"{student_folder(context, name)} is mpl {other}'s. Give --name to keep both, --force to replace it, "
+            "or another --run"
+        )
+    return stage

@@ -1,0 +1,265 @@
+"""Full Meta Pseudo Labels: both kinds of feedback against literal oracles, in float64, and their traps."""
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import teacher_network
+from pipeline.config import MplFeedbackSettings, ScheduleSettings
+from pipeline.data.draws import Draws
+from pipeline.methods import Views, parse_method
+from pipeline.student import Student
+from pipeline.teacher_network import TeacherNetwork
+from pipeline.teachers import Batch, Labelled
+from tests.oracles.double_backward import step_and_loss, teacher_gradient
+from tests.problems import optimizer_of, relative_error
+
+CLASSES, POOL, LABELLED = 3, 3, 4
+RULES = ("sgd", "momentum", "nesterov", "rmsprop", "rmsprop_tf", "adamw")
+Patch = pytest.MonkeyPatch
+
+
+def network(seed: int, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(36, 3)]
+    return nn.Sequential(*layers).double().train()
+
+
+class World:
+    """A teacher and a student before one step; every call begins from the same state."""
+
+    def __init__(
+        self, rule: str = "rmsprop_tf", method: str = "uda", *, dropout: float = 0.0, **options: float
+    ) -> None:
+        self.rule, self.method, self.dropout = rule, method, dropout
+        self.options = MplFeedbackSettings(**{"scale": "raw", **options})
+        torch.manual_seed(5)
+        images = torch.randn(4, POOL, 3, 8, 8, dtype=torch.float64)
+        self.pool, self.weak = images[0], images[1]
+        self.labelled = torch.randn(2, LABELLED, 3, 8, 8, dtype=torch.float64)
+        self.labels = torch.arange(LABELLED) % CLASSES
+        self.warm_images, self.warm_targets = images[2], torch.randn(POOL, CLASSES, dtype=torch.float64).softmax(1)
+
+    def student(self) -> Student:
+        model = network(1)
+        student = Student(model, optimizer_of(self.rule, model, 1e-2))
+        student.learn(self.warm_images, self.warm_targets, replay=False)  # moments that are not fresh
+        return student
+
+    def teacher(self, feedback: str, **changed: float) -> TeacherNetwork:
+        model = network(2, self.dropout)
+        return TeacherNetwork(
+            model, torch.optim.SGD(model.parameters(), lr=1e-3), parse_method(self.method), feedback,
+            self.options.model_copy(update=changed),
+            schedule=ScheduleSettings(kind="constant"), base_lr=1e-3, steps=10, seed=0,
+        )  # fmt: skip
+
+    def batch(self) -> Batch:
+        targets = F.one_hot(self.labels, CLASSES).double()
+        views = Views(0, self.labelled[0], targets, None, torch.rand(LABELLED), self.pool, self.weak)
+        return Batch(self.pool, torch.empty(POOL, 0), torch.ones(POOL, dtype=torch.bool), None, views)
+
+    def one_step(self, feedback: str, **changed: float) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The teacher's gradient after one step of the loop, and its metrics."""
+        student, teacher, batch = self.student(), self.teacher(feedback, **changed), self.batch()
+        labelled = Labelled(self.labelled[1], self.labels)
+        wish = teacher.wish(0)
+        torch.manual_seed(9)
+        targets = teacher(batch)
+        probe = (labelled.images, labelled.labels) if wish == "losses" else None
+        step = student.learn(batch.images, targets.detach(), replay=wish == "gradient", probe=probe)
+        metrics = teacher.adapt(step, targets, batch, labelled if wish != "nothing" else None)
+        return [p.grad.clone() for p in teacher.model.parameters()], metrics
+
+    def feedback_gradient(self, feedback: str, **changed: float) -> list[Tensor]:
+        """The feedback's part of it: with it, minus without."""
+        whole, _ = self.one_step(feedback, **changed)
+        without, _ = self.one_step(feedback, weight=0.0)
+        return [a - b for a, b in zip(whole, without, strict=True)]
+
+    def probabilities(self, model: nn.Module) -> Tensor:
+        """T(x) of the student's images inside the teacher's batch (batch statistics!), differentiable, (U, C)."""
+        torch.manual_seed(9)
+        rows = [self.labelled[0], self.pool]
+        if "pool_weak" in parse_method(self.method).needs:
+            with torch.no_grad():
+                model(self.weak)  # draws the masks of the view that the method predicts
+        if self.method == "pseudo_labels":
+            rows.insert(1, self.weak)
+        return model(torch.cat(rows)).softmax(1)[-POOL:]
+
+    def problem(self) -> tuple:
+        """What the oracle needs: the student before its step."""
+        student = self.student()
+        return student.model, student.optimizer, self.pool, self.labelled[1], self.labels
+
+
+def flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([g.reshape(-1) for g in gradients])
+
+
+@pytest.mark.parametrize("method", ["supervised", "pseudo_labels", "uda", "fixmatch"])
+@pytest.mark.parametrize("rule", RULES)
+def test_soft_feedback_is_equation_3(rule: str, method: str) -> None:
+    """Oracle: ∇_Ψ R through the whole optimiser step, from the equation alone."""
+    world = World(rule, method, dropout=0.3)
+    model = world.teacher("soft").model
+    net, optimizer, images, labelled, labels = world.problem()
+    exact = teacher_gradient(
+        lambda: world.probabilities(model), list(model.parameters()), net, optimizer, images, labelled, labels
+    )
+    assert relative_error(flat(world.feedback_gradient("soft")), flat(exact)) < 1e-9
+
+
+def enumerated(world: World) -> Tensor:
+    """∇_Ψ Σ_ŷ T(ŷ) · R(θ'(ŷ)) over all assignments of labels to the batch."""
+    model = world.teacher("hard").model
+    net, optimizer, images, labelled, labels = world.problem()
+    q = world.probabilities(model)
+    expected = torch.zeros((), dtype=torch.float64)
+    for classes in itertools.product(range(CLASSES), repeat=POOL):
+        hot = F.one_hot(torch.tensor(classes), CLASSES).double()
+        loss, _ = step_and_loss(net, optimizer, images, hot, labelled, labels)
+        expected = expected + (q * hot).sum(1).prod() * loss.detach()
+    return flat(list(torch.autograd.grad(expected, list(model.parameters()))))
+
+
+def sampled_mean(world: World, patch: Patch) -> Tensor:
+    """Mean of the loop's gradient over the sampler's uniform numbers: one in the middle of each class's interval."""
+    q = world.probabilities(world.teacher("hard").model).detach()
+    ends = q.cumsum(1)
+    middle = ends - q / 2
+    mean = torch.zeros(1, dtype=torch.float64)
+    for classes in itertools.product(range(CLASSES), repeat=POOL):
+        rows = torch.arange(POOL), torch.tensor(classes)
+        patch.setattr(Draws, "uniform", lambda *_, rows=rows: middle[rows])
+        mean = mean + q[rows].prod() * flat(world.feedback_gradient("hard"))
+    return mean
+
+
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "rmsprop"])
+def test_hard_feedback_is_right_on_average(rule: str, monkeypatch: Patch) -> None:
+    world = World(rule)
+    assert relative_error(sampled_mean(world, monkeypatch), enumerated(world)) < 1e-9
+
+
+def flipped(patch: Patch) -> None:
+    original = Student.learn
+
+    def learn(*args, **kwargs):
+        step = original(*args, **kwargs)
+        if step.labelled_losses is not None:
+            step.labelled_losses = step.labelled_losses[::-1]
+        return step
+
+    patch.setattr(Student, "learn", learn)
+
+
+def another_view(patch: Patch) -> None:
+    original = TeacherNetwork.__call__
+
+    def call(self, batch):
+        targets = original(self, batch)
+        self._pool_log_p = self.model(batch.views.pool_weak).log_softmax(1)
+        return targets
+
+    patch.setattr(TeacherNetwork, "__call__", call)
+
+
+def argmax(patch: Patch) -> None:
+    patch.setattr(TeacherNetwork, "_sample", lambda self, q, step: F.one_hot(q.argmax(1), CLASSES).to(q))
+
+
+def own_soft_labels(patch: Patch) -> None:
+    original = TeacherNetwork._feedback
+
+    def feedback(self, step, targets, labelled):
+        return original(self, step, self._pool_log_p.exp().detach(), labelled)
+
+    patch.setattr(TeacherNetwork, "_feedback", feedback)
+
+
+def mean_over_the_batch(patch: Patch) -> None:
+    patch.setattr(teacher_network, "feedback_scale", lambda step, settings, batch: 1 / batch)
+
+
+MISTAKES: list[Callable[[Patch], None]] = [flipped, another_view, argmax, own_soft_labels, mean_over_the_batch]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.__name__)
+def test_mistakes_with_hard_labels_are_noticed(mistake: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    world = World("sgd")
+    exact = enumerated(world)
+    mistake(monkeypatch)
+    found = sampled_mean(world, monkeypatch)
+    assert relative_error(found, exact) > 0.05
+    if mistake is own_soft_labels:  # softmax − softmax: the best-known public code learns nothing from it
+        assert float(found.abs().max()) < 1e-12
+
+
+def test_mistakes_with_soft_labels_are_noticed() -> None:
+    world = World()
+    exact = flat(world.feedback_gradient("soft"))
+    for control in ("flipped", "shuffled"):
+        assert relative_error(flat(world.feedback_gradient("soft", control=control)), exact) > 0.05
+    assert relative_error(flat(world.feedback_gradient("soft", control="flipped")), -exact) < 1e-12
+
+
+def test_labels_are_sampled_by_their_probability_and_by_the_step() -> None:
+    teacher = World().teacher("hard")
+    q = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.0, 1.0], [0.25, 0.5, 0.25]], dtype=torch.float64)
+    drawn = torch.stack([teacher._sample(q, step) for step in range(4000)])
+    torch.testing.assert_close(drawn.mean(0), q, atol=0.03, rtol=0)
+    assert torch.equal(drawn.sum(2), torch.ones(4000, 3, dtype=torch.float64))
+    assert torch.equal(teacher._sample(q, 7), drawn[7])
+
+
+def test_the_moving_baseline_excludes_the_present_h() -> None:
+    """With it the first step is as without; and the second h is compared with the first."""
+    world = World("sgd")
+    plain, with_baseline = world.one_step("hard")[0], world.one_step("hard", baseline=0.9)[0]
+    assert torch.equal(flat(plain), flat(with_baseline))
+    teacher = world.teacher("hard", baseline=0.9)
+    student, batch, labelled = world.student(), world.batch(), Labelled(world.labelled[1], world.labels)
+    seen = []
+    for _ in range(3):
+        targets = teacher(batch)
+        step = student.learn(batch.images, targets, replay=False, probe=(labelled.images, labelled.labels))
+        seen.append((teacher.moving, float(teacher.adapt(step, targets, batch, labelled)["h"])))
+    (start, h0), (first, h1), (second, _) = seen
+    assert start is None
+    assert first == h0
+    assert second == pytest.approx(0.9 * h0 + 0.1 * h1, rel=1e-12)
+
+
+def test_feedback_scaled_per_image_does_not_depend_on_the_learning_rate() -> None:
+    """dR/dq · B/η."""
+    world = World("sgd", scale="raw")
+    raw = flat(world.feedback_gradient("soft"))
+    assert relative_error(flat(world.feedback_gradient("soft", scale="per_image")), raw * POOL / 0.05) < 1e-12
+
+
+def test_a_waiting_student_gives_no_feedback() -> None:
+    world = World()
+    teacher, batch = world.teacher("soft"), world.batch()
+    targets = teacher(batch)
+    metrics = teacher.adapt(None, targets, batch, None)
+    assert set(metrics) == {"teacher_loss", "teacher_pool_share"}
+
+
+def test_state_goes_round() -> None:
+    world = World()
+    teacher = world.teacher("hard", baseline=0.5)
+    teacher.moving = 0.25
+    state = copy.deepcopy(teacher.state_dict())
+    other = world.teacher("hard", baseline=0.5)
+    for p in other.model.parameters():
+        p.data.zero_()
+    other.load_state_dict(state)
+    assert other.moving == 0.25
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), teacher.model.parameters(), strict=True))
