@@ -47,6 +47,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.readers
 	$(BIN)/python -m benchmarks.targets
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.train_mpl --batches 16 --rounds 3
+	$(BIN)/python -m benchmarks.reduced_vs_full --batches 32 --rounds 3
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -115,13 +115,14 @@ def peak_memory(variant: str, case: tuple[str, int], batch: int, device: str, pr
         return (torch.cuda.max_memory_allocated() - base) / 2**20
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # reset the peak
-    base = _resident("VmRSS")
+    base = resident_kib("VmRSS")
     for _ in range(2):
         step()
-    return (_resident("VmHWM") - base) / 1024
+    return (resident_kib("VmHWM") - base) / 1024
 
 
-def _resident(key: str) -> int:
+def resident_kib(key: str) -> int:
+    """VmRSS or VmHWM (its peak) of this process, KiB."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key))
 

@@ -184,8 +184,9 @@ class TrainReducedSettings(TrainSettings):
 
 
 class MplFeedbackSettings(FeedbackSettings):
-    """The same for a teacher network."""
+    """The same for a teacher network, which has losses of its own: there the paper's scale is right as it is."""
 
+    scale: Literal["per_image", "raw"] = "raw"  # raw: equation 3 as it stands
     baseline: float = Field(default=0.0, ge=0.0, lt=1.0)  # hard: decay of the moving average taken off h; 0 = none
 
 
@@ -248,6 +249,7 @@ class ReproduceSettings(Settings):
     """`mpl reproduce`."""
 
     seeds: PositiveInt = 5
+    methods: tuple[SerializeAsAny[Annotated[Method, BeforeValidator(parse_method)]], ...] = ()  # table1: their settings
 
 
 class Recipe(Settings):

@@ -43,3 +43,7 @@ class NonFiniteError(UserError):
 
 class FeedbackError(UserError):
     """The gradient of the labelled loss in the targets cannot be had at this step."""
+
+
+class RanksError(UserError):
+    """Processes that train together cannot reach each other, or one of them does not come."""

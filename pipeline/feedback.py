@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.distributed.shards import is_sharded, local, norm_over_shards, reshard
 from pipeline.errors import FeedbackError
 from pipeline.tangents import FusedTangents
 
@@ -38,7 +39,7 @@ class Replay:
 
     Attributes:
         module: the bare eager network.
-        parameters: θ by name, the trainable ones, as they were before the step.
+        parameters: θ by name, as they were before the step; of a sharded network this process's part.
         buffers: every buffer by name, as it was before the step.
         modes: training flag of every submodule.
         images: the batch, (B, 3, H, W).
@@ -56,12 +57,16 @@ class Replay:
 
     def log_probabilities(self, parameters: Tensors) -> Tensor:
         """log p of the batch at `parameters`, (B, C), under the recorded masks and modes."""
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        with replayed_random_numbers(self.rng, self.images.device), training_modes(self.module, self.modes):
+        given = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        with ExitStack() as stack:
+            stack.enter_context(replayed_random_numbers(self.rng, self.images.device))
+            stack.enter_context(training_modes(self.module, self.modes))
+            if is_sharded(self.module):
+                stack.enter_context(shards_set(self.module, parameters))
+            else:
+                given |= parameters
             return log_probabilities(
-                lambda images: functional_call(self.module, parameters | buffers, (images,)),
-                self.images,
-                self.autocast,
+                lambda images: functional_call(self.module, given, (images,)), self.images, self.autocast
             )
 
 
@@ -84,11 +89,25 @@ def directional_derivative(replay: Replay, direction: Tensors, engine: Engine, r
     Raises:
         FeedbackError: the replay differs from the record, or the engine cannot differentiate the network.
     """
+    check_engine(replay.module, engine)
     if engine == "exact":
         primal, tangent = forward_mode(replay, direction)
         check_replay(primal, recorded, replay)
         return tangent
     return finite_difference(replay, direction, engine, recorded)
+
+
+def check_engine(module: nn.Module, engine: Engine) -> None:
+    """Refuse an engine that cannot differentiate a network, whatever is in it.
+
+    Raises:
+        FeedbackError: says which can.
+    """
+    if engine == "exact" and is_sharded(module):
+        raise FeedbackError(
+            f"the parameters of {type(module).__name__} lie in shards (FSDP2), which have no forward-mode derivative; "
+            "set the feedback engine to 'central' (finite differences), or take feedback 'hard', which needs none"
+        )
 
 
 @torch.no_grad()
@@ -127,11 +146,11 @@ def finite_difference(replay: Replay, direction: Tensors, engine: Engine, record
             "set precision to float32, or the feedback engine to 'exact'"
         )
     theta = {name: value for name, value in replay.parameters.items() if name in direction}
-    norm = global_norm(direction)
+    norm = global_norm(direction, replay.module)
     if norm == 0:
         return torch.zeros_like(recorded)
     step = FINITE_STEP if recorded.dtype == torch.float32 else 1e-6
-    epsilon = step * float(global_norm(theta)) / float(norm)
+    epsilon = step * float(global_norm(theta, replay.module)) / float(norm)
 
     def moved(by: float) -> Tensor:
         return replay.log_probabilities(
@@ -159,15 +178,17 @@ def check_replay(primal: Tensor, recorded: Tensor, replay: Replay) -> None:
         )
 
 
-def record(
-    module: nn.Module, images: Tensor, autocast: torch.dtype | None, earlier: Replay | None = None
-) -> Replay:
+def record(module: nn.Module, images: Tensor, autocast: torch.dtype | None, earlier: Replay | None = None) -> Replay:
     """Record what the coming forward depends on; call it before that forward.
 
     `earlier` is the record of another micro-batch of the same step: the weights are still the same.
     """
     on_device = images.device.type != "cpu"
-    weights = earlier.parameters if earlier else {name: p.detach().clone() for name, p in module.named_parameters()}
+    if earlier:
+        weights = earlier.parameters
+    else:
+        reshard(module)
+        weights = {name: local(p.detach()).clone() for name, p in module.named_parameters()}
     return Replay(
         module=module,
         parameters=weights,
@@ -194,6 +215,20 @@ def replayed_random_numbers(rng: tuple[Tensor, Tensor | None], device: torch.dev
             torch.get_device_module(device).set_rng_state(accelerator, device)
         torch.set_rng_state(cpu)
         yield
+
+
+@contextmanager
+def shards_set(module: nn.Module, values: Tensors) -> Iterator[None]:
+    """Give a sharded network other parameters for a while: this process's part of each, by name."""
+    reshard(module)
+    shards = {name: local(p.detach()) for name, p in module.named_parameters()}
+    before = {name: shards[name].clone() for name in values}
+    try:
+        torch._foreach_copy_([shards[name] for name in values], list(values.values()))
+        yield
+    finally:
+        reshard(module)
+        torch._foreach_copy_([shards[name] for name in values], list(before.values()))
 
 
 @contextmanager
@@ -224,6 +259,7 @@ def labelled_loss(module: nn.Module, images: Tensor, labels: Tensor, autocast: t
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with training_modes(module, labelled_loss_modes(module)):
         log_p = log_probabilities(lambda x: functional_call(module, buffers, (x,)), images, autocast)
+    reshard(module)
     return F.nll_loss(log_p, labels)
 
 
@@ -232,20 +268,45 @@ def labelled_loss_gradient(
 ) -> tuple[Tensor, Tensors]:
     """R = CE(labels, p(images; θ')) at the network's present weights, and ∇R by name.
 
-    Neither `.grad`, nor the running statistics, nor the random state is touched.
+    Neither `.grad`, nor the running statistics, nor the random state is touched. Of a sharded network, ∇R is
+    this process's part, already averaged over the ranks.
     """
+    if is_sharded(module):
+        return _sharded_labelled_loss_gradient(module, images, labels, autocast)
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
     fixed = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     modes = labelled_loss_modes(module)
-    with torch.enable_grad(), training_modes(module, modes):
+    with torch.enable_grad(), training_modes(module, modes):  # also while checkpointed blocks are run again
         loss = F.nll_loss(
             log_probabilities(lambda x: functional_call(module, parameters | fixed | buffers, (x,)), images, autocast),
             labels,
         )
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     named = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     return loss.detach(), named
+
+
+def _sharded_labelled_loss_gradient(
+    module: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None
+) -> tuple[Tensor, Tensors]:
+    """By an ordinary backward pass, in which FSDP2 reduces the gradients; `.grad` is put back afterwards."""
+    reshard(module)
+    parameters = dict(module.named_parameters())
+    kept = {name: p.grad for name, p in parameters.items()}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        with torch.enable_grad(), training_modes(module, labelled_loss_modes(module)):
+            log_p = log_probabilities(lambda x: functional_call(module, buffers, (x,)), images, autocast)
+            loss = F.nll_loss(log_p, labels)
+            loss.backward()
+        gradient = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    finally:
+        for name, p in parameters.items():
+            p.grad = kept[name]
+    return loss.detach(), gradient
 
 
 def row_parts(rows: int, parts: int) -> list[slice]:
@@ -254,6 +315,8 @@ def row_parts(rows: int, parts: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends) if b > a]
 
 
-def global_norm(tensors: Tensors) -> Tensor:
-    """Euclidean norm over all tensors together."""
+def global_norm(tensors: Tensors, module: nn.Module) -> Tensor:
+    """Euclidean norm over all tensors together; over all parts, where `module` is sharded."""
+    if is_sharded(module):
+        return norm_over_shards(module, tensors.values())
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors.values()]))

@@ -78,7 +78,7 @@ class WideResNet(nn.Module):
         blocks = (depth - 4) // 6
         self.num_classes, self.num_features, self.drop_rate = num_classes, 64 * width, drop_rate
         self.conv = nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False)
-        rates = torch.linspace(0, drop_path_rate, 3 * blocks).tolist()
+        rates = torch.linspace(0, drop_path_rate, 3 * blocks, device="cpu").tolist()
         layers: list[nn.Module] = []
         channels_in = 16
         for group in range(3):

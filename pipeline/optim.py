@@ -16,6 +16,7 @@ from timm.optim import RMSpropTF
 from torch import Tensor, nn
 
 from pipeline.config import OptimizerSettings, ScheduleSettings
+from pipeline.distributed.shards import local
 from pipeline.errors import FeedbackError
 
 Group = dict[str, Any]  # one entry of optimizer.param_groups
@@ -131,10 +132,14 @@ def update_derivative(
         group: the group of `optimizer.param_groups` that holds `parameter`.
         parameter: θ.
         gradient: the gradient as the optimiser receives it (after clipping, before weight decay).
+
+    Of a sharded parameter all this is this process's part, elementwise as it is.
     """
+    gradient = local(gradient)
     if group.get("weight_decay") and not decay_is_decoupled(optimizer, group):
-        gradient = gradient + group["weight_decay"] * parameter.detach()
-    return DERIVATIVES[type(optimizer)](group, optimizer.state.get(parameter, {}), gradient)
+        gradient = gradient + group["weight_decay"] * local(parameter.detach())
+    state = {name: local(value) for name, value in optimizer.state.get(parameter, {}).items()}
+    return DERIVATIVES[type(optimizer)](group, state, gradient)
 
 
 def decay_is_decoupled(optimizer: torch.optim.Optimizer, group: Group) -> bool:

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed.layout import averages_gradients, bare, running_statistics, unsynchronised
+from pipeline.distributed.layout import average_gradients, bare, running_statistics, unsynchronised
 from pipeline.distributed.ranks import ALONE, Ranks
+from pipeline.distributed.shards import is_sharded, local, norm_over_shards, sum_over_shards
 from pipeline.errors import FeedbackError, NonFiniteError
 from pipeline.feedback import (
     Engine,
     Replay,
     Tensors,
+    check_engine,
     directional_derivative,
     labelled_loss,
     labelled_loss_gradient,
@@ -118,7 +120,9 @@ class Student:
     ) -> tuple[Tensor, Tensor, list[Replay]]:
         """(loss, log p (B, C), what was recorded of each micro-batch); g is in `.grad`, averaged over ranks."""
         parts = row_parts(len(images), self.micro_batches)
-        loss, log_ps, replays = torch.zeros((), device=images.device), [], []
+        log_ps: list[Tensor] = []
+        replays: list[Replay] = []
+        loss = torch.zeros((), device=images.device)
         for number, rows in enumerate(parts):
             last = number == len(parts) - 1
             if replay:
@@ -136,8 +140,7 @@ class Student:
                     self.optimizer.zero_grad(set_to_none=True)
                 part.backward()
             log_ps.append(log_p.detach())
-        if self.ranks.world > 1 and not averages_gradients(self.model):
-            self.ranks.mean_([p.grad for p in self.module.parameters() if p.grad is not None])
+        average_gradients(self.model, self.ranks)
         return loss, torch.cat(log_ps) if len(log_ps) > 1 else log_ps[0], replays
 
     def _agreed(self, loss: Tensor) -> Tensor:
@@ -168,12 +171,19 @@ class Student:
     def _clip(self) -> Tensor:
         """Clip the gradients in place; returns their norm n before clipping."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        module = self.module
+        if sharded := is_sharded(module):
+            gradients = [local(g) for g in gradients]
+            norm = norm_over_shards(module, gradients)
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(f"the student's gradient is {float(norm)} at its step {self.steps_taken + 1}")
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip_norm, norm)
+        if self.clip_norm is not None and sharded:
+            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        elif self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.clip_norm, norm)
         return norm
 
     def _update_derivative(self) -> dict[str, Tensor | float]:
@@ -219,7 +229,8 @@ class StudentStep:
         self._taken = self.student.steps_taken
         clipped = self._derivative if self.student.clip_norm is not None else ()
         parameters = dict(self.student.module.named_parameters())
-        self._clipped = {name: parameters[name].grad for name in clipped}  # outlive a zero_grad() of the caller
+        gradients = {name: parameters[name].grad for name in clipped}  # outlive a zero_grad() of the caller
+        self._clipped = {name: local(g) for name, g in gradients.items() if g is not None}
 
     def target_gradient(self, images: Tensor, labels: Tensor, *, engine: Engine = "exact") -> Tensor:
         """Gradient of the labelled loss after this step with respect to this step's targets.
@@ -246,6 +257,7 @@ class StudentStep:
         """
         if not self._replays:
             raise FeedbackError("this step was taken with replay=False; feedback needs learn(..., replay=True)")
+        check_engine(self.student.module, engine)
         if self.student.steps_taken != self._taken:
             raise FeedbackError(
                 f"the student has taken {self.student.steps_taken - self._taken} more step(s) since this one; "
@@ -276,7 +288,7 @@ class StudentStep:
             loss = loss + part * share
             for name, g in gradient.items():
                 total[name] = total[name].add_(g, alpha=share) if name in total else g.mul_(share)
-        student.ranks.mean_([loss, *total.values()])
+        student.ranks.mean_([loss] if is_sharded(student.module) else [loss, *total.values()])
         self.labelled_loss = loss
         return total
 
@@ -287,7 +299,8 @@ class StudentStep:
         if clip is None or clip / (n + 1e-6) >= 1:
             return v
         scale = clip / (n + 1e-6)
-        raw = {name: g / scale for name, g in self._clipped.items() if g is not None}
+        raw = {name: g / scale for name, g in self._clipped.items()}
         along = sum(((v[name] * raw[name]).sum() for name in v), torch.zeros_like(n))
+        along = sum_over_shards(self.student.module, along)
         clipped_away = along / (n * (n + 1e-6))
         return {name: scale * (v.get(name, 0.0) - g * clipped_away) for name, g in raw.items()}

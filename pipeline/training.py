@@ -93,6 +93,7 @@ class Training:
         validate: figures of a network for the log (validation_top1 …); never for a choice.
         autocast: dtype of mixed precision, or None.
         wait: steps that the teacher learns alone, before the student's first.
+        watch: told how many steps are done, at the start and after each.
     """
 
     def __init__(
@@ -109,8 +110,9 @@ class Training:
         validate: Callable[[nn.Module], dict[str, float]],
         autocast: torch.dtype | None = None,
         wait: int = 0,
+        watch: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.wait = wait
+        self.wait, self.watch = wait, watch
         self.model, self.teacher, self.data, self.settings = model, teacher, data, settings
         self.folder, self.seed, self.observer, self.validate = folder, seed, observer, validate
         self.student = Student(
@@ -136,8 +138,10 @@ class Training:
         before = self.at.seconds
         self.model.train()
         with MetricsLog(self.folder, self.at.step) as log:
+            self.watch(self.at.step)
             while self.at.step < self.settings.steps:
                 self._one_step()
+                self.watch(self.at.step)
                 self.at.seconds = before + time.monotonic() - clock
                 self._log(log)
                 stop = self.observer.stop_requested()

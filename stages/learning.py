@@ -1,5 +1,6 @@
 """What the training stages share: splits in memory, settings that matter, train and save."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,13 @@ def train_and_save(
     wait: int = 0,
     train_set: Images | None = None,
     watched: dict[str, nn.Module] | None = None,
+    watch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Train `network` under `teacher`; leave its moving average in `folder` in timm's layout.
 
     The validation split is looked at for the log and the record; nothing is chosen by it here. With a
     `train_set` the log also has the accuracy on those labelled images, unaugmented; and the same of `watched`
-    networks beside the student's average.
+    networks beside the student's average. `watch` is told how many steps are done.
     """
     validation = load_split(context, split_of(context, "validation"), network.image_size)
     judge = Judge(validation, network, context.recipe.evaluate, context.device, context.autocast)
@@ -143,6 +145,7 @@ def train_and_save(
         validate=look,
         autocast=context.autocast,
         wait=wait,
+        watch=watch,
     )
     figures = training.run()
     digest = save_network(folder, network, training.averaged_state())

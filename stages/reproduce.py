@@ -60,6 +60,68 @@ def swapped_teacher(context: Context, seeds: int | None, jobs: int | None) -> No
     _reproduce(context, "swapped-teacher", seeds, lambda c, n: plan(c, n, jobs))
 
 
+@group.command()
+@stage_options
+@seeds_option
+@click.option("--steps", type=click.IntRange(1), default=600, show_default=True, help="Steps of every student.")
+def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> None:
+    """When does feedback pay? Pools out of domain, teachers wrong, classes uneven; digits alone.
+
+    Reduced and full MPL, each with and without feedback, and NoisyStudent. Begun again, it goes on.
+    Writes sweep.md, .csv, .json and .png into the run. [default run: runs/sweep-digits]
+    """
+    from stages.sweep import plan
+
+    _reproduce(context, "sweep", seeds, lambda c, n: plan(c, n, jobs, steps))
+
+
+@group.command()
+@stage_options
+@seeds_option
+def table1(context: Context, seeds: int | None, jobs: int | None) -> None:
+    """Eight methods alone, six of them also with MPL on top (tables 1 and 10 of arXiv:2003.10580).
+
+    Writes table1.md, .csv, .json and .png into the run. [default run: runs/table1-RECIPE]
+    """
+    from stages.table1 import plan
+
+    _reproduce(context, "table1", seeds, lambda c, n: plan(c, n, jobs))
+
+
+@group.command()
+@stage_options
+@seeds_option
+@click.option("--feedback", type=click.Choice(["soft", "hard"]), default="soft", show_default=True,
+              help="Kind of pseudo labels and of feedback.")  # fmt: skip
+@click.option("--reduced/--no-reduced", default=True, show_default=True, help="Reduced MPL as well.")
+def ablation(context: Context, seeds: int | None, jobs: int | None, feedback: str, reduced: bool) -> None:
+    """Does the feedback help? Identical runs with it on, off, its sign flipped, its rows shuffled; 10 seeds.
+
+    Writes ablation.md, .csv, .json and .png, and figures 9 and 10 of the paper as ablation-training.png and
+    ablation-calibration.png. [default run: runs/ablation-RECIPE; with hard feedback all are named ablation-hard]
+    """
+    from stages.ablation import SEEDS, plan
+
+    what = "ablation" if feedback == "soft" else f"ablation-{feedback}"
+    _reproduce(context, what, seeds or SEEDS, lambda c, n: plan(c, n, jobs, what, feedback, reduced))
+
+
+@group.command("two-moons")
+@stage_options
+@seeds_option
+@click.option("--variant", type=click.Choice(["paper", "working"]), help="One of the two alone. [default: the study]")
+@click.option("--steps", type=click.IntRange(1), help="Of every network. [default: 10,000, and 4,000 at lr 1]")
+def two_moons(context: Context, seeds: int | None, jobs: int | None, variant: Any, steps: int | None) -> None:
+    """Supervised, Pseudo Labels and MPL on two moons with six labels; what separates them; 20 draws.
+
+    Figures 1 and 8 of arXiv:2003.10580v1. --seeds is the number of draws; no recipe and no data are used.
+    Writes two-moons.md, .csv, .json and .png into the run. [default run: runs/two-moons]
+    """
+    from stages.two_moons import reproduce
+
+    reproduce(context, seeds, jobs, variant, steps)
+
+
 def _reproduce(context: Context, what: str, seeds: int | None, plan: Any) -> None:
     """Choose the run directory and the number of seeds, run, and show the table."""
     from stages.execution import execute

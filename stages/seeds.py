@@ -24,12 +24,14 @@ class Step:
         run: run directory.
         changes: `a.b=value` changes of the recipe.
         arguments: further arguments of `plan`.
+        seed: of this stage; None: the chain's key.
     """
 
     module: str
     run: Path
     changes: tuple[str, ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
+    seed: int | None = None
 
 
 Chain = Sequence[Step]
@@ -40,7 +42,7 @@ def run_chains(context: Context, chains: dict[int, Chain], jobs: int | None) -> 
 
     Args:
         context: recipe, data, device and precision for all.
-        chains: by seed.
+        chains: by seed, or by any number where every step has a seed of its own.
         jobs: chains at a time; None: one on an accelerator, else one per core.
 
     Raises:
@@ -91,7 +93,7 @@ def _portable(context: Context, seed: int, step: Step) -> dict[str, Any]:
         "recipe": context.recipe.model_dump(mode="json"),
         "changes": step.changes,
         "data": context.data,
-        "seed": seed,
+        "seed": seed if step.seed is None else step.seed,
         "device": context.device_name,
         "precision": context.precision,
         "force": context.force,

@@ -10,11 +10,13 @@ from stages.options import Context, stage_options, with_changes
 from stages.students import NAME_HELP
 
 if TYPE_CHECKING:
+    from pipeline.calibration import CalibrationLog
     from pipeline.config import Reading, Recipe
     from pipeline.data.batches import Images
     from pipeline.student_data import LabelledSet, Pool, PoolSet
     from pipeline.targets import TargetsStore
     from pipeline.targets.stream import StreamedPool
+    from pipeline.teachers import Calibrator
     from stages.execution import Stage
 
 
@@ -27,7 +29,7 @@ def command(context: Context, teacher: str | None, name: str | None) -> None:
     """Train the student.
 
     Reads: targets/ and the labelled split. Writes: student/model.safetensors, config.json, metrics.csv,
-    calibrator.safetensors.
+    calibrator.safetensors, calibration.json.
     """
     from stages.execution import execute
 
@@ -117,7 +119,10 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         if settings.teacher == "calibrator":
             seed_initialisation(context, "calibrator")
             calibrator = Calibrator(len(split.class_names), settings.calibrator, settings.feedback, context.device)
-            figures = train_and_save(context, network, calibrator, data, settings, folder, basis)
+            figures = train_and_save(
+                context, network, calibrator, data, settings, folder, basis,
+                watch=calibration_log(context, folder, calibrator, store),
+            )  # fmt: skip
             save_calibrator(folder / "calibrator.safetensors", calibrator)
         else:
             figures = train_and_save(context, network, FixedTargets(), data, settings, folder, basis)
@@ -181,6 +186,22 @@ def streamed_pool(context: Context, store: "TargetsStore") -> "StreamedPool":
 
     settings = context.recipe
     return StreamedPool(store, settings.data.image_size, workers=settings.train_reduced.workers)
+
+
+def calibration_log(
+    context: Context, folder: Path, calibrator: "Calibrator", store: "TargetsStore | None"
+) -> "CalibrationLog":
+    """Follows the first images of the store, whose order is random, into calibration.json."""
+    import torch
+
+    from pipeline.calibration import FILE, SAMPLE, CalibrationLog
+
+    assert store is not None
+    first = next(store.batches(SAMPLE))
+    images = [{"shard": shard, "row": sample.row, "key": sample.key} for shard, sample in first.samples]
+    teacher = torch.from_numpy(first.distributions).to(context.device)
+    steps = context.recipe.train_reduced.steps
+    return CalibrationLog(folder / FILE, calibrator.network, teacher, images, store.class_names, steps)
 
 
 def save_calibrator(path: Path, calibrator: Any) -> None:

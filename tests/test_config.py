@@ -7,12 +7,17 @@ from pydantic import ValidationError
 from pipeline.config import load_recipe, parse_recipe, recipe_names
 from pipeline.errors import RecipeError
 
+RECIPES = [
+    *("cifar10", "cifar10-4k", "cifar10-4k-google", "cifar10-small", "digits", "imagenet", "imagenet-10pct"),
+    *("imagenet-10pct-google", "svhn", "svhn-1k"),
+]
+
 
 def test_shipped_recipes() -> None:
-    assert recipe_names() == ["cifar10", "cifar10-small", "digits", "imagenet", "svhn"]
+    assert recipe_names() == RECIPES
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar10-small", "digits", "imagenet", "svhn"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_and_survives_a_round_trip(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -38,6 +43,38 @@ def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
         1e-3,
     )
     assert optimizer.lr == pytest.approx(0.256 * recipe.train_reduced.batch / 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup", "batches", "lrs", "dropouts", "uda", "decay", "smoothing"),
+    [
+        ("cifar10-4k", 1_000_000, 2000, (128, 128), (0.3, 0.125), (0.35, 0.5), (1.0, 0.8), 5e-4, 0.0),
+        ("svhn-1k", 1_000_000, 2000, (128, 128), (0.15, 0.05), (0.45, 0.65), (2.5, 1.25), 5e-4, 0.0),
+        ("imagenet-10pct", 500_000, 1000, (2048, 2048), (0.8, 0.5), (0.1, 0.1), (16.0, 0.75), 2e-4, 0.1),
+        ("cifar10-4k-google", 300_000, 5000, (896, 128), (0.05, 0.05), (0.2, 0.2), (8.0, 0.7), 5e-4, 0.15),
+        ("imagenet-10pct-google", 700_000, 5000, (15_360, 1024), (0.4, 0.6), (0.1, 0.1), (20.0, 0.5), 1e-4, 0.1),
+    ],
+)
+def test_settings_of_full_mpl(name, steps, warmup, batches, lrs, dropouts, uda, decay, smoothing) -> None:
+    """arXiv:2003.10580v1, table 3; and Google's published flags, whose rates are per 256 labelled images."""
+    section = load_recipe(name).train_mpl
+    assert section is not None
+    teacher_model = section.teacher.model or section.model
+    teacher = section.teacher.optimizer
+    assert teacher is not None
+    assert section.steps == steps
+    assert (section.batch, section.labelled_batch) == batches
+    assert (section.optimizer.lr, teacher.lr) == lrs
+    assert (section.model.dropout, teacher_model.dropout) == dropouts
+    assert (section.method.weight, section.method.temperature) == uda
+    assert section.label_smoothing == smoothing
+    for optimizer in (section.optimizer, teacher):
+        assert (optimizer.rule, optimizer.momentum, optimizer.weight_decay) == ("nesterov", 0.9, decay)
+    for schedule in (section.schedule, section.teacher.schedule):
+        assert (schedule.kind, schedule.warmup_steps, schedule.final_fraction) == ("cosine", warmup, 0.0)
+    finetune = load_recipe(name).finetune
+    assert (finetune.optimizer.lr, finetune.batch) == (1e-5, 512)
+    assert finetune.steps == (2000 if "imagenet" in name else 1000)
 
 
 def test_changes_apply_and_numbers_in_e_notation_are_numbers() -> None:

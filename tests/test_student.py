@@ -6,6 +6,7 @@ from timm.optim import RMSpropTF
 from torch import nn
 
 from pipeline.config import CalibratorSettings
+from pipeline.distributed.blocks import blocks_of, checkpoint_block
 from pipeline.errors import FeedbackError, NonFiniteError
 from pipeline.student import Student
 from pipeline.teachers import CalibratorNetwork
@@ -112,6 +113,86 @@ def test_gradient_in_the_calibrator_equals_equation_2(kind: str) -> None:
     for p, expected in zip(parameters, literal, strict=True):
         assert p.grad is not None
         assert relative_error(p.grad, expected) < 1e-9
+
+
+@pytest.mark.parametrize("engine", ["exact", "central"])
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_micro_batches_are_the_whole_batch(parts: int, engine: str) -> None:
+    """Equal and unequal parts, and more parts than rows; a network without batch statistics."""
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    whole, problem = (make_problem("vit", clip=True, decay=True) for _ in range(2))
+    probe = (problem.labelled, problem.labels)
+    exact = problem.oracle(weight=weight)
+    problem.student.micro_batches = parts
+    step = problem.learn(weight=weight, probe=probe)
+    found = step.target_gradient(*probe, engine=engine)
+    assert relative_error(found, exact) < (1e-9 if engine == "exact" else 1e-5)
+    at_once = whole.learn(weight=weight, probe=probe)
+    after = dict(whole.student.model.named_parameters())
+    for name, p in problem.student.model.named_parameters():
+        torch.testing.assert_close(p, after[name], rtol=1e-9, atol=1e-12)
+    for a, b in ((step.loss, at_once.loss), *zip(step.labelled_losses, at_once.labelled_losses, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    torch.testing.assert_close(step.labelled_loss, step.labelled_losses[1], rtol=1e-12, atol=0)
+
+
+def test_batch_statistics_are_those_of_a_micro_batch() -> None:
+    problem = make_problem("resnet")
+    problem.student.micro_batches = 2
+    model = problem.student.model
+    with torch.no_grad():
+        parts = torch.cat([model(problem.images[:2]), model(problem.images[2:])]).log_softmax(1)
+    step = problem.learn()
+    torch.testing.assert_close(step.log_probabilities, parts, rtol=1e-12, atol=0)
+    step.target_gradient(problem.labelled, problem.labels)  # the guard accepts the replay
+
+
+def test_the_labelled_losses_before_and_after() -> None:
+    """R as `target_gradient` has it, at both ends of the step; running statistics and masks untouched."""
+    problem, plain = (make_problem("efficientnet", dropout=True, drop_path=True) for _ in range(2))
+    probe = (problem.labelled, problem.labels)
+    step = problem.learn(probe=probe)
+    step.target_gradient(*probe)
+    before, after = step.labelled_losses
+    torch.testing.assert_close(after, step.labelled_loss, rtol=1e-12, atol=0)
+    plain.student.optimizer.param_groups[0]["lr"] = 0.0
+    plain.student.optimizer.param_groups[0]["momentum"] = 0.0
+    still = plain.learn()
+    still.target_gradient(*probe)  # at the weights before the step
+    torch.testing.assert_close(before, still.labelled_loss, rtol=1e-9, atol=0)
+    assert float(before) != float(after)
+    for a, b in zip(problem.student.model.buffers(), plain.student.model.buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert problem.learn(replay=False).labelled_losses is None
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_blocks_that_are_run_again_change_nothing(network: str) -> None:
+    """Activation checkpointing: the exact gradient, and running statistics that move once."""
+    problem, plain = (make_problem(network, clip=True, dropout=True, drop_path=True) for _ in range(2))
+    blocks = blocks_of(problem.student.model)
+    assert [type(b).__name__ for b in blocks] == {
+        "vit": ["Block"] * 6,
+        "resnet": ["BasicBlock"] * 4,
+        "efficientnet": ["DepthwiseSeparableConv", *["InvertedResidual"] * 4],
+    }[network]
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    exact = problem.oracle()
+    for block in blocks:
+        checkpoint_block(block)
+        next(block.children()).register_forward_hook(count)
+    step = problem.learn()
+    assert runs == 2 * len(blocks)
+    found = step.target_gradient(problem.labelled, problem.labels)
+    assert relative_error(found, exact) < (1e-8 if network == "efficientnet" else 1e-9)
+    plain.learn()
+    for a, b in zip(problem.student.model.buffers(), plain.student.model.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 def test_a_step_without_replay_gives_no_feedback() -> None:

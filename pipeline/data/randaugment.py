@@ -35,7 +35,8 @@ def randaugment(images: Tensor, settings: AugmentSettings, draw: Draws) -> Tenso
     names = settings.randaugment_operations
     for layer in range(settings.randaugment_layers):
         chosen = draw.integer(f"operation {layer}", len(names))
-        chosen[~draw.coin(f"acts {layer}", settings.randaugment_probability)] = -1
+        if settings.randaugment_probability < 1:
+            chosen[~draw.coin(f"acts {layer}", settings.randaugment_probability)] = -1
         sign = torch.where(draw.coin(f"sign {layer}"), 1.0, -1.0)
         _layer(images, names, chosen, sign * settings.randaugment_magnitude / 10)
     return images
@@ -50,16 +51,23 @@ def apply(images: Tensor, name: str, strength: Tensor) -> Tensor:
 
 def _layer(images: Tensor, names: tuple[str, ...], chosen: Tensor, strength: Tensor) -> None:
     """Change `images` in place; `chosen` (B,) are indices of `names`, −1 for none."""
-    moved = [row for row, choice in enumerate(chosen.tolist()) if choice >= 0 and names[choice] in GEOMETRIC]
-    if moved:
-        theta = _theta([names[chosen[row]] for row in moved], strength[moved])
-        index = torch.tensor(moved, device=images.device)
-        images[index] = _geometric(images[index], theta)
-    for choice, name in enumerate(names):
-        rows = (chosen == choice).nonzero()[:, 0]
-        if name in PIXELWISE and len(rows):
-            index = rows.to(images.device)
-            images[index] = PIXELWISE[name](images[index], strength[rows])
+    choices = chosen.tolist()
+    groups: dict[str, list[int]] = {}  # by what treats them: rows, in ascending order
+    for row, choice in enumerate(choices):
+        if choice >= 0 and names[choice] != "identity":
+            groups.setdefault("geometric" if names[choice] in GEOMETRIC else names[choice], []).append(row)
+    if not groups:
+        return
+    order = torch.tensor([row for rows in groups.values() for row in rows])
+    sizes = [len(rows) for rows in groups.values()]
+    there = order.to(images.device)  # one transfer for all groups
+    parts = zip(groups.items(), order.split(sizes), there.split(sizes), strict=True)
+    for (kind, rows), here, index in parts:
+        group, own = images[index], strength[here]
+        if kind == "geometric":
+            images[index] = _geometric(group, _theta([names[choices[row]] for row in rows], own))
+        else:
+            images[index] = PIXELWISE[kind](group, own)
 
 
 def _geometric(images: Tensor, theta: Tensor) -> Tensor:
@@ -69,10 +77,10 @@ def _geometric(images: Tensor, theta: Tensor) -> Tensor:
 
 def _theta(names: list[str], strength: Tensor) -> Tensor:
     """Output to input coordinates of each image, (B, 2, 3); shears keep the upper left corner."""
-    kind = {name: torch.tensor([own == name for own in names]) for name in GEOMETRIC}
+    kind = torch.tensor([GEOMETRIC.index(name) for name in names])
 
     def of(name: str, value: Tensor) -> Tensor:
-        return torch.where(kind[name], value, torch.zeros(()))
+        return torch.where(kind == GEOMETRIC.index(name), value, 0.0)
 
     angle = of("rotate", strength * math.radians(ROTATE))
     shear_x, shear_y = of("shear_x", strength * SHEAR), of("shear_y", strength * SHEAR)
@@ -80,10 +88,8 @@ def _theta(names: list[str], strength: Tensor) -> Tensor:
         of("translate_x", strength * 2 * TRANSLATE),
         of("translate_y", strength * 2 * TRANSLATE),
     )
-    rows = [
-        angle.cos(), shear_x - angle.sin(), shear_x + shift_x,
-        shear_y + angle.sin(), angle.cos(), shear_y + shift_y,
-    ]  # fmt: skip
+    cos, sin = angle.cos(), angle.sin()
+    rows = [cos, shear_x - sin, shear_x + shift_x, shear_y + sin, cos, shear_y + shift_y]
     return torch.stack(rows, dim=1).view(-1, 2, 3)
 
 

@@ -76,7 +76,11 @@ def start(device: torch.device, timeout: float = 600.0, environment: Mapping[str
     backend = backend_of(device)
     store = _store(environment, rank, world, host, port, timeout)
     store.set(f"here/{rank}", "1")
-    if missing := absent(store, "here", world, timeout):
+    try:
+        missing = absent(store, "here", world, timeout)
+    except RuntimeError as error:
+        raise RanksError(f"rank {rank}: rank 0 has given up, or died; its own output says why") from error
+    if missing:
         names = ", ".join(map(str, missing))
         raise RanksError(
             f"rank {rank}: of {world} processes {world - len(missing)} came within {timeout:g} s; missing: {names}. "

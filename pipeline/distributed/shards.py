@@ -6,6 +6,7 @@ them, in place; the network gathers them for its forward pass, block by block.
 
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def placed_like(whole: Tensor, like: Any) -> Tensor:
+    """A whole tensor as this process would hold it: sharded as `like` is."""
+    if not hasattr(like, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def reshard(module: nn.Module) -> None:
     """Give up what was gathered for a forward pass, so that the next one sees the parameters as they are then.
 
@@ -33,6 +43,7 @@ def reshard(module: nn.Module) -> None:
 
 def sum_over_shards(module: nn.Module, value: Tensor) -> Tensor:
     """The sum of one number per shard over the processes that hold a network's shards; ()."""
+    p: Any
     for p in module.parameters():
         if hasattr(p, "device_mesh"):
             total = value.detach().clone()

@@ -63,3 +63,23 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     half = float(stats.t.ppf(0.975, n - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return PairedDifference(n, mean, mean - half, mean + half, p)
+
+
+def p_value(difference: PairedDifference) -> float:
+    """Of a difference that is the same for all seeds: 0 unless it is zero; of one seed: 1."""
+    if difference.p is not None:
+        return difference.p
+    return 0.0 if difference.n > 1 and difference.mean != 0 else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number: one below α stands with all tests together at level α.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979).
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted

@@ -16,6 +16,7 @@ def test_embedded_manifests_are_complete() -> None:
     assert set(manifests) == {
         *("digits", "cifar10", "cifar10-binary", "svhn", "svhn-parquet"),
         *("imagenet", "imagenet-folder", "imagenet-webdataset", "imagenet-jft"),
+        *("cifar10-4k", "svhn-1k", "imagenet-10pct"),
     }
     for manifest in manifests.values():
         assert set(manifest.splits) == {"labelled", "validation", "unlabelled", "test"}
@@ -59,6 +60,29 @@ def test_validation_rows_are_not_labelled_rows(name: str, held_out: int) -> None
     assert labelled.stop == validation.start
     assert validation.stop == total
     assert labelled.start == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "labelled", "pool", "held_out"),
+    [
+        ("cifar10-4k", 4_000, 41_000, 5_000),
+        ("svhn-1k", 1_000, 596_088, 7_300),
+        ("imagenet-10pct", 128_000, 1_231_122, 50_045),
+    ],
+)
+def test_few_labels_and_the_training_images_as_the_pool(name: str, labelled: int, pool: int, held_out: int) -> None:
+    """No row for training is held out; where the paper's counts are of other images, none is labelled and in the pool."""
+    manifest = load_manifest(name)
+    rows = {}
+    for split in ("labelled", "unlabelled", "validation"):
+        spec = manifest.splits[split]
+        total = manifest.files[spec.source].rows
+        assert total is not None
+        before = 531_131 if spec.source == "extra-and-train" else 0  # images of extra, which come first
+        rows[split] = {row - before for row in spec.rows(total)}
+    assert [len(rows[split]) for split in ("labelled", "unlabelled", "validation")] == [labelled, pool, held_out]
+    assert not rows["validation"] & (rows["labelled"] | rows["unlabelled"])
+    assert bool(rows["labelled"] & rows["unlabelled"]) == (name == "imagenet-10pct")
 
 
 def test_data_folders_own_manifest_comes_first(data_set: Callable[..., Path]) -> None:

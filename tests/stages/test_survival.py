@@ -45,7 +45,25 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     raise AssertionError("no checkpoint in a minute")
 
 
-CASES = [("pretrain", "pretrain", "teacher"), ("train-reduced", "train_reduced", "student")]
+CASES = [
+    ("pretrain", "pretrain", "teacher"),
+    ("train-reduced", "train_reduced", "student"),
+    ("train-mpl", "train_mpl", "student"),
+]
+MPL = """
+train_mpl:
+  model: {name: wrn_10_1, dropout: 0.1}
+  method: {name: fixmatch, threshold: 0.1}
+  steps: 24
+  batch: 16
+  labelled_batch: 10
+  student_wait: 4
+  log_every: 4
+  optimizer: {rule: nesterov, lr: 0.02}
+  augment: {rotate: 10, randaugment_layers: 1}
+  feedback: hard
+  feedback_options: {batch: 20, baseline: 0.9}
+"""
 
 
 @pytest.mark.parametrize(("stage", "section", "folder"), CASES)
@@ -57,6 +75,10 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(recipe, run, tmp_path
         for path in where:
             shutil.copytree(run, path)
         changes.append("--force")
+    elif stage == "train-mpl":
+        path = tmp_path / "tiny-mpl.yaml"
+        path.write_text(recipe.read_text() + MPL)
+        changes += ["--recipe", str(path)]
     else:
         changes += ["--recipe", str(recipe)]
     process = start(stage, "--run", where[0], *changes)

@@ -1,0 +1,95 @@
+"""`mpl reproduce two-moons`: do Supervised, Pseudo Labels and MPL separate two moons with six labels?
+
+The paper's settings first, then changes one at a time, and what the feedback does where the networks can learn.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.moons.settings import VariantName
+from pipeline.runs import Run
+from stages.execution import Stage, execute
+from stages.options import DEFAULT_RUN, Context
+
+DRAWS = 20
+CELLS = "two-moons/cells"  # results so far
+RUN = Path("runs/two-moons")
+
+
+def reproduce(
+    context: Context, draws: int | None, jobs: int | None, variant: VariantName | None, steps: int | None
+) -> None:
+    """The command: choose the run directory, run, and show the table."""
+    if context.run.root == DEFAULT_RUN:
+        context = replace(context, run=Run(RUN), store=RUN.resolve())
+    execute(context, lambda c: plan(c, draws or DRAWS, jobs, variant, steps))
+    if not context.dry_run and not context.as_json:
+        click.echo((context.run / "two-moons.md").read_text())
+
+
+def plan(context: Context, draws: int, jobs: int | None, variant: VariantName | None, steps: int | None) -> Stage:
+    """Plan the experiment as one stage."""
+    from pipeline.moons.study import rows
+
+    study = rows(variant, {} if steps is None else {"steps": steps})
+    outputs = [context.run / f"two-moons.{suffix}" for suffix in ("md", "csv", "json", "png")]
+    settings = {row.name: [row.label, list(row.methods), row.settings.model_dump(mode="json")] for row in study}
+    return Stage(
+        name="two-moons",
+        basis={"draws": draws, "rows": settings},
+        outputs=outputs,
+        work=lambda: work(context, draws, jobs, variant, steps),
+        summary=lambda result: f"{outputs[0]}",
+        replaces=[*outputs, context.run / CELLS],
+        cheap=frozenset({"draws"}),
+    )
+
+
+def work(
+    context: Context, draws: int, jobs: int | None, variant: VariantName | None, steps: int | None
+) -> dict[str, Any]:
+    """Train every cell, a process each, then write table and figure."""
+    from pipeline.engines import EngineSettings, run_all
+    from pipeline.moons.study import Cell, CellResult, RunCell, cells, rows
+    from pipeline.report.moons import MoonsReport
+
+    study = rows(variant, {} if steps is None else {"steps": steps})
+    items, found, taken = cells(study, draws), dict[str, CellResult](), 0
+    total, kept = sum(item.settings.steps for item in items), context.run / CELLS
+
+    def done(cell: Cell, result: CellResult) -> None:
+        nonlocal taken
+        if not (kept / cell.file).exists():
+            result.save(kept / cell.file)
+        found[cell.name] = result
+        taken += cell.settings.steps
+        right = sum(result.successes(cell.settings))
+        context.console.progress(taken, total, {})
+        context.console.note(f"  {cell.name}: {right} of {draws} draws separated")
+
+    for cell in items:
+        if (kept / cell.file).exists():  # of an interrupted attempt
+            done(cell, CellResult.load(kept / cell.file))
+    items = [cell for cell in items if cell.name not in found]
+    workers = jobs or len(os.sched_getaffinity(0))
+    run_all(
+        EngineSettings(workers=max(1, min(workers, len(items)))),
+        RunCell(),
+        items,
+        name=lambda cell: cell.name,
+        progress=lambda steps: None,
+        done=done,
+        stop=context.console.stop_requested,
+    )
+    command = " ".join(
+        ["mpl reproduce two-moons", f"--seeds {draws}"]
+        + ([f"--variant {variant}"] if variant else [])
+        + ([f"--steps {steps}"] if steps else [])
+    )
+    report = MoonsReport(study, found, draws, command)
+    report.write(context.run.root, "two-moons")
+    return {"success": report.successes()}

@@ -1,0 +1,176 @@
+"""One training of three steps, by any number of ranks in any layout: what the tests compare."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.config import CalibratorSettings, FeedbackSettings
+from pipeline.distributed.layout import Layout, average_gradients, bare, lay_out
+from pipeline.distributed.ranks import Ranks
+from pipeline.student import Student, StudentStep
+from pipeline.teachers import Batch, Calibrator, Labelled
+from tests.problems import optimizer_of, small_efficientnet
+
+CLASSES, STEPS = 5, 3
+REPLICATED = Layout()
+
+
+class Residual(nn.Module):
+    """A block with GroupNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(2, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(self.norm(self.convolution(x)))
+
+
+def group_norm_network() -> nn.Module:
+    blocks = nn.Sequential(Residual(6), Residual(6))  # 6 and 5 rows: shards of unequal size
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=4), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES)
+    )
+
+
+NETWORKS = {
+    "vit": lambda: timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=CLASSES),
+    "group_norm": group_norm_network,
+    "batch_norm": lambda: small_efficientnet(num_classes=CLASSES),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to train. `method`: reduced (a calibrator), soft or hard (a teacher network)."""
+
+    layout: Layout = REPLICATED
+    method: Literal["reduced", "soft", "hard"] = "reduced"
+    network: str = "group_norm"
+    rule: str = "rmsprop_tf"
+    clip: bool = True
+    engine: Any = "exact"
+    micro_batches: int = 1
+    batch: int = 8
+    foreign: bool = False  # sharded by a person's own hand, with torch's defaults
+    weighted: bool = False
+
+    @property
+    def alone(self) -> "Case":
+        """The same training by a single process, without anything that could go wrong between several."""
+        return replace(self, layout=Layout(), micro_batches=1, foreign=False)
+
+
+def train(ranks: Ranks, case: Case) -> dict[str, Tensor]:
+    """All weights after three steps, gathered; losses; dR/dq of the global batch."""
+    torch.manual_seed(3)
+    network = NETWORKS[case.network]().double().train()
+    model = foreign_sharding(network) if case.foreign else lay_out(network, case.layout, ranks)
+    student = Student(
+        model,
+        optimizer_of(case.rule, bare(model), 1e-2),
+        clip_norm=0.1 if case.clip else None,
+        ranks=ranks,
+        micro_batches=case.micro_batches,
+    )
+    learner = Reduced(case, ranks) if case.method == "reduced" else Full(case, ranks)
+    found: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        draws = torch.Generator().manual_seed(step)
+        images = torch.randn(case.batch, 3, 32, 32, dtype=torch.float64, generator=draws)
+        q = torch.randn(case.batch, CLASSES, dtype=torch.float64, generator=draws).mul(2).softmax(1)
+        labelled = torch.randn(case.batch, 3, 32, 32, dtype=torch.float64, generator=draws)
+        labels = torch.randint(CLASSES, (case.batch,), generator=draws)
+        chance = torch.rand(case.batch, dtype=torch.float64, generator=draws)
+        weight = torch.rand(case.batch, dtype=torch.float64, generator=draws) if case.weighted else None
+        n = ranks.share(case.batch, "batch")
+        rows = slice(ranks.rank * n, (ranks.rank + 1) * n)
+        mine = None if weight is None else weight[rows]
+        torch.manual_seed(step)
+        taken = learner.step(student, images[rows], q[rows], labelled[rows], labels[rows], chance[rows], mine)
+        found |= {f"{name} {step}": value for name, value in taken.items()}
+    found |= {f"student {name}": t for name, t in whole(student.module).items()}
+    return found | {f"teacher {name}": t for name, t in whole(bare(learner.network)).items()}
+
+
+class Reduced:
+    """Reduced MPL: the project's own calibrator."""
+
+    def __init__(self, case: Case, ranks: Ranks) -> None:
+        torch.manual_seed(4)
+        settings = CalibratorSettings(lr=1e-2, supervised_weight=0.5, hidden=16)
+        options = FeedbackSettings(engine=case.engine)
+        self.calibrator = Calibrator(CLASSES, settings, options, torch.device("cpu"), ranks)
+        self.network = self.calibrator.network.double()
+
+    def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, chance: Tensor, w: Any) -> Any:
+        batch = Batch(x, q, torch.ones(len(q), dtype=torch.bool))
+        targets = self.calibrator(batch)
+        taken = student.learn(x, targets.detach(), w, probe=(xl, yl))
+        own = 0.9 * F.one_hot(yl, CLASSES).double() + 0.02
+        metrics = self.calibrator.adapt(taken, targets, batch, Labelled(xl, yl, own))
+        return losses(taken) | {"R": metrics["feedback_loss"]}
+
+
+class Full:
+    """Full MPL: a teacher network in the student's layout."""
+
+    def __init__(self, case: Case, ranks: Ranks) -> None:
+        torch.manual_seed(5)
+        self.ranks, self.case = ranks, case
+        self.network = lay_out(NETWORKS[case.network]().double().train(), case.layout, ranks)
+        self.optimizer = optimizer_of("adamw", bare(self.network), 1e-2)
+
+    def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, chance: Tensor, w: Any) -> Any:
+        log_p = self.network(torch.cat([xl, x])).log_softmax(1)
+        own, log_q = log_p[: len(xl)], log_p[len(xl) :]
+        objective = F.nll_loss(own, yl)
+        total = len(x) * self.ranks.world
+        if self.case.method == "soft":
+            taken = student.learn(x, log_q.exp().detach(), w)
+            gradient = taken.target_gradient(xl, yl, engine=self.case.engine)
+            objective = objective + total * self.ranks.world * (log_q.exp() * gradient).sum()
+        else:
+            sampled = (log_q.exp().cumsum(1) < chance[:, None]).sum(1).clamp(max=CLASSES - 1)
+            taken = student.learn(x, F.one_hot(sampled, CLASSES).double(), w, replay=False, probe=(xl, yl))
+            before, after = taken.labelled_losses
+            objective = objective + (before - after) * F.nll_loss(log_q, sampled, reduction="sum") * self.ranks.world
+        self.optimizer.zero_grad()
+        objective.backward()
+        average_gradients(self.network, self.ranks)
+        self.optimizer.step()
+        return losses(taken)
+
+
+def losses(step: StudentStep) -> dict[str, Tensor]:
+    found = {"loss": step.loss, "norm": step.gradient_norm}
+    if step.labelled_losses is not None:
+        found |= {"R before": step.labelled_losses[0], "R after": step.labelled_losses[1]}
+    return found
+
+
+def foreign_sharding(network: nn.Module) -> nn.Module:
+    """FSDP2 with torch's defaults, the outermost parameters left gathered after a forward pass."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for block in network[1]:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def whole(network: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: copy.deepcopy((t.full_tensor() if hasattr(t, "full_tensor") else t).detach())
+        for name, t in network.state_dict().items()
+    }
+
+
+def train_all(ranks: Ranks, cases: dict[str, Case]) -> dict[str, dict[str, Tensor]]:
+    return {name: train(ranks, case) for name, case in cases.items()}

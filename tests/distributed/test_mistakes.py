@@ -1,0 +1,132 @@
+"""Each way to get the gradients of several processes wrong must be noticed by the comparison with one process."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline import feedback, student
+from pipeline.distributed.layout import Layout
+from pipeline.distributed.ranks import ALONE, Ranks
+from pipeline.distributed.shards import reshard
+from pipeline.student import Student, StudentStep
+from tests.distributed.checks import Case, train
+from tests.distributed.test_layouts import difference
+from tests.distributed.worlds import in_ranks, results
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+Patch = pytest.MonkeyPatch
+COPIES = Case(clip=True)
+SHARDS = Case(Layout("sharded"), engine="central", foreign=True)
+
+
+def nothing(patch: Patch) -> None:
+    pass
+
+
+def divided_by_the_local_batch(patch: Patch) -> None:
+    original = StudentStep.target_gradient
+    patch.setattr(StudentStep, "target_gradient", lambda s, *a, **k: original(s, *a, **k) * s.student.ranks.world)
+
+
+def own_gradient_of_the_labelled_loss(patch: Patch) -> None:
+    alone(patch, StudentStep, "_labelled_loss_gradient")
+
+
+def own_labelled_losses(patch: Patch) -> None:
+    alone(patch, Student, "_labelled_loss")
+
+
+def own_loss(patch: Patch) -> None:
+    alone(patch, Student, "_agreed")
+
+
+def norm_of_the_own_shard(patch: Patch) -> None:
+    patch.setattr(student, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
+
+
+def clipping_term_of_the_own_shard(patch: Patch) -> None:
+    patch.setattr(student, "sum_over_shards", lambda module, value: value)
+
+
+def step_of_the_own_shard(patch: Patch) -> None:
+    patch.setattr(feedback, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
+
+
+def what_was_gathered_is_kept(patch: Patch) -> None:
+    """No reshard() between the passes of a finite difference."""
+
+    def only_once(module: torch.nn.Module) -> None:
+        if torch.is_grad_enabled():
+            reshard(module)
+
+    patch.setattr(feedback, "reshard", only_once)
+
+
+def alone(patch: Patch, owner: type, method: str) -> None:
+    """The method runs as if there were one rank."""
+    original = getattr(owner, method)
+
+    @functools.wraps(original)
+    def run(self, *arguments):
+        learner = self if owner is Student else self.student
+        ranks, learner.ranks = learner.ranks, ALONE
+        try:
+            return original(self, *arguments)
+        finally:
+            learner.ranks = ranks
+
+    patch.setattr(owner, method, run)
+
+
+MISTAKES: dict[str, tuple[Callable[[Patch], None], Case]] = {
+    "none, copies": (nothing, COPIES),
+    "none, shards": (nothing, SHARDS),
+    **{
+        mistake.__name__: (mistake, case)
+        for case, mistakes in (
+            (
+                COPIES,
+                [divided_by_the_local_batch, own_gradient_of_the_labelled_loss, own_labelled_losses, own_loss],
+            ),
+            (
+                SHARDS,
+                [
+                    norm_of_the_own_shard,
+                    clipping_term_of_the_own_shard,
+                    step_of_the_own_shard,
+                    what_was_gathered_is_kept,
+                ],
+            ),
+        )
+        for mistake in mistakes
+    },
+}
+
+
+def make_all(ranks: Ranks) -> dict[str, dict[str, torch.Tensor] | str]:
+    found: dict[str, dict[str, torch.Tensor] | str] = {}
+    for name, (mistake, case) in MISTAKES.items():
+        with Patch.context() as patch:
+            mistake(patch)
+            try:
+                found[name] = train(ranks, case)
+            except RuntimeError as error:
+                found[name] = str(error)
+    return found
+
+
+@functools.cache
+def of_two() -> dict[str, dict[str, torch.Tensor] | str]:
+    return results(in_ranks(2, make_all))[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_every_mistake_is_noticed(name: str) -> None:
+    case = MISTAKES[name][1]
+    expected, found = train(ALONE, replace(case.alone)), of_two()[name]
+    worst = 1.0 if isinstance(found, str) else max(difference(found[key], expected[key]) for key in expected)
+    assert (worst < 1e-6) == name.startswith("none"), (worst, found if isinstance(found, str) else "")
