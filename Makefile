@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEEDS ?= 5
 
-.PHONY: help install reproduce-table2 reproduce-swapped-teacher test lint format bench clean
+.PHONY: help install reproduce-table1 reproduce-table2 reproduce-swapped-teacher test lint format bench clean
 
 help:
 	@echo "make reproduce-table2           Supervised, NoisyStudent, Reduced MPL on digits, $(SEEDS) seeds"
+	@echo "make reproduce-table1           eight methods alone, six also with full MPL on top"
 	@echo "make reproduce-swapped-teacher  does the feedback act? with controls"
 	@echo "make test | lint | format | bench | clean"
 
@@ -19,6 +20,9 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
+
+reproduce-table1: $(STAMP)
+	$(BIN)/mpl reproduce table1 --seeds $(SEEDS)
 
 reproduce-table2: $(STAMP)
 	$(BIN)/mpl reproduce table2 --seeds $(SEEDS)

@@ -50,7 +50,7 @@ class Checkpoints:
         """
         tensors = tensors_of(networks)
         if self.ranks.world == 1:
-            self.save(step, {"tensors": tensors, "values": values})
+            self._save_file(step, tensors, values)
             return
         from pipeline.distributed.checkpoint import write_shards
 
@@ -101,41 +101,19 @@ class Checkpoints:
             raise CheckpointError("\n".join([*warnings, "No sound checkpoint is left; start again with --force"]))
         return None
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write step's checkpoint, then the index, then drop those older than the newest two."""
-        path = self.folder / f"step-{step:08d}.pt"
-        with whole_file(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # torch's writer reports a full disk this way
-                raise OSError(str(error)) from error
-        self._note({"step": step, "file": path.name, "sha256": sha256_file(path)})
-
-    def newest(self, device: torch.device) -> tuple[int, dict[str, Any], list[str]] | None:
-        """(step, state, warnings) of the newest checkpoint that is sound; None where none was ever saved.
-
-        Raises:
-            CheckpointError: there are checkpoints, but all are damaged or of another training.
-        """
-        entries = self._entries()
-        warnings: list[str] = []
-        for entry in reversed(entries):
-            path = self.folder / entry["file"]
-            problem = _problem(path, entry["sha256"])
-            if problem is None:
-                try:
-                    state = torch.load(path, map_location=device, weights_only=True)
-                    return entry["step"], state, warnings
-                except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-                    problem = str(error).splitlines()[0]
-            warnings.append(f"checkpoint {path} cannot be used: {problem}")
-        if entries:
-            raise CheckpointError("\n".join([*warnings, "No sound checkpoint is left; start again with --force"]))
-        return None
-
     def clear(self) -> None:
         """Remove all: the finished network is written, or the stage starts anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _save_file(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """A single process's checkpoint."""
+        path = self.folder / f"step-{step:08d}.pt"
+        with whole_file(path) as temporary:
+            try:
+                torch.save({"tensors": tensors, "values": values}, temporary)
+            except RuntimeError as error:  # torch's writer reports a full disk this way
+                raise OSError(str(error)) from error
+        self._note({"step": step, "file": path.name, "sha256": sha256_file(path)})
 
     def _read(self, path: Path, networks: Networks) -> dict[str, Any]:
         """Fill the networks from one checkpoint; returns its values."""
@@ -188,8 +166,8 @@ class Checkpoints:
                 work()
             except UserError as error:
                 met = error
-            except OSError as error:
-                met = CheckpointError(f"cannot write below {self.folder}: {error.strerror or error}")
+            except (OSError, ValueError) as error:
+                met = CheckpointError(f"cannot write below {self.folder}: {error}")
         self.ranks.raise_together(met)
 
     def _agreed(self, problem: str | None) -> str | None:
@@ -198,8 +176,8 @@ class Checkpoints:
 
 
 def _make_empty(folder: Path) -> None:
-    if folder.exists():
-        discard(folder)
+    for left in folder.parent.glob(".step-*.tmp"):  # by a process that was killed
+        discard(left)
     folder.mkdir(parents=True)
 
 

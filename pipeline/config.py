@@ -245,6 +245,17 @@ class DataSettings(Settings):
     memory_gib: PositiveFloat = 4.0  # splits beyond this lie decoded in a file beside the run, pools are streamed
 
 
+class DistributedSettings(Settings):
+    """Several processes, started by torchrun, and memory: how a training lies on its devices (docs/cluster.md)."""
+
+    layout: Literal["replicated", "sharded", "hybrid"] = "replicated"  # DDP; FSDP2; FSDP2 inside groups, copies between
+    shard_size: PositiveInt = 1  # hybrid: processes that share one copy
+    sync_batch_norm: bool = False  # batch statistics over all processes
+    checkpoint_activations: bool = False  # run blocks again in the backward pass instead of keeping activations
+    micro_batches: PositiveInt = 1  # parts in which each process takes its share of a batch
+    timeout_seconds: PositiveFloat = 600.0  # that a process waits for the others
+
+
 class ReproduceSettings(Settings):
     """`mpl reproduce`."""
 
@@ -268,6 +279,7 @@ class Recipe(Settings):
     train_mpl: TrainMplSettings | None = None
     finetune: FinetuneSettings
     evaluate: EvaluateSettings = EvaluateSettings()
+    distributed: DistributedSettings = DistributedSettings()
     reproduce: ReproduceSettings = ReproduceSettings()
 
 

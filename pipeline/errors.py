@@ -6,7 +6,13 @@ that escapes is a defect of this project and keeps its traceback.
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong and the person can mend it."""
+    """Something outside the program is wrong and the person can mend it.
+
+    Attributes:
+        shared: whether all processes of a training raise it together, so that one of them may speak for all.
+    """
+
+    shared = False
 
 
 class UsageError(UserError):

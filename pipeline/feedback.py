@@ -284,7 +284,23 @@ def labelled_loss_gradient(
         )
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     named = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-    return loss.detach(), named
+    return loss.detach(), in_memory_of_their_own(named)
+
+
+def in_memory_of_their_own(tensors: Tensors) -> Tensors:
+    """The same tensors, safe to change in place.
+
+    Autograd may give one tensor to two parameters (a class token and its position, with one image), or one whose
+    elements share memory.
+    """
+    seen: set[int] = set()
+    result = {}
+    for name, t in tensors.items():
+        storage = t.untyped_storage()
+        own = storage.data_ptr() not in seen and storage.nbytes() >= t.numel() * t.element_size()
+        seen.add(storage.data_ptr())
+        result[name] = t if own else t.clone(memory_format=torch.contiguous_format)
+    return result
 
 
 def _sharded_labelled_loss_gradient(

@@ -136,8 +136,7 @@ class ViewData:
 
     def _part(self, total: int) -> slice:
         """This rank's rows of a global batch."""
-        share = total // self.ranks.world
-        return slice(self.ranks.rank * share, (self.ranks.rank + 1) * share)
+        return self.ranks.part(total)
 
 
 class Lessons:
@@ -180,11 +179,7 @@ def require_batch(batch: int, images: int, key: str, what: str, ranks: Ranks) ->
             f"train_mpl.{key} (={batch:,}) is more than the {images:,} {what} there are: "
             f"set train_mpl.{key} to at most {images:,}, or give more images"
         )
-    if batch % ranks.world:
-        raise DataError(
-            f"train_mpl.{key} (={batch:,}) cannot be shared by {ranks.world} processes: "
-            f"choose a multiple of {ranks.world}, or another number of processes"
-        )
+    ranks.share(batch, f"train_mpl.{key}")
 
 
 def wrong_labels(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from pipeline.config import TeacherKind, TrainReducedSettings, TrainSettings
 from pipeline.data.augment import augment, normalize
 from pipeline.data.batches import batch_indices
 from pipeline.data.settings import AugmentSettings
+from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import DataError
 from pipeline.seeds import derive_seed
 from pipeline.teachers import Batch, Labelled
@@ -125,6 +126,7 @@ class StudentData:
         feedback_batch: labelled images per feedback; all of them where there are fewer.
         feedback_augment: how those are augmented.
         held_out: share of the labelled images that serve the feedback alone.
+        ranks: the processes that share the global batch; each gets its part of labelled and of pool images.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class StudentData:
         feedback_batch: int = 128,
         feedback_augment: AugmentSettings | None = None,
         held_out: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         if mixture.pool and (pool is None or not len(pool)):
             raise DataError("the selected pool is empty: nothing to train the student on; see mpl filter")
@@ -152,24 +155,39 @@ class StudentData:
         self.feedback_augment = feedback_augment or AugmentSettings()
         self.student_labelled, self.feedback_labelled = hold_out(labelled, held_out, seed)
         self.feedback_batch = min(feedback_batch, len(self.feedback_labelled.labels))
-        self.pool = pool
+        self.feedback_batch -= self.feedback_batch % ranks.world
+        self.pool, self.ranks = pool, ranks
+        for count, what in ((mixture.labelled, "labelled images"), (mixture.pool, "pool images")):
+            ranks.share(count, f"the number of {what} in a batch")
 
     def batch(self, step: int) -> Batch:
         """The student's batch of `step`: labelled images first, then pool images."""
-        pixels, targets, calibrated = [], [], []
+        pixels, targets, calibrated, firsts = [], [], [], []
+        total = self.mixture.labelled + self.mixture.pool
         if self.mixture.labelled:
-            chosen = self._draw(self.student_labelled, self.mixture.labelled, "labelled", step)
+            part = self.ranks.part(self.mixture.labelled)
+            chosen = self._draw(self.student_labelled, self.mixture.labelled, "labelled", step, part)
             stored = None if self.mixture.true_labels else chosen.distributions
             pixels.append(chosen.pixels)
             targets.append(self._true_targets(chosen.labels) if stored is None else stored)
-            calibrated += [stored is not None] * self.mixture.labelled
+            calibrated += [stored is not None] * len(chosen.labels)
+            firsts.append(part.start)
         if self.mixture.pool:
             assert self.pool is not None
-            drawn, distributions = self.pool.draw(self.seed, step, self.mixture.pool)
+            part = self.ranks.part(self.mixture.pool)
+            drawn, distributions = self.pool.draw(self.seed, step, self.mixture.pool, part)
             pixels.append(drawn)
             targets.append(distributions)
-            calibrated += [True] * self.mixture.pool
-        images = self._prepare(torch.cat(pixels), self.settings.augment, "augment", step)
+            calibrated += [True] * len(drawn)
+            firsts.append(self.mixture.labelled + part.start)
+        if self.ranks.world == 1:
+            pixels, firsts = [torch.cat(pixels)], [0]
+        images = torch.cat(
+            [
+                self._prepare(part, self.settings.augment, "augment", step, first, total)
+                for part, first in zip(pixels, firsts, strict=True)
+            ]
+        )
         flags = torch.tensor(calibrated, device=self.device)
         return Batch(images, torch.cat(targets).to(self.device), flags)
 
@@ -180,17 +198,22 @@ class StudentData:
 
     def feedback(self, step: int) -> Labelled:
         """Labelled images for the teacher's turn of `step`."""
-        chosen = self._draw(self.feedback_labelled, self.feedback_batch, "feedback", step)
-        images = self._prepare(chosen.pixels, self.feedback_augment, "feedback-augment", step)
+        total = self.feedback_batch
+        part = self.ranks.part(total)
+        chosen = self._draw(self.feedback_labelled, total, "feedback", step, part)
+        images = self._prepare(chosen.pixels, self.feedback_augment, "feedback-augment", step, part.start, total)
         stored = None if chosen.distributions is None else chosen.distributions.to(self.device)
         return Labelled(images, chosen.labels.to(self.device), stored)
 
-    def _draw(self, labelled: LabelledSet, count: int, purpose: str, step: int) -> LabelledSet:
-        return labelled.rows(batch_indices(len(labelled.labels), count, self.seed, purpose, step))
+    def _draw(self, labelled: LabelledSet, count: int, purpose: str, step: int, part: slice) -> LabelledSet:
+        return labelled.rows(batch_indices(len(labelled.labels), count, self.seed, purpose, step)[part])
 
-    def _prepare(self, pixels: Tensor, settings: AugmentSettings, purpose: str, step: int) -> Tensor:
+    def _prepare(
+        self, pixels: Tensor, settings: AugmentSettings, purpose: str, step: int, first: int, total: int
+    ) -> Tensor:
         pixels = pixels.to(self.device, non_blocking=True)
-        return normalize(augment(pixels, settings, derive_seed(self.seed, purpose, step)), self.mean, self.std)
+        augmented = augment(pixels, settings, derive_seed(self.seed, purpose, step), first=first, total=total)
+        return normalize(augmented, self.mean, self.std)
 
     def _true_targets(self, labels: Tensor) -> Tensor:
         smoothing = self.settings.label_smoothing

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from pipeline.config import FeedbackKind, MplFeedbackSettings, ScheduleSettings
 from pipeline.data.draws import Draws
 from pipeline.distributed import ALONE, Ranks
+from pipeline.distributed.layout import average_gradients, bare, running_statistics
 from pipeline.feedback import log_probabilities
 from pipeline.methods import Lesson, Method, Rows
+from pipeline.named_tensors import Networks
 from pipeline.optim import learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.student import StudentStep
@@ -40,7 +42,7 @@ class TeacherNetwork:
         seed: of the sampled labels.
         clip_norm: of its gradient, or None.
         autocast: dtype of mixed precision, or None.
-        ranks: the processes that share the batch; `model` averages gradients over them itself (DDP, FSDP).
+        ranks: the processes that share the batch.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class TeacherNetwork:
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """T(x), (B, C), without a gradient, in training mode."""
-        return log_probabilities(self.model, images, self.autocast).exp()
+        return log_probabilities(bare(self.model), images, self.autocast).exp()
 
     def wish(self, step: int) -> Wish:
         if self.feedback == "none" or not self.options.weight or step % self.options.every:
@@ -102,10 +104,12 @@ class TeacherNetwork:
         require_finite(objective, "the teacher's objective", self.ranks)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        average_gradients(self.model, self.ranks)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         set_learning_rate(self.optimizer, learning_rate(self.schedule, self.base_lr, batch.views.step, self.steps))
         self.optimizer.step()
+        self.ranks.mean_(running_statistics(bare(self.model)))
         del self._lesson, self._lesson_log_p, self._pool_log_p  # with the graph
         return metrics
 
@@ -141,17 +145,14 @@ class TeacherNetwork:
         labels = (q.cumsum(dim=1) < chance * q.sum(dim=1, keepdim=True)).sum(dim=1).clamp(max=q.shape[1] - 1)
         return torch.nn.functional.one_hot(labels, q.shape[1]).to(q.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "network": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "moving": self.moving,
-        }
+    def networks(self) -> Networks:
+        return {"teacher": (self.model, self.optimizer)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.moving = state["moving"]
+    def values(self) -> dict[str, Any]:
+        return {"moving": self.moving}
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        self.moving = values["moving"]
 
 
 def join(lesson: Lesson) -> Tensor:

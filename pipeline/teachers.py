@@ -17,6 +17,7 @@ from pipeline.config import CalibratorSettings, FeedbackSettings
 from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import NonFiniteError
 from pipeline.methods import Views
+from pipeline.named_tensors import Networks
 from pipeline.student import StudentStep
 
 Metrics = dict[str, Tensor]
@@ -78,9 +79,15 @@ class Teacher(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def networks(self) -> Networks:
+        """What a checkpoint keeps of it: label → (network, its optimiser)."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def values(self) -> dict[str, Any]:
+        """What else a checkpoint keeps, as JSON."""
+        ...
+
+    def load_values(self, values: dict[str, Any]) -> None: ...
 
 
 class FixedTargets:
@@ -95,10 +102,13 @@ class FixedTargets:
     def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def networks(self) -> Networks:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def values(self) -> dict[str, Any]:
+        return {}
+
+    def load_values(self, values: dict[str, Any]) -> None:
         pass
 
 
@@ -187,12 +197,14 @@ class Calibrator:
         metrics["labels_changed"] = changed[batch.calibrated].float().mean()
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def networks(self) -> Networks:
+        return {"calibrator": (self.network, self.optimizer)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def values(self) -> dict[str, Any]:
+        return {}
+
+    def load_values(self, values: dict[str, Any]) -> None:
+        pass
 
 
 def fed_back(gradient: Tensor, step: StudentStep, settings: FeedbackSettings, ranks: Ranks) -> Tensor:

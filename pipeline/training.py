@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import TrainSettings
+from pipeline.distributed import ALONE, Ranks
+from pipeline.distributed.layout import Layout, bare, full_state, lay_out, lay_out_average
 from pipeline.errors import NonFiniteError
 from pipeline.logs import MetricsLog
+from pipeline.named_tensors import Networks
 from pipeline.optim import average_with_warmup, build_optimizer, learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.student import Student
@@ -92,6 +96,9 @@ class Training:
         observer: told of progress.
         validate: figures of a network for the log (validation_top1 …); never for a choice.
         autocast: dtype of mixed precision, or None.
+        ranks: the processes that train together; `data` gives each its share of a batch.
+        layout: how the network lies on them.
+        micro_batches: parts in which a share is taken.
         wait: steps that the teacher learns alone, before the student's first.
         watch: told how many steps are done, at the start and after each.
     """
@@ -111,20 +118,26 @@ class Training:
         autocast: torch.dtype | None = None,
         wait: int = 0,
         watch: Callable[[int], None] = lambda done: None,
+        ranks: Ranks = ALONE,
+        layout: Layout | None = None,
+        micro_batches: int = 1,
     ) -> None:
-        self.wait, self.watch = wait, watch
-        self.model, self.teacher, self.data, self.settings = model, teacher, data, settings
+        self.wait, self.watch, self.ranks, layout = wait, watch, ranks, layout or Layout()
+        self.teacher, self.data, self.settings = teacher, data, settings
         self.folder, self.seed, self.observer, self.validate = folder, seed, observer, validate
+        self.average = AveragedModel(model, multi_avg_fn=average_with_warmup(settings.ema_decay), use_buffers=True)
+        self.model = lay_out(model, layout, ranks)
+        lay_out_average(self.average.module, layout, ranks)
         self.student = Student(
-            model,
-            build_optimizer(model, settings.optimizer),
+            self.model,
+            build_optimizer(bare(self.model), settings.optimizer),
             clip_norm=settings.optimizer.clip_norm,
             autocast=autocast,
+            ranks=ranks,
+            micro_batches=micro_batches,
         )
-        self.average = AveragedModel(model, multi_avg_fn=average_with_warmup(settings.ema_decay), use_buffers=True)
-        self.checkpoints = Checkpoints(folder / "checkpoints", identity)
+        self.checkpoints = Checkpoints(folder / "checkpoints", identity, ranks)
         self.at = Progress()
-        self._device = next(model.parameters()).device
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns figures for the record. The average is the result.
@@ -132,22 +145,33 @@ class Training:
         Raises:
             NonFiniteError: a loss or gradient is NaN or infinite; the last checkpoint is intact.
             Interrupted: the observer asked to stop; the present step was saved.
+            RanksError: a process did not take part within the time allowed; says which.
         """
+        with self.ranks.watched("training"):
+            return self._run()
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """Weights and batch statistics of the moving average, on the first rank ({} on others). All must call."""
+        if self.ranks.world == 1:
+            return self.average.module.state_dict()
+        return full_state(self.average.module, self.ranks)
+
+    def _run(self) -> dict[str, Any]:
         self._restore()
         clock, saved = time.monotonic(), time.monotonic()
         before = self.at.seconds
         self.model.train()
-        with MetricsLog(self.folder, self.at.step) as log:
+        with MetricsLog(self.folder, self.at.step) if self.ranks.first else nullcontext() as log:
             self.watch(self.at.step)
             while self.at.step < self.settings.steps:
                 self._one_step()
                 self.watch(self.at.step)
                 self.at.seconds = before + time.monotonic() - clock
                 self._log(log)
-                stop = self.observer.stop_requested()
+                stop, late = self._agreed(self.observer.stop_requested(), time.monotonic() - saved)
                 last = self.at.step == self.settings.steps
                 due = self.at.step % self.settings.checkpoint_every == 0
-                if last or stop or due or time.monotonic() - saved > self.settings.checkpoint_seconds:
+                if last or stop or due or late:
                     self._save()
                     saved = time.monotonic()
                 if stop and not last:
@@ -158,14 +182,17 @@ class Training:
             "train_seconds": round(self.at.seconds, 3),
         }
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """Weights and batch statistics of the moving average."""
-        return self.average.module.state_dict()
+    def _agreed(self, stop: bool, seconds: float) -> tuple[bool, bool]:
+        """(whether some rank was asked to stop, whether a checkpoint is due by the clock), the same on all ranks."""
+        late = seconds > self.settings.checkpoint_seconds
+        told = {int(value) for value in self.ranks.every(stop + 2 * late)}
+        return any(value & 1 for value in told), any(value & 2 for value in told)
 
     def _one_step(self) -> None:
         step = self.at.step
         set_learning_rate(self.student.optimizer, self._learning_rate(step))
-        torch.manual_seed(derive_seed(self.seed, "masks", step))  # dropout, drop path: a function of the step
+        own = (self.ranks.rank,) if self.ranks.rank else ()
+        torch.manual_seed(derive_seed(self.seed, "masks", step, *own))  # dropout, drop path: a function of the step
         waits = step < self.wait
         wish: Wish = "nothing" if waits else self.teacher.wish(step)
         batch = self.data.batch(step)
@@ -179,13 +206,13 @@ class Training:
                 "the last checkpoint is intact"
             ) from error
         if not waits:
-            self.average.update_parameters(self.model)
+            self.average.update_parameters(bare(self.model))
         for name, value in metrics.items():
             self.at.sums[name] = self.at.sums.get(name, 0.0) + float(value)
             self.at.counts[name] = self.at.counts.get(name, 0) + 1
         self.at.step = step + 1
 
-    def _log(self, log: MetricsLog) -> None:
+    def _log(self, log: MetricsLog | None) -> None:
         """A row of means since the last row, at the interval, at a validation and at the end."""
         step, last = self.at.step, self.at.step == self.settings.steps
         look = last or (self.settings.evaluate_every and step % self.settings.evaluate_every == 0)
@@ -198,7 +225,8 @@ class Training:
         if look:
             values |= self.validate(self.average.module)
         self.at.sums, self.at.counts = {}, {}
-        log.write(step, values)
+        if log is not None:
+            log.write(step, values)
         self.observer.progress(step, self.settings.steps, values)
 
     def _learning_rate(self, step: int) -> float:
@@ -207,29 +235,23 @@ class Training:
             return 0.0
         return learning_rate(settings.schedule, settings.optimizer.lr, step - self.wait, settings.steps - self.wait)
 
+    def _networks(self) -> Networks:
+        own: Networks = {"student": (self.model, self.student.optimizer), "average": (self.average, None)}
+        return {**own, **self.teacher.networks()}
+
     def _save(self) -> None:
-        self.checkpoints.save(
-            self.at.step,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.student.optimizer.state_dict(),
-                "average": self.average.state_dict(),
-                "teacher": self.teacher.state_dict(),
-                "progress": {"seconds": self.at.seconds, "sums": self.at.sums, "counts": self.at.counts},
-            },
-        )
+        progress = {"seconds": self.at.seconds, "sums": self.at.sums, "counts": self.at.counts}
+        values = {"progress": progress, "teacher": self.teacher.values()}
+        self.checkpoints.save_networks(self.at.step, self._networks(), values)
 
     def _restore(self) -> None:
-        found = self.checkpoints.newest(self._device)
+        found = self.checkpoints.restore_networks(self._networks())
         if found is None:
             return
-        step, state, warnings = found
+        step, values, warnings = found
         for warning in warnings:
             self.observer.note(warning)
-        self.model.load_state_dict(state["model"])
-        self.student.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
-        self.teacher.load_state_dict(state["teacher"])
+        self.teacher.load_values(values["teacher"])
         self.student.steps_taken = max(0, step - self.wait)
-        self.at = Progress(step=step, **state["progress"])
+        self.at = Progress(step=step, **values["progress"])
         self.observer.note(f"goes on from step {step} of {self.settings.steps}")

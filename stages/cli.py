@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import shlex
 import sys
 import warnings
@@ -95,7 +96,8 @@ def main() -> None:
         if not isinstance(error, UserError):
             raise
         usage = isinstance(error, UsageError)
-        _say(f"Error: {error}", resume=not usage)
+        if not (error.shared and int(os.environ.get("RANK", "0"))):  # the first process says it for all
+            _say(f"Error: {error}", resume=not usage)
         status = 2 if usage else 1
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -19,16 +19,20 @@ class Console:
 
     Args:
         quiet: only notes.
+        prefix: of every line.
+        silent: not even notes; for a process beside others that speaks for none.
     """
 
-    def __init__(self, *, quiet: bool = False, prefix: str = "") -> None:
-        self.quiet, self.prefix = quiet, prefix
+    def __init__(self, *, quiet: bool = False, prefix: str = "", silent: bool = False) -> None:
+        self.quiet, self.prefix, self.silent = quiet or silent, prefix, silent
         self._bar: Any = None
         self._last_line = 0.0
         self._stop = False
 
     def note(self, text: str) -> None:
         """A line of its own."""
+        if self.silent:
+            return
         if self._bar is not None:
             tqdm.write(f"{self.prefix}{text}", file=sys.stderr)
         else:

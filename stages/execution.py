@@ -1,16 +1,22 @@
 """Run one stage: decide, lock, work, record. The same for every stage."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import RunError
-from pipeline.files import Location, discard
+from pipeline.errors import RunError, UsageError, UserError
+from pipeline.files import Location, discard, fingerprint
 from pipeline.runs import NOT_DONE, Action, Decision, Stopwatch
+from stages.console import Console
 from stages.options import Context
+
+if TYPE_CHECKING:
+    from pipeline.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Stage:
         work: does it; returns figures for the record.
         summary: a line for a person from those figures.
         replaces: files and folders that `--force` removes first.
+        together: several processes, started by torchrun, do it together.
         keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
         cheap: top-level keys of the basis whose change is no reason to refuse: the work is done again at once.
     """
@@ -36,6 +43,7 @@ class Stage:
     replaces: Sequence[Location] = ()
     cheap: frozenset[str] = frozenset()
     keeps_recipe: bool = True
+    together: bool = False
 
 
 def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any]:
@@ -49,16 +57,61 @@ def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any
         decision = decide(context, stage)
         context.console.note(f"{stage.name}: would {decision.action} ({decision.reason})")
         return _tell(context, {"stage": stage.name, "action": str(decision.action), "reason": decision.reason})
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return _execute_together(context, plan)
     context.run.description  # noqa: B018  (refuses a foreign directory before anything is written there)
     with context.run.locked():
         stage = plan(context)
-        return _tell(context, _execute_locked(context, stage))
+        require_store(context, stage.name)
+        return _tell(context, _execute_locked(context, stage, decide(context, stage)))
 
 
-def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
-    run, console = context.run, context.console
+def _execute_together(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any]:
+    """The same under torchrun: the first process holds the lock, decides and records; all of them work."""
+    from pipeline.distributed.launch import joined
+
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        context = replace(context, force=False)  # what the attempt before had begun is not to be removed
+    with joined(context.device, context.recipe.distributed.timeout_seconds) as ranks, ExitStack() as held:
+        context = replace(context, ranks=ranks)
+        if not ranks.first:
+            context = replace(context, console=Console(silent=True))
+        _agreed(ranks, lambda: held.enter_context(context.run.locked()) if ranks.first else None)
+        stage = _agreed(ranks, lambda: plan(context))
+        if not stage.together:
+            raise UsageError(f"{stage.name} runs in one process; leave torchrun out (mpl filter has --workers)")
+        ranks.check_same("the recipe or the data", fingerprint(stage.basis))
+        decided = _agreed(ranks, lambda: _decide_first(context, stage))
+        decision = Decision(*json.loads(ranks.texts(json.dumps(decided))[0]))
+        result = _agreed(ranks, lambda: _execute_locked(context, stage, decision))
+        ranks.barrier("the end")
+        return _tell(context, result) if ranks.first else result
+
+
+def _decide_first(context: Context, stage: Stage) -> tuple[str, str]:
+    """The first process's decision; the others take it over."""
+    if not context.first:
+        return "", ""
     require_store(context, stage.name)
     decision = decide(context, stage)
+    return decision.action.value, decision.reason
+
+
+def _agreed(ranks: "Ranks", work: Callable[[], Any]) -> Any:
+    """What `work` returns; what it raises on some rank is raised on all, so that none waits for another."""
+    result, met = None, None
+    try:
+        result = work()
+    except UserError as error:
+        if error.shared:
+            raise
+        met = error
+    ranks.raise_together(met)
+    return result
+
+
+def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[str, Any]:
+    run, console = context.run, context.console
     if decision.action is Action.SKIP:
         record = run.record(stage.name)
         assert record is not None
@@ -66,6 +119,26 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
         return record
     if decision.action is Action.REFUSE:
         raise RunError(decision.reason)
+    console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
+    if context.first:
+        _begin(context, stage)
+    context.together.barrier("the start")
+    clock = Stopwatch()
+    try:
+        with console.graceful_stop():
+            result = stage.work()
+    finally:
+        console.close()
+    if not context.first:
+        return result
+    record = run.finish(stage.name, stage.basis, clock.seconds, result)
+    console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
+    return record
+
+
+def _begin(context: Context, stage: Stage) -> None:
+    """Note what begins, and remove what --force removes."""
+    run = context.run
     if stage.keeps_recipe or run.description is None:
         store = None if context.store == run.root else str(context.store)
         run.keep(context.recipe, context.seed, str(context.data) if context.data else None, store)
@@ -73,17 +146,7 @@ def _execute_locked(context: Context, stage: Stage) -> dict[str, Any]:
         run.claim(context.store)
     if context.force:
         discard(*stage.replaces)
-    console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
     run.begin(stage.name, stage.basis)
-    clock = Stopwatch()
-    try:
-        with console.graceful_stop():
-            result = stage.work()
-    finally:
-        console.close()
-    record = run.finish(stage.name, stage.basis, clock.seconds, result)
-    console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
-    return record
 
 
 def require_store(context: Context, stage: str) -> None:

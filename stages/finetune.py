@@ -47,6 +47,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         summary=lambda result: f"Finetuned student: {result['validation']['top1']:.2f}% on validation",
         replaces=[folder],
         keeps_recipe=name is None,
+        together=True,
     )
 
 
@@ -71,5 +72,6 @@ def work(context: Context, source: Path, folder: Path, basis: dict[str, Any]) ->
         std=network.std,
         seed=context.seed,
         device=context.device,
+        ranks=context.together,
     )
     return train_and_save(context, network, FixedTargets(), data, settings, folder, basis)

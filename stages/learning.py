@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import DataSettings, EvaluateSettings, TrainSettings
+from pipeline.config import DataSettings, DistributedSettings, EvaluateSettings, TrainSettings
 from pipeline.data.batches import Images, load_images
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
 from pipeline.data.sources import Split, open_split
+from pipeline.distributed.layout import Layout, bare
 from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, evaluate_logits, predict_logits
 from pipeline.files import fingerprint
@@ -63,8 +64,21 @@ def training_basis(context: Context, settings: TrainSettings, **inputs: Any) -> 
         "data": data_basis(context.recipe.data),
         "seed": context.seed,
         "precision": context.precision,
+        **_parts(context.recipe.distributed),
         **inputs,
     }
+
+
+def _parts(settings: DistributedSettings) -> dict[str, Any]:
+    """What batch statistics are taken over, where that is not the whole batch of a process."""
+    chosen = {"micro_batches": settings.micro_batches, "sync_batch_norm": settings.sync_batch_norm}
+    return {} if chosen == {"micro_batches": 1, "sync_batch_norm": False} else {"distributed": chosen}
+
+
+def layout_of(context: Context) -> Layout:
+    """How networks lie on the processes."""
+    settings = context.recipe.distributed
+    return Layout(settings.layout, settings.shard_size, settings.sync_batch_norm, settings.checkpoint_activations)
 
 
 def data_basis(settings: DataSettings) -> dict[str, Any]:
@@ -128,7 +142,7 @@ def train_and_save(
         if train_set is not None:
             on_train = replace(judge, images=train_set)
             figures["train_top1"] = on_train(model).top1
-            for name, other in (watched or {}).items():
+            for name, other in ((name, bare(model)) for name, model in (watched or {}).items()):
                 figures[f"{name}_validation_top1"] = judge(other).top1
                 figures[f"{name}_train_top1"] = on_train(other).top1
         return figures
@@ -145,12 +159,18 @@ def train_and_save(
         validate=look,
         autocast=context.autocast,
         wait=wait,
-        watch=watch,
+        watch=watch if context.first else lambda done: None,
+        ranks=context.together,
+        layout=layout_of(context),
+        micro_batches=context.recipe.distributed.micro_batches,
     )
     figures = training.run()
-    digest = save_network(folder, network, training.averaged_state())
+    state = training.averaged_state()
+    digest = save_network(folder, network, state) if context.first else ""
     found = judge(training.average.module)
-    training.checkpoints.clear()
+    context.together.barrier("the last checkpoint")
+    if context.first:
+        training.checkpoints.clear()
     return figures | {
         "checkpoint": "last step, moving average",
         "weights_sha256": digest,

@@ -18,6 +18,8 @@ from stages.console import Console
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.distributed import Ranks
+
 DEFAULT_RECIPE = "digits"
 DEFAULT_RUN = Path("runs/default")
 
@@ -37,6 +39,19 @@ class Context:
     force: bool = False
     dry_run: bool = False
     as_json: bool = False
+    ranks: "Ranks | None" = None  # where torchrun started several processes
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks: the only one, or the first of several."""
+        return self.ranks is None or self.ranks.first
+
+    @property
+    def together(self) -> "Ranks":
+        """The processes of this training."""
+        from pipeline.distributed import ALONE
+
+        return self.ranks or ALONE
 
     @property
     def device(self) -> "torch.device":
@@ -47,11 +62,13 @@ class Context:
         """
         import torch
 
+        from pipeline.distributed.launch import device_of_this_rank
+
         name = self.device_name
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            device = torch.device(name)
+            device = device_of_this_rank(torch.device(name))
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]

@@ -37,6 +37,7 @@ def plan(context: Context) -> "Stage":
         work=lambda: work(context, basis),
         summary=lambda result: f"Teacher: {result['validation']['top1']:.2f}% on validation",
         replaces=[context.run / "teacher"],
+        together=True,
     )
 
 
@@ -64,6 +65,7 @@ def work(context: Context, basis: dict[str, Any]) -> dict[str, Any]:
         std=data.std,
         seed=context.seed,
         device=context.device,
+        ranks=context.together,
     )
     to_device(network, context.device)
     figures = train_and_save(context, network, FixedTargets(), batches, settings, context.run / "teacher", basis)

@@ -66,6 +66,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         summary=lambda result: f"{result['method']}: {result['validation']['top1']:.2f}% on validation",
         replaces=[folder],
         keeps_recipe=name is None,
+        together=True,
     )
     return own_student(context, stage, "train-mpl", name)
 
@@ -102,6 +103,7 @@ def method_title(settings: "TrainMplSettings") -> str:
 
 def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
     """Train: one loop; what gives the targets is a teacher network, or the method's own lessons."""
+    from pipeline.distributed.layout import bare, full_state
     from pipeline.feedback import log_probabilities
     from pipeline.lessons import Lessons, ViewData
     from pipeline.models import build_network, save_network
@@ -122,6 +124,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         classes=len(split.class_names), mean=recipe.data.mean, std=recipe.data.std,
         seed=context.seed, device=context.device,
         label_noise=0.0 if settings.alone else settings.teacher.label_noise,
+        ranks=context.together,
     )  # fmt: skip
     described: dict[str, Any] = {
         "method": method_title(settings),
@@ -136,7 +139,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
                 import torch
 
                 with torch.no_grad():
-                    return log_probabilities(network.model, batch, context.autocast).exp()
+                    return log_probabilities(network.model, batch, context.autocast).exp()  # bare: no talk of ranks
 
             lessons = Lessons(views, settings.method, predict)
             figures = train_and_save(
@@ -149,7 +152,8 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
             context, network, teacher, views, settings, folder, basis,
             wait=settings.student_wait, train_set=images, watched={"teacher": teacher.model},
         )  # fmt: skip
-        digest = save_network(folder / "teacher", teacher_network, teacher_network.model.state_dict())
+        state = full_state(bare(teacher.model), context.together)
+        digest = save_network(folder / "teacher", teacher_network, state) if context.first else ""
     return figures | described | {"teacher_sha256": digest}
 
 
@@ -196,14 +200,17 @@ def build_teacher(context: Context, class_names: tuple[str, ...]) -> "Network":
 
 def make_teacher(context: Context, network: "Network") -> "TeacherNetwork":
     """The teacher of the recipe around its network."""
+    from pipeline.distributed.layout import bare, lay_out
     from pipeline.optim import build_optimizer
     from pipeline.teacher_network import TeacherNetwork
+    from stages.learning import layout_of
 
     settings = settings_of(context)
     optimizer = settings.teacher.optimizer or settings.optimizer
+    model = lay_out(network.model, layout_of(context), context.together)
     return TeacherNetwork(
-        network.model,
-        build_optimizer(network.model, optimizer),
+        model,
+        build_optimizer(bare(model), optimizer),
         settings.method,
         settings.feedback,
         settings.feedback_options,
@@ -213,4 +220,5 @@ def make_teacher(context: Context, network: "Network") -> "TeacherNetwork":
         seed=context.seed,
         clip_norm=optimizer.clip_norm,
         autocast=context.autocast,
+        ranks=context.together,
     )

@@ -69,6 +69,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         summary=lambda result: f"Student ({result['method']}): {result['validation']['top1']:.2f}% on validation",
         replaces=[folder],
         keeps_recipe=name is None,
+        together=True,
     )
     return own_student(context, stage, "train-reduced", name)
 
@@ -114,16 +115,20 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         seed=context.seed, device=context.device,
         feedback_batch=settings.feedback.batch, feedback_augment=settings.feedback.augment,
         held_out=settings.feedback.held_out if settings.teacher == "calibrator" else 0.0,
+        ranks=context.together,
     )  # fmt: skip
     with closing(data):
         if settings.teacher == "calibrator":
             seed_initialisation(context, "calibrator")
-            calibrator = Calibrator(len(split.class_names), settings.calibrator, settings.feedback, context.device)
+            calibrator = Calibrator(
+                len(split.class_names), settings.calibrator, settings.feedback, context.device, context.together
+            )
             figures = train_and_save(
                 context, network, calibrator, data, settings, folder, basis,
                 watch=calibration_log(context, folder, calibrator, store),
             )  # fmt: skip
-            save_calibrator(folder / "calibrator.safetensors", calibrator)
+            if context.first:
+                save_calibrator(folder / "calibrator.safetensors", calibrator)
         else:
             figures = train_and_save(context, network, FixedTargets(), data, settings, folder, basis)
     method = {"calibrator": "Reduced MPL", "fixed": "NoisyStudent", "none": "Supervised"}[settings.teacher]

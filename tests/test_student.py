@@ -1,5 +1,7 @@
 """The meta-gradient against autograd through the whole step, in float64."""
 
+import copy
+
 import pytest
 import torch
 from timm.optim import RMSpropTF
@@ -61,6 +63,15 @@ def test_variants_of_the_rules(rule: str) -> None:
     if rule == "frozen":
         problem.student.model.conv1.requires_grad_(False)
     group["decoupled_weight_decay" if rule.startswith("adam") else "decoupled_decay"] = rule != "frozen"
+    exact = problem.oracle()
+    found = problem.learn().target_gradient(problem.labelled, problem.labels)
+    assert relative_error(found, exact) < 1e-9
+
+
+def test_one_labelled_image() -> None:
+    """Autograd then gives the class token and the position embedding gradients in the same memory."""
+    problem = make_problem("vit")
+    problem.labelled, problem.labels = problem.labelled[:1], problem.labels[:1]
     exact = problem.oracle()
     found = problem.learn().target_gradient(problem.labelled, problem.labels)
     assert relative_error(found, exact) < 1e-9
@@ -137,7 +148,7 @@ def test_micro_batches_are_the_whole_batch(parts: int, engine: str) -> None:
 
 
 def test_batch_statistics_are_those_of_a_micro_batch() -> None:
-    problem = make_problem("resnet")
+    problem = make_problem("efficientnet")
     problem.student.micro_batches = 2
     model = problem.student.model
     with torch.no_grad():
@@ -186,6 +197,8 @@ def test_blocks_that_are_run_again_change_nothing(network: str) -> None:
     for block in blocks:
         checkpoint_block(block)
         next(block.children()).register_forward_hook(count)
+        checkpoint_block(block)  # once is enough
+    assert blocks_of(copy.deepcopy(problem.student.model))[0].forward.args[0].__self__ is not blocks[0]
     step = problem.learn()
     assert runs == 2 * len(blocks)
     found = step.target_gradient(problem.labelled, problem.labels)

@@ -104,6 +104,28 @@ def test_hard_feedback_is_right_on_average() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("control", ["none", "flipped"])
+def test_hard_feedback_pays_labels_for_the_loss_they_take_away(control: str) -> None:
+    """Oracle: h, old minus new, and the cross-entropy of the same labels, draw by draw."""
+    settings = TINY.model_copy(update={"supervised_weight": 0.0, "feedback": "hard", "control": control})
+    moons, student, teacher, points = problem(settings)
+    thetas = [parameters_of(student.model, d) for d in range(len(DRAWS))]
+    views, labels = (points.flatten(0, 1), None), moons.labels
+    samplers, same = ([torch.Generator().manual_seed(d) for d in DRAWS] for _ in range(2))
+    teacher_objective(student, teacher, views, labels, settings, samplers).backward()
+    labelled, classes = (part.unflatten(0, (len(DRAWS), -1)) for part in labels)
+    for d, theta in enumerate(thetas):
+        psi = parameters_of(teacher, d)
+        log_q = log_softmax(logits_of(psi, points[d]), 1)
+        y = sampled(log_q.detach().exp(), same[d : d + 1])
+        loss = -(y * log_softmax(logits_of(theta, points[d]), 1)).sum(1).mean()
+        after = [p - settings.lr * g for p, g in zip(theta, torch.autograd.grad(loss, theta), strict=True)]
+        old, new = (float(cross_entropy(logits_of(p, labelled[d]), classes[d]).detach()) for p in (theta, after))
+        h = old - new if control == "none" else new - old
+        (expected,) = torch.autograd.grad(-h * (y * log_q).sum(), psi[:1])
+        torch.testing.assert_close(len(DRAWS) * teacher.weights[0].grad[d], expected, rtol=1e-8, atol=1e-15)
+
+
 @pytest.mark.parametrize(("method", "feedback"), [*((m, "soft") for m in EVERY), ("mpl", "hard")])
 def test_a_draw_does_not_depend_on_the_draws_beside_it(method: MethodName, feedback: str) -> None:
     settings = TINY.model_copy(update={"feedback": feedback})

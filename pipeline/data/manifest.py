@@ -167,7 +167,9 @@ def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Man
     name = str(name_or_file)
     if data is not None and (own := data / f"{name}.yaml").is_file():
         return _read(own)
-    found = {manifest.name: manifest for manifest in reversed(list_manifests(data))}
+    found = {manifest.name: manifest for manifest in _own(data) or _embedded_as(name)}
+    if name not in found:
+        found = {manifest.name: manifest for manifest in reversed(list_manifests(data))}
     if name not in found:
         hint = suggestion(name, found)
         raise DataError(
@@ -180,15 +182,26 @@ def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Man
 
 def list_manifests(data: Location | None = None) -> list[Manifest]:
     """The data folder's own manifest, if it has one, then the embedded ones by name."""
-    own = data / "manifest.yaml" if data is not None else None
-    manifests = [_read(own)] if own is not None and own.is_file() else []
-    return manifests + list(_embedded())
+    return _own(data) + list(_embedded())
 
 
 def suggestion(word: str, known: Any) -> str:
     """`did you mean …?` for a misspelt word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]}?" if close else ""
+
+
+def _own(data: Location | None) -> list[Manifest]:
+    own = data / "manifest.yaml" if data is not None else None
+    return [_read(own)] if own is not None and own.is_file() else []
+
+
+def _embedded_as(name: str) -> list[Manifest]:
+    """The embedded file of that name, so that the others need not be parsed."""
+    for entry in resources.files("data_manifests").iterdir():
+        if entry.name == f"{name}.yaml":
+            return [_parse(entry.read_text(encoding="utf-8"), entry.name, None)]
+    return []
 
 
 def _embedded() -> Iterator[Manifest]:

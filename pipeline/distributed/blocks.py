@@ -31,6 +31,8 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 def checkpoint_block(block: nn.Module) -> None:
     """Do not keep this block's activations: run it again in the backward pass, with the same random numbers."""
+    if "forward" in vars(block):
+        return  # it does so already
     block.forward = partial(_checkpointed, block.forward)
 
 

@@ -84,9 +84,10 @@ def read_shards(folder: Path, into: dict[str, Tensor], ranks: Ranks) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's word that a single process is a single process."""
+    """Without torch's word that a single process is a single process, and about its own use of storages."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.8
         yield
 
 

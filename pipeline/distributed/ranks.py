@@ -61,6 +61,11 @@ class Ranks:
             )
         return count // self.world
 
+    def part(self, total: int) -> slice:
+        """This rank's rows of a global batch that the ranks divide."""
+        size = total // self.world
+        return slice(self.rank * size, (self.rank + 1) * size)
+
     # --- tensors -----------------------------------------------------------------------------------------
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
@@ -127,7 +132,8 @@ class Ranks:
         wrong = {rank: (kind, text) for rank, (kind, _, text) in enumerate(met) if kind}
         kind, text = next(iter(wrong.values()))
         found = getattr(errors, kind, RanksError)
-        raise found(f"{_names(list(wrong))}: {text}") from error
+        everywhere = len(wrong) == self.world and len(set(wrong.values())) == 1
+        raise _shared(found(text if everywhere else f"{_names(list(wrong))}: {text}")) from error
 
     def check_same(self, what: str, value: str) -> None:
         """All ranks must have the same `value`, a fingerprint say.
@@ -137,9 +143,11 @@ class Ranks:
         """
         found = self.texts(value)
         if other := [rank for rank, text in enumerate(found) if text != found[0]]:
-            raise UsageError(
-                f"the ranks disagree on {what}: {_names(other)} (of {self.world}) not as rank 0; start all of "
-                "them with the same command, the same recipe file and the same version of this project"
+            raise _shared(
+                UsageError(
+                    f"the ranks disagree on {what}: {_names(other)} (of {self.world}) not as rank 0; start all of "
+                    "them with the same command, the same recipe file and the same version of this project"
+                )
             )
 
     def barrier(self, what: str) -> None:
@@ -189,6 +197,11 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1)
+
+
+def _shared(error: UserError) -> UserError:
+    error.shared = True
+    return error
 
 
 def absent(store: Any, name: str, world: int, timeout: float) -> list[int]:

@@ -71,7 +71,7 @@ def test_validation_rows_are_not_labelled_rows(name: str, held_out: int) -> None
     ],
 )
 def test_few_labels_and_the_training_images_as_the_pool(name: str, labelled: int, pool: int, held_out: int) -> None:
-    """No row for training is held out; where the paper's counts are of other images, none is labelled and in the pool."""
+    """No row for training is held out; the pool is of other images than the labelled, but on ImageNet."""
     manifest = load_manifest(name)
     rows = {}
     for split in ("labelled", "unlabelled", "validation"):

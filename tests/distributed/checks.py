@@ -7,6 +7,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from pipeline.config import CalibratorSettings, FeedbackSettings
@@ -14,7 +15,7 @@ from pipeline.distributed.layout import Layout, average_gradients, bare, lay_out
 from pipeline.distributed.ranks import Ranks
 from pipeline.student import Student, StudentStep
 from pipeline.teachers import Batch, Calibrator, Labelled
-from tests.problems import optimizer_of, small_efficientnet
+from tests.problems import optimizer_of
 
 CLASSES, STEPS = 5, 3
 REPLICATED = Layout()
@@ -38,10 +39,24 @@ def group_norm_network() -> nn.Module:
     )
 
 
+class BatchNorms(nn.Module):
+    """All kinds of batch normalisation that are synchronised: torch's two, and timm's with an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3, stride=4), nn.BatchNorm2d(6)
+        self.second, self.act = nn.Conv2d(6, 6, 3), BatchNormAct2d(6, act_layer=nn.SiLU)
+        self.flat, self.head = nn.BatchNorm1d(6, affine=False), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.second(F.silu(self.norm(self.first(x)))))
+        return self.head(self.flat(x.mean((2, 3))))
+
+
 NETWORKS = {
-    "vit": lambda: timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=CLASSES),
+    "vit": lambda: timm.create_model("test_vit", img_size=32, patch_size=16, depth=2, num_classes=CLASSES),
     "group_norm": group_norm_network,
-    "batch_norm": lambda: small_efficientnet(num_classes=CLASSES),
+    "batch_norm": BatchNorms,
 }
 
 

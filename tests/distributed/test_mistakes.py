@@ -11,6 +11,7 @@ from pipeline import feedback, student
 from pipeline.distributed.layout import Layout
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.distributed.shards import reshard
+from pipeline.distributed.sync_batch_norm import SumOverRanks
 from pipeline.student import Student, StudentStep
 from tests.distributed.checks import Case, train
 from tests.distributed.test_layouts import difference
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 Patch = pytest.MonkeyPatch
 COPIES = Case(clip=True)
 SHARDS = Case(Layout("sharded"), engine="central", foreign=True)
+STATISTICS = Case(Layout(sync_batch_norm=True), network="batch_norm", clip=False)
 
 
 def nothing(patch: Patch) -> None:
@@ -66,6 +68,14 @@ def what_was_gathered_is_kept(patch: Patch) -> None:
     patch.setattr(feedback, "reshard", only_once)
 
 
+def own_tangents_of_statistics(patch: Patch) -> None:
+    patch.setattr(SumOverRanks, "jvp", staticmethod(lambda ctx, tangent: tangent.clone()))
+
+
+def own_gradients_of_statistics(patch: Patch) -> None:
+    patch.setattr(SumOverRanks, "backward", staticmethod(lambda ctx, gradient: gradient.clone()))
+
+
 def alone(patch: Patch, owner: type, method: str) -> None:
     """The method runs as if there were one rank."""
     original = getattr(owner, method)
@@ -85,6 +95,9 @@ def alone(patch: Patch, owner: type, method: str) -> None:
 MISTAKES: dict[str, tuple[Callable[[Patch], None], Case]] = {
     "none, copies": (nothing, COPIES),
     "none, shards": (nothing, SHARDS),
+    "none, statistics": (nothing, STATISTICS),
+    "own_tangents_of_statistics": (own_tangents_of_statistics, STATISTICS),
+    "own_gradients_of_statistics": (own_gradients_of_statistics, STATISTICS),
     **{
         mistake.__name__: (mistake, case)
         for case, mistakes in (

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.distributed import launch, ranks
-from pipeline.distributed.layout import Layout, lay_out, mesh_of
+from pipeline.distributed.layout import Layout, lay_out, mesh_of, prepare
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import DataError, FeedbackError, NonFiniteError, RanksError, UsageError
 from pipeline.student import Student
@@ -146,6 +146,12 @@ def test_alone_needs_no_process_group() -> None:
     with pytest.raises(DataError, match=r"^gone$"):
         ALONE.raise_together(DataError("gone"))
     assert not dist.is_initialized()
+
+
+def test_a_normalisation_that_cannot_be_synchronised_is_named() -> None:
+    network = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4))
+    with pytest.raises(UsageError, match="1 is a BatchNorm3d"):
+        prepare(network, Layout(sync_batch_norm=True), Ranks(0, 2))
 
 
 def test_environments_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,25 @@
 """`mpl reproduce ablation`: variants differ in the feedback alone, and a small one runs from end to end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline.calibration import read_calibration
 from pipeline.config import Recipe
 from pipeline.errors import RunError
 from pipeline.report.ablation import Ablation, Group
 from pipeline.report.curves import read_curve
 from pipeline.runs import differences
+from pipeline.targets import TargetsStore
 from stages import ablation as module
 from stages import parts as parts_module
+from stages import train_reduced
 from stages.console import Console
+from stages.execution import execute
 from stages.options import Context, changed, make_context
 from tests.stages.comparisons import run_here, tiny
 from tests.stages.test_table1 import result
@@ -64,7 +69,7 @@ def test_all_tested_differences_are_judged_together() -> None:
     """Oracle: scipy's paired t-tests, Holm by hand over both groups."""
     off, on, flipped, reduced = [80.0, 82, 84, 81], [85.0, 86.5, 88, 86], [70.0, 75, 74, 70], [80.5, 81, 84.5, 80.8]
     of = {"on": on, "off": off, "flipped": flipped}
-    first = {name: [result(x, x - (name == "on")) for x in values] for name, values in of.items()}
+    first = {name: [result(x, x - {"on": 1, "off": 0.5}.get(name, 0)) for x in values] for name, values in of.items()}
     second = {"on": [result(x) for x in reduced], "off": [result(x) for x in off]}
     groups = (Group("A", first, "off", ("on", "flipped"), ("on", "off")), Group("B", second, "off", ("on",), ()))
     ablation = Ablation("T", [0, 1, 2, 3], groups, [], [], "c", {})
@@ -75,7 +80,7 @@ def test_all_tested_differences_are_judged_together() -> None:
     assert found["A", "on"] == pytest.approx(expected[p["on"]])
     assert found["A", "flipped"] == pytest.approx(expected[p["flipped"]])
     assert found["B", "on"] == pytest.approx(p["reduced"])
-    assert "Before finetuning: +3.62" in ablation.answers()[0]
+    assert "Before finetuning: +4.12" in ablation.answers()[0]
     assert "Before finetuning" not in ablation.answers()[1]
     assert ablation.as_json()["groups"][0]["differences"]["on"]["mean"] == pytest.approx(4.625)
 
@@ -98,7 +103,7 @@ def test_curves_have_one_value_for_each_seed_and_look(tmp_path: Path) -> None:
 def test_a_small_ablation_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(parts_module, "run_chains", run_here)
     run = tmp_path / "run"
-    outcome = mpl("reproduce", "ablation", "--recipe", tiny(tmp_path), "--run", run, "--seeds", 2)
+    outcome = mpl("reproduce", "ablation", "--recipe", tiny(tmp_path), "--run", run, "--seeds", 1)
     assert outcome.status == 0, outcome.err
     found = json.loads((run / "ablation.json").read_text())
     full, reduced = found["groups"]
@@ -113,7 +118,7 @@ def test_a_small_ablation_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> N
     (train, validation) = found["training"].values()
     assert [line["name"] for line in train] == [line["name"] for line in validation]
     assert train[2]["steps"] == [1, 2, 3, 4]
-    assert np.array(train[2]["values"]).shape == (2, 4)
+    assert np.array(train[2]["values"]).shape == (1, 4)
     quarters = json.loads((run / "seed-0/student-reduced-on/calibration.json").read_text())["quarters"]
     assert [quarter["step"] for quarter in quarters] == [0, 2, 4, 6, 8]
     assert found["calibration"]["steps"] == [0, 2, 4, 6, 8]
@@ -122,3 +127,25 @@ def test_a_small_ablation_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> N
     for name in ("ablation.png", "ablation-training.png", "ablation-calibration.png"):
         assert f"]({name})" in text
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_training_leaves_the_same_calibration(finished: Path, run: Path) -> None:
+    class Stops(Console):
+        asked = 0
+
+        def stop_requested(self) -> bool:
+            self.asked += 1
+            return self.asked == 14
+
+    path = run / "student/calibration.json"
+    stopped = replace(make_context(run, None, console=Stops(quiet=True)), force=True)
+    with pytest.raises(KeyboardInterrupt):
+        execute(stopped, train_reduced.plan)
+    assert read_calibration(path).steps == [0, 6, 12]
+    execute(make_context(run, None, console=Console(quiet=True)), train_reduced.plan)
+    assert path.read_bytes() == (finished / "student/calibration.json").read_bytes()
+    found = read_calibration(path)
+    assert found.steps == [0, 6, 12, 18, 24]
+    store = TargetsStore.open(run / "targets")
+    np.testing.assert_allclose(found.teacher, store.distributions()[: len(found.teacher)], atol=1e-6)
+    np.testing.assert_allclose(found.calibrated.sum(-1), 1, atol=1e-5)
