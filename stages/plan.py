@@ -99,6 +99,7 @@ def _planned(plan: Any, needs: "Needs", cluster: "Cluster") -> "tuple[Needs, Pla
     """The plan, or in words why there is none: another method may be possible."""
     from pipeline.plan.choose import Impossible
 
+    Console().note(f"{needs.method}: following {needs.student.settings.name} without data")
     try:
         return needs, plan(needs, cluster)
     except Impossible as error:

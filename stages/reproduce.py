@@ -63,7 +63,7 @@ def swapped_teacher(context: Context, seeds: int | None, jobs: int | None) -> No
 @group.command()
 @stage_options
 @seeds_option
-@click.option("--steps", type=click.IntRange(1), default=600, show_default=True, help="Steps of every student.")
+@click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of every student.")
 def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> None:
     """When does feedback pay? Pools out of domain, teachers wrong, classes uneven; digits alone.
 

@@ -11,8 +11,8 @@ from typing import Any
 from pipeline.errors import UsageError
 from stages.options import Context, make_context
 
-PRELOAD = ["stages.train_reduced", "stages.learning", "pipeline.training", "pipeline.precompute",
-           "torch.utils.tensorboard"]  # fmt: skip
+PRELOAD = ["stages.train_reduced", "stages.train_mpl", "stages.finetune", "stages.evaluate", "stages.learning",
+           "pipeline.training", "pipeline.lessons", "pipeline.precompute", "torch.utils.tensorboard"]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -63,17 +63,18 @@ AXES = (  # title, short title, levels as (text, point)
         (("1 : 1", ORIGIN), ("4 : 1", Point(imbalance=4)), ("16 : 1", Point(imbalance=16))),
     ),
 )
-NOISY, FIXED, REDUCED, TERM, BOTH = "noisystudent", "noisystudent-pool", "reduced-mpl", "term", "reduced-mpl-term"
+NOISY, FIXED, REDUCED = "noisystudent", "noisystudent-pool", "reduced-mpl"
 MPL_OFF, MPL, SUPERVISED = "mpl-off", "mpl", "supervised"
 POOL = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")
 ADAPTS = ("train_reduced.teacher=calibrator", *POOL)
 
 
-def _calibrator(term: int, feedback: int) -> tuple[str, ...]:
-    weights = (f"train_reduced.calibrator.supervised_weight={term}", f"train_reduced.feedback.weight={feedback}")
-    return (*ADAPTS, *weights, "train_reduced.feedback.control=none")
-
-
+CALIBRATED = (
+    *ADAPTS,
+    "train_reduced.calibrator.supervised_weight=0",
+    "train_reduced.feedback.weight=1",
+    "train_reduced.feedback.control=none",
+)
 METHODS = {
     NOISY: Method(
         "NoisyStudent, pool and labels",
@@ -82,15 +83,12 @@ METHODS = {
          "train_reduced.labelled_target=label"),
     ),
     FIXED: Method("NoisyStudent, pool alone", "train_reduced", ("train_reduced.teacher=fixed", *POOL)),
-    REDUCED: Method("Reduced MPL", "train_reduced", _calibrator(term=0, feedback=1)),
-    TERM: Method("supervised term alone", "train_reduced", _calibrator(term=1, feedback=0)),
-    BOTH: Method("Reduced MPL + supervised term", "train_reduced", _calibrator(term=1, feedback=1)),
+    REDUCED: Method("Reduced MPL", "train_reduced", CALIBRATED),
     MPL_OFF: Method("full MPL, no feedback", "train_mpl", ("train_mpl.alone=false", "train_mpl.feedback=none")),
     MPL: Method("full MPL", "train_mpl", ("train_mpl.alone=false", "train_mpl.feedback=soft")),
 }  # fmt: skip
 CONTRASTS = (  # each a pair that differs in the feedback alone
     Contrast("Reduced MPL", REDUCED, FIXED),
-    Contrast("Reduced MPL + supervised term", BOTH, TERM),
     Contrast("full MPL", MPL, MPL_OFF),
 )
 OTHERS = (
@@ -225,16 +223,13 @@ def _notes(context: Context, steps: int, labelled: int, teachers: dict[float, fl
         "the most frequent digit to the rarest, the others in a geometric row between them. Each seed has its own "
         "sample of the pool and order of the digits, and neighbouring levels share the images that they can.",
         f"Labels: {labelled} images. Wrong ones (that share of each class says the next class) enter the labelled loss "
-        "of the teacher alone; the feedback, the supervised term and NoisyStudent's labelled images have the true "
-        "ones.",
+        "of the teacher alone; the feedback and NoisyStudent's labelled images have the true ones.",
         f"Students: {reduced.model.name}, {steps:,} steps on batches of {reduced.batch}, for full MPL "
         f"{mpl.batch} pool images a step; from the same initial weights for all methods of a seed; the last step's "
         "moving average, not finetuned, judged once on the test split. Nothing was tuned for any level.",
         f"Teachers: of NoisyStudent and Reduced MPL a fixed {context.recipe.pretrain.model.name} that the labels "
         f"trained (on validation {accuracies}); of full MPL a {(mpl.teacher.model or mpl.model).name} that learns "
         f"with the student, by {mpl.method.name}.",
-        "The supervised term is CE(y, calibrated distribution of the labelled images), added to the calibrator's "
-        "loss: it uses the labels as the feedback does, without looking at the student.",
     ]
 
 

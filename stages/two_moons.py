@@ -25,7 +25,7 @@ def reproduce(
 ) -> None:
     """The command: choose the run directory, run, and show the table."""
     if context.run.root == DEFAULT_RUN:
-        context = replace(context, run=Run(RUN), store=RUN.resolve())
+        context = replace(context, run=Run(RUN), store=RUN)
     execute(context, lambda c: plan(c, draws or DRAWS, jobs, variant, steps))
     if not context.dry_run and not context.as_json:
         click.echo((context.run / "two-moons.md").read_text())

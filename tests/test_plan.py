@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from pipeline.plan.choose import plan, predict
 from pipeline.plan.cluster import Cluster, accelerator
 from pipeline.plan.live import LiveBytes
 from pipeline.plan.needs import METHODS, Needs, all_needs
-from pipeline.plan.network import Costs, checkpointing, saved_bytes
+from pipeline.plan.network import Costs, checkpointing
 from pipeline.plan.step import Layout, Step
 
 NETWORKS = {"wrn_10_1": 16, "test_efficientnet": 32, "test_vit": 32}
@@ -57,9 +58,18 @@ def live_peak(run: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_saved_activations_are_those_of_a_real_forward(name: str, precision: torch.dtype | None) -> None:
-    """Oracle: the same hooks around a forward pass over real images."""
-    model, x = real(name), images(name, 5)
-    expected = saved_bytes(model, lambda: log_probabilities(model, x, precision))
+    """Oracle: what autograd packs in a forward pass over real images, by address."""
+    model, x, packed = real(name), images(name, 5), {}
+    own = {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+    def pack(t: Tensor) -> Tensor:
+        packed[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        kept = log_probabilities(model, x, precision)
+    expected = sum(t.untyped_storage().nbytes() for address, t in packed.items() if address not in own)
+    del kept
     found = costs(name, precision).saved_bytes(5)
     # without data torch takes batch statistics for bfloat16, and keeps them in float32 otherwise
     assert found == (expected if precision is None else pytest.approx(expected, rel=0.01))
@@ -90,6 +100,19 @@ def test_passes_need_what_real_ones_need(name: str) -> None:
         again = live_peak(train)
     assert found.checkpointed.peak(n) == pytest.approx(again, abs=4096)
     assert again <= live_peak(train)
+
+
+def test_the_peak_is_what_the_allocator_gives_out() -> None:
+    """Oracle: torch's profiler of memory; kernels take a little for themselves."""
+    name, n = "wrn_10_1", 64
+    model, x = real(name), images(name, n)
+    parameters = list(model.parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = torch.autograd.grad(-log_probabilities(model, x, None).mean(), parameters)
+    del kept
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    living = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    assert costs(name).training.peak(n) == pytest.approx(max(living), rel=0.05)
 
 
 def test_gradients_are_told_from_activations() -> None:

@@ -19,7 +19,7 @@ from pipeline.moons.networks import Perceptrons
 from pipeline.moons.settings import EVERY, WORKING, MethodName, MoonsSettings
 from pipeline.moons.study import Cell, CellResult, Row, RunCell, rows
 from pipeline.report.moons import MoonsReport, discordant, left_plateau
-from pipeline.report.moons_figure import apart
+from pipeline.report.moons_figure import apart, smooth
 from pipeline.student import Student
 
 TINY = WORKING.model_copy(update={"steps": 12, "points": 40, "batch": 5})
@@ -194,7 +194,13 @@ def test_discordant_draws_and_plateaus() -> None:
     result = CellResult([0.0] * 2, None, [0, 10, 30], losses, losses, losses, losses, np.zeros((2, 1, 1), np.float16))
     assert left_plateau(result) == "20"
     assert left_plateau(result, below=0.1) == "more than 30"
-    assert apart([0.0, 0.01, 0.9, 1.0], 0.1, 1.0) == pytest.approx([0.0, 0.1, 0.9, 1.0])
+
+
+def test_labels_of_lines_stay_apart_and_near() -> None:
+    assert apart([0.0, 0.01, 0.9, 1.0], 0.1, 1.0) == pytest.approx([-0.045, 0.055, 0.9, 1.0])
+    assert apart([0.98, 1.0], 0.1, 1.0) == pytest.approx([0.9, 1.0])
+    np.testing.assert_allclose(smooth(np.arange(9.0))[2:-2], np.arange(9.0)[2:-2])
+    np.testing.assert_allclose(smooth(np.ones(3)), 1.0)
 
 
 def test_kept_results_come_back_and_damage_is_told(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class Step:
             if self.predicted:
                 yield self._phase("teacher's prediction", old, activations=teacher.forward.peak(self.predicted))
             yield self._phase("teacher's forward", old, activations=learning.forward.activations(self.learned))
-            held = 0  # waits for the teacher's turn
+            held = learning.held(self.learned)  # waits for the teacher's turn
         waiting = {"gradients": theirs, "activations": held}
         if not needs.soft:
             probe = student.forward.peak(self.micro_labelled)
@@ -173,7 +173,8 @@ class Step:
     @property
     def exact(self) -> bool:
         """Whether feedback is by forward mode: not where weights are divided."""
-        return self.needs.engine == "exact" and self.layout.shards == 1 and self.needs.student.forward_mode is not None
+        wanted = self.needs.soft and self.needs.engine == "exact" and self.layout.shards == 1
+        return wanted and self.needs.student.forward_mode is not None
 
     def _phase(self, name: str, *parts: Memory, **more: int) -> Phase:
         return Phase(name, {kind: size for kind, size in _sum(self._standing(), *parts, more).items() if size})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from pipeline.files import write_json, write_text
@@ -74,6 +75,8 @@ class MoonsReport:
         ]
         feedback = self._table("feedback", ("mpl", "mpl_uda"), "feedback, in the last row's settings")
         lines += ["", *feedback] if feedback else []
+        cosines = self._cosines()
+        lines += ["", *cosines] if cosines else []
         for text in self._differences():
             lines += ["", text]
         for note in self._notes():
@@ -103,6 +106,24 @@ class MoonsReport:
         spread = "" if each.std is None else f" ± {each.std:.1f}"
         return f"**{sum(found.successes(row.settings))}**; {each.mean:.1f}{spread}"
 
+    def _cosines(self) -> list[str]:
+        """Figure 8 as numbers: the second half of the training, mean ± standard deviation over draws."""
+        chosen = [
+            (name, m, LABELS[m] + extra) for name, extra in ((FINAL, ""), ("off", ", no feedback")) for m in EVERY
+        ]
+        head = "cosine of the student's training gradient with its gradient on …, second half of the training"
+        lines = [f"| {head} | the six labels | all true labels |", "| --- | --- | --- |"]
+        for name, method, label in chosen:
+            result = self.results.get(f"{name}/{method}")
+            if result is not None:
+                each = [str(summarise(second_half(c).tolist())) for c in (result.cosine_labelled, result.cosine_true)]
+                lines.append(f"| {label} | {each[0]} | {each[1]} |")
+        on, off = self.results.get(f"{FINAL}/mpl"), self.results.get("off/mpl")
+        if on is not None and off is not None:
+            pair = [second_half(result.cosine_labelled).tolist() for result in (on, off)]
+            lines += ["", f"**MPL − MPL, no feedback**, cosine with the six labels: {paired_difference(*pair)}."]
+        return lines if len(lines) > 2 else []
+
     def _differences(self) -> list[str]:
         rows, found = {row.name: row for row in self.study}, []
         for a, row_a, b, row_b in COMPARED:
@@ -119,6 +140,29 @@ class MoonsReport:
         return found
 
     def _notes(self) -> list[str]:
+        return [note for note in (self._settings(), self._between(), self._plateaus()) if note]
+
+    def _settings(self) -> str:
+        s = self.study[0].settings
+        return (
+            f"Networks: two hidden layers of {s.hidden} sigmoid units, two outputs; plain SGD without regularisation, "
+            f"{s.batch} unlabelled points and all {2 * s.labelled} labelled ones a step, as many steps for every "
+            f"network. Noise of the moons: {s.noise:g}. Pseudo Labels: the student of a supervised network's hard "
+            "labels. MPL: soft labels and equation 3, the teacher also learns from the six labels; judged is the "
+            f"student, which never does. UDA: weight {s.consistency_weight:g}, points moved by "
+            f"{s.consistency_noise:g}, temperature {s.temperature:g}; MPL + UDA: a teacher with that term."
+        )
+
+    def _between(self) -> str:
+        every = [value for result in self.results.values() for value in result.accuracy]
+        limit = 100 * self.study[0].settings.success
+        between = sum(90 < value < limit for value in every)
+        return (
+            f"Where to draw the line matters little: {between} of all {len(every):,} students end between 90% and "
+            f"{limit:.0f}%."
+        )
+
+    def _plateaus(self) -> str:
         notes = []
         for row in self.study:
             all_labels, mpl = self.result(row, "all_labels"), self.result(row, "mpl")
@@ -131,7 +175,7 @@ class MoonsReport:
         head = (
             "Steps until the loss on the six labels is below 0.6 nats (knowing nothing is 0.69), median of the draws:"
         )
-        return ["\n".join([head, "", *notes])] if notes else []
+        return "\n".join([head, "", *notes]) if notes else ""
 
     def csv(self) -> str:
         """One line per draw, method and row."""
@@ -186,6 +230,11 @@ def discordant(a: list[bool], b: list[bool]) -> tuple[int, int, float]:
     won = sum(x and not y for x, y in zip(a, b, strict=True))
     lost = sum(y and not x for x, y in zip(a, b, strict=True))
     return won, lost, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def second_half(curves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean over the second half of the looks, (L, D) → (D,)."""
+    return curves[len(curves) // 2 :].mean(axis=0)
 
 
 def left_plateau(result: CellResult, below: float = 0.6) -> str:

@@ -1,9 +1,11 @@
 """The two moons as a figure: decision regions, accuracies of all draws, cosines of gradients."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.files import whole_file
 from pipeline.moons.data import make_moons
@@ -18,7 +20,9 @@ LINES: dict[MethodName, str] = {
     "supervised": "#000000", "pseudo_labels": "#CC79A7", "mpl": "#D55E00", "uda": "#56B4E9", "mpl_uda": "#0072B2",
     "all_labels": "#8A8A8A",
 }  # fmt: skip
-TITLES = {"paper": "Paper's settings", "working": "Larger start and steps"}
+TITLES = {"paper": "Paper's settings", "working": "Networks that can learn"}
+SMOOTH = 5  # looks whose mean a point of a cosine's line is
+COLORS = 160  # of the PNG: a palette keeps it small
 
 
 def draw(study: list[Row], results: dict[str, CellResult], path: Path) -> None:
@@ -30,48 +34,70 @@ def draw(study: list[Row], results: dict[str, CellResult], path: Path) -> None:
 
     shown = [row for row in study if row.name in ROWS] or study[:1]
     with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        fig: Any = plt.figure(figsize=(12.4, 1.42 * len(shown) + 3.9), layout="constrained")
-        upper, lower = fig.subfigures(2, 1, height_ratios=[1.42 * len(shown) + 0.6, 3.3])
+        fig: Any = plt.figure(figsize=(12.4, 1.34 * len(shown) + 3.9), layout="constrained")
+        upper, lower = fig.subfigures(2, 1, height_ratios=[1.34 * len(shown) + 0.6, 3.3])
         _regions(upper, shown, results)
         _curves(lower, shown[-1], results)
         with whole_file(path) as temporary:
-            fig.savefig(temporary, dpi=100, format="png", pil_kwargs={"optimize": True})
+            _save(fig, temporary)
         plt.close(fig)
 
 
-def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult]) -> None:
-    from matplotlib.colors import ListedColormap
+def _save(fig: Any, path: Path) -> None:
+    from PIL import Image
 
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=110, format="png")
+    Image.open(picture).convert("RGB").quantize(COLORS).save(path, format="PNG", optimize=True)
+
+
+def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult]) -> None:
     axes = fig.subplots(len(shown), len(SHOWN), squeeze=False, sharex=True, sharey=True)
-    pale = ListedColormap(["#CFE3F1", "#F8DCC8"])
-    x, y = grid()
     for row, line in zip(shown, axes, strict=True):
-        moons = make_moons((DRAW,), row.settings)
-        points, clusters = moons.points[0].numpy(), moons.clusters[0].numpy()
-        stars, labels = (part.numpy() for part in moons.labels)
         for method, ax in zip(SHOWN, line, strict=True):
             found = results[f"{row.name}/{method}"]
-            p = found.regions[DRAW].astype(np.float32)
-            ax.contourf(x, y, p, levels=[-1, 0.5, 2], cmap=pale)
-            if p.min() < 0.5 < p.max():
-                ax.contour(x, y, p, levels=[0.5], colors="black", linewidths=1.1)
-            for cluster, color in enumerate(CLUSTERS):
-                ax.scatter(*points[clusters == cluster][::4].T, s=1.6, color=color, linewidths=0, rasterized=True)
-                mine = stars[labels == cluster].T
-                ax.scatter(*mine, s=95, marker="*", color=color, edgecolors="white", linewidths=0.9, zorder=4)
-            good = sum(found.successes(row.settings))
-            text = f"{good} of {len(found.accuracy)}"
-            ax.text(0.97, 0.95, text, transform=ax.transAxes, ha="right", va="top", fontsize=10, weight="bold")
+            _boundaries(ax, found)
+            _points(ax, row)
+            text = f"{sum(found.successes(row.settings))} of {len(found.accuracy)}"
+            box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
+            ax.text(0.975, 0.94, text, transform=ax.transAxes, ha="right", va="top", weight="bold", bbox=box, zorder=6)
             ax.set(xticks=[], yticks=[], xlim=X, ylim=Y, aspect="equal")
             ax.spines[:].set_visible(False)
             if row is shown[0]:
                 ax.set_title(LABELS[method], weight="bold")
-        line[0].set_ylabel(f"{TITLES.get(row.name, row.name)}\nweights ±{row.settings.init:g}, lr {row.settings.lr:g}")
+        network = f"weights ±{row.settings.init:g}, lr {row.settings.lr:g}"
+        line[0].set_ylabel(f"{TITLES.get(row.name, row.name)}\n{network}", fontsize=7.5)
     n = len(next(iter(results.values())).accuracy)
     fig.suptitle(
-        f"Six labels (stars), 2,000 points: draw {DRAW}; in the corner, how many of {n} draws are separated",
-        fontsize=11.5, x=0.01, ha="left",
+        f"Two moons, six labels. Boundaries of {n} draws, draw {DRAW} in black with its points and labels (stars); "
+        "in the corner: draws separated",
+        fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
+
+
+def _boundaries(ax: Any, found: CellResult) -> None:
+    """Colour: which class more of the draws decide for; a thin line for each draw, a thick one for `DRAW`."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    pale = LinearSegmentedColormap.from_list("", ["#B9D7EC", "#F7F7F7", "#F6CDB2"])
+    x, y = grid()
+    every = found.regions.astype(np.float32)  # (D, y, x)
+    share = (every > 0.5).mean(axis=0)
+    ax.contourf(x, y, share, levels=np.linspace(-1e-6, 1 + 1e-6, 12), cmap=pale)
+    for draw, p in enumerate(every):
+        if p.min() < 0.5 < p.max():
+            style = ("black", 1.7) if draw == DRAW else ("#00000055", 0.6)
+            ax.contour(x, y, p, levels=[0.5], colors=[style[0]], linewidths=style[1], zorder=3 if draw == DRAW else 2)
+
+
+def _points(ax: Any, row: Row) -> None:
+    moons = make_moons((DRAW,), row.settings)
+    points, clusters = moons.points[0].numpy(), moons.clusters[0].numpy()
+    stars, labels = (part.numpy() for part in moons.labels)
+    for cluster, color in enumerate(CLUSTERS):
+        ax.scatter(*points[clusters == cluster][::5].T, s=2.2, color=color, linewidths=0, zorder=1)
+        mine = stars[labels == cluster].T
+        ax.scatter(*mine, s=110, marker="*", color=color, edgecolors="white", linewidths=1.0, zorder=5)
 
 
 def _curves(fig: Any, row: Row, results: dict[str, CellResult]) -> None:
@@ -85,44 +111,48 @@ def _curves(fig: Any, row: Row, results: dict[str, CellResult]) -> None:
     strip.set_yticks([-place for place in range(len(SHOWN))], [LABELS[m] for m in SHOWN])
     strip.tick_params(axis="y", length=0)
     strip.set_xlabel(f"accuracy, %; dashed: separated (≥ {100 * row.settings.success:.0f})")
-    strip.set_title("Every draw, and the mean", loc="left")
+    strip.set_title("Every draw, and the mean (bar)", loc="left")
     panels = (
-        (labelled, "cosine_labelled", "… and on the six labels"),
-        (true, "cosine_true", "… and on all true labels"),
+        (labelled, "cosine_labelled", "Training gradient against the six labels'"),
+        (true, "cosine_true", "… and against that of all true labels"),
     )
     for ax, name, title in panels:
         _cosines(ax, row, results, name)
         ax.set_title(title, loc="left")
         ax.set_xlabel("step")
-    labelled.set_ylabel("cosine, mean of the draws")
-    head = f"{TITLES.get(row.name, row.name)}; right: the student's gradient on its training loss …"
-    fig.suptitle(head, fontsize=11.5, x=0.01, ha="left")
+    labelled.set_ylabel(f"cosine; mean of draws, {SMOOTH} looks")
+    network = f"weights ±{row.settings.init:g}, lr {row.settings.lr:g}"
+    head = f"{TITLES.get(row.name, row.name)} ({network}): accuracies, and where the student's gradient points"
+    fig.suptitle(head, fontsize=11, x=0.01, ha="left")
 
 
 def _cosines(ax: Any, row: Row, results: dict[str, CellResult], name: str) -> None:
     ends = []
     for method in SHOWN:
         result = results[f"{row.name}/{method}"]
-        mean = getattr(result, name).mean(axis=1)
+        mean = smooth(getattr(result, name).mean(axis=1))
         ax.plot(result.steps, mean, color=LINES[method], linewidth=1.6)
         ends.append((float(mean[-1]), method))
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_ylim(-0.55, 1.08)
+    ax.set_ylim(-0.45, 1.08)
     last = results[f"{row.name}/{SHOWN[0]}"].steps[-1]
     ax.set_xlim(0, last)
     ax.set_xticks([0, last // 2, last], [f"{v:,}" for v in (0, last // 2, last)])
-    for (_, method), place in zip(sorted(ends), apart([end for end, _ in sorted(ends)], 0.125, 1.04), strict=True):
+    for (_, method), place in zip(sorted(ends), apart([end for end, _ in sorted(ends)], 0.105, 1.04), strict=True):
         ax.annotate(LABELS[method], (last, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
                     color=LINES[method], annotation_clip=False)  # fmt: skip
 
 
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean of the `SMOOTH` looks around each; fewer at the ends."""
+    kernel = np.ones(min(SMOOTH, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
 def apart(values: list[float], gap: float, top: float) -> list[float]:
-    """Places near ascending values, at least `gap` apart and none above `top`."""
-    places = list(values)
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    if places and places[-1] > top:
-        places[-1] = top
-        for i in range(len(places) - 2, -1, -1):
-            places[i] = min(places[i], places[i + 1] - gap)
+    """The places nearest to ascending values (least squares) that are `gap` apart, none above `top`."""
+    from sklearn.isotonic import isotonic_regression
+
+    shift = gap * np.arange(len(values))
+    places: list[float] = (isotonic_regression(values - shift, y_max=top - shift[-1]) + shift).tolist()
     return places

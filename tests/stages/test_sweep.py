@@ -13,7 +13,7 @@ from pipeline.runs import differences
 from stages import sweep as module
 from stages.console import Console
 from stages.options import Context, changed, make_context
-from stages.sweep import AXES, BOTH, CONTRASTS, FIXED, METHODS, MPL, MPL_OFF, ORIGIN, REDUCED, TERM, Point, pool_of
+from stages.sweep import AXES, CONTRASTS, FIXED, METHODS, MPL, MPL_OFF, ORIGIN, REDUCED, Point, pool_of
 
 POINTS = [point for *_, levels in AXES for _, point in levels]
 SMALL = (
@@ -44,9 +44,8 @@ def keys(a: Recipe, b: Recipe) -> set[str]:
 def test_pairs_differ_in_the_feedback_alone(point: Point) -> None:
     """NoisyStudent's teacher is the one without a calibrator, whose settings it does not read."""
     assert keys(recipe_of(MPL, point), recipe_of(MPL_OFF, point)) == {"train_mpl.feedback"}
-    assert keys(recipe_of(BOTH, point), recipe_of(TERM, point)) == {"train_reduced.feedback.weight"}
     assert keys(recipe_of(REDUCED, point), recipe_of(FIXED, point)) == {"train_reduced.teacher"}
-    assert {(c.method, c.against) for c in CONTRASTS} == {(MPL, MPL_OFF), (BOTH, TERM), (REDUCED, FIXED)}
+    assert {(c.method, c.against) for c in CONTRASTS} == {(MPL, MPL_OFF), (REDUCED, FIXED)}
     assert recipe_of(REDUCED).train_reduced.calibrator.supervised_weight == 0
 
 

@@ -1,0 +1,159 @@
+"""`mpl train-mpl` in several processes: the same update, the same message, and it goes on when one dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.logs import read_metrics
+from tests.stages.test_survival import wait_for_step
+from tests.stages.test_train_mpl import TINY
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("torchrun")
+NETWORK = "{name: test_vit, options: {patch_size: 2}}"  # no batch statistics, no dropout
+
+
+@pytest.fixture(scope="module")
+def vit_recipe(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vit") / "vit.yaml"
+    tiny = TINY.replace("{name: wrn_10_1, dropout: 0.1}", NETWORK).replace("lr: 0.01", "lr: 0.001")
+    path.write_text(recipe.read_text() + tiny + "  evaluate_every: 6\ndistributed: {timeout_seconds: 60}\n")
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("MPL_RUN", "MPL_DATA")}
+    return kept | {"OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
+    """`mpl ARGUMENTS` under torchrun, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               f"--max-restarts={restarts}", "-m", "--", "stages", *map(str, arguments)]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    """Standard error of a process that ends with `status`."""
+    try:
+        _, err = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode == 0) == (status == 0), err
+    return err
+
+
+def same(a: Path, b: Path) -> None:
+    """Weights of student and teacher, and the log, to float32's rounding."""
+    for network in ("student", "student/teacher"):
+        left, right = (load_file(run / network / "model.safetensors") for run in (a, b))
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=2e-4, msg=name)
+    rows = [read_metrics(run / "student/metrics.csv") for run in (a, b)]
+    for x, y in zip(*rows, strict=True):
+        assert float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-3)
+        assert float(x["teacher_loss"]) == pytest.approx(float(y["teacher_loss"]), rel=1e-3)
+
+
+SHARDED = ["--feedback", "hard", "--set", "distributed.layout=sharded"]
+
+
+@pytest.mark.parametrize("options", [["--feedback", "soft"], SHARDED], ids=["soft", "hard, sharded"])
+def test_two_processes_train_as_one(mpl, vit_recipe, tmp_path, options) -> None:
+    arguments = ["train-mpl", "--recipe", vit_recipe, *options, "--run"]
+    assert mpl(*arguments, tmp_path / "one").status == 0
+    err = finish(torchrun(2, *arguments, tmp_path / "two"))
+    assert err.count("train-mpl: starts") == 1
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(mpl, vit_recipe, tmp_path) -> None:
+    """kill -9 of one process under torchrun's elastic launch, from the last checkpoint on."""
+    longer = ["--set", "train_mpl.steps=60"]
+    arguments = ["train-mpl", "--recipe", vit_recipe, *longer, "--run"]
+    process = torchrun(2, *arguments, tmp_path / "killed", restarts=2)
+    wait_for_step(tmp_path / "killed/student", 10, process)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [p for p in children if b"stages" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+    err = finish(process)
+    assert "goes on from step" in err
+    assert mpl(*arguments, tmp_path / "alone").status == 0
+    same(tmp_path / "alone", tmp_path / "killed")
+
+
+def launch_by_hand(recipe: Path, run: Path, *changes: list[str], stage: str = "train-mpl") -> list[tuple[int, str]]:
+    """One process for each of `changes`, as torchrun would start them; (status, standard error) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, change in enumerate(changes):
+        options = [part for text in change for part in ("--set", text)]
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(changes), "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "stages", stage, "--recipe", recipe, "--run", run, *options],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in variables.items()}),
+            )
+        )
+    found = []
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        found.append((process.returncode, err))
+    return found
+
+
+def test_ranks_that_disagree_are_told_on_rank_0_alone(vit_recipe, tmp_path) -> None:
+    first, second = launch_by_hand(vit_recipe, tmp_path / "run", ["train_mpl.steps=12"], ["train_mpl.steps=13"])
+    assert (first[0], second[0]) == (2, 2)
+    assert "the ranks disagree on the recipe or the data: rank 1 (of 2)" in first[1]
+    assert "Error" not in second[1]
+    assert not (tmp_path / "run/train-mpl").exists()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(vit_recipe, tmp_path) -> None:
+    changes = ["train_mpl.optimizer.lr=1.0e+30", "train_mpl.optimizer.clip_norm=null"]
+    first, second = launch_by_hand(vit_recipe, tmp_path / "run", changes, changes)
+    assert (first[0], second[0]) == (1, 1)
+    assert "training stopped before that update" in first[1]
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(vit_recipe, tmp_path) -> None:
+    changes = ["train_mpl.labelled_batch=15"]
+    first, _ = launch_by_hand(vit_recipe, tmp_path / "run", changes, changes)
+    assert first[0] == 2
+    assert "train_mpl.labelled_batch (=15) must be a multiple of the number of processes (=2)" in first[1]
+
+
+def test_other_stages_are_refused_under_torchrun(vit_recipe, run) -> None:
+    first, _ = launch_by_hand(vit_recipe, run, [], [], stage="filter")
+    assert first[0] == 2
+    assert "filter runs in one process" in first[1]
+
+
+def test_a_rank_that_does_not_come_is_named(vit_recipe, tmp_path) -> None:
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    process = subprocess.run(
+        [sys.executable, "-m", "stages", "train-mpl", "--recipe", vit_recipe, "--run", tmp_path / "run",
+         "--set", "distributed.timeout_seconds=3"],
+        cwd=ROOT, text=True, capture_output=True, env=environment(**variables), timeout=240, check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "missing: 1" in process.stderr
+    assert not (tmp_path / "run/train-mpl").exists()
