@@ -22,7 +22,7 @@ LINES: dict[MethodName, str] = {
 }  # fmt: skip
 TITLES = {"paper": "Paper's settings", "working": "Networks that can learn"}
 SMOOTH = 5  # looks whose mean a point of a cosine's line is
-COLORS = 160  # of the PNG: a palette keeps it small
+COLORS = 256  # of the PNG: a palette keeps it small
 
 
 def draw(study: list[Row], results: dict[str, CellResult], path: Path) -> None:
@@ -47,8 +47,10 @@ def _save(fig: Any, path: Path) -> None:
     from PIL import Image
 
     picture = io.BytesIO()
-    fig.savefig(picture, dpi=110, format="png")
-    Image.open(picture).convert("RGB").quantize(COLORS).save(path, format="PNG", optimize=True)
+    fig.savefig(picture, dpi=105, format="png")
+    Image.open(picture).convert("RGB").quantize(COLORS, Image.Quantize.MAXCOVERAGE).save(
+        path, format="PNG", optimize=True
+    )
 
 
 def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult]) -> None:
@@ -105,7 +107,7 @@ def _curves(fig: Any, row: Row, results: dict[str, CellResult]) -> None:
     for place, method in enumerate(SHOWN):
         values = np.array(results[f"{row.name}/{method}"].accuracy)
         spread = np.random.RandomState(0).uniform(-0.22, 0.22, len(values))  # so that equal dots are all seen
-        strip.scatter(values, -place + spread, s=16, color=LINES[method], alpha=0.75, linewidths=0)
+        strip.scatter(values, -place + spread, s=16, color=LINES[method], alpha=0.9, linewidths=0)
         strip.plot([values.mean()] * 2, [-place - 0.33, -place + 0.33], color="black", linewidth=1.8)
     strip.axvline(100 * row.settings.success, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     strip.set_yticks([-place for place in range(len(SHOWN))], [LABELS[m] for m in SHOWN])

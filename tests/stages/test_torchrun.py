@@ -23,7 +23,11 @@ NETWORK = "{name: test_vit, options: {patch_size: 2}}"  # no batch statistics, n
 @pytest.fixture(scope="module")
 def vit_recipe(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vit") / "vit.yaml"
-    tiny = TINY.replace("{name: wrn_10_1, dropout: 0.1}", NETWORK).replace("lr: 0.01", "lr: 0.001")
+    tiny = (
+        TINY.replace("{name: wrn_10_1, dropout: 0.1}", NETWORK)
+        .replace("lr: 0.01", "lr: 0.001")
+        .replace("threshold: 0.1", "threshold: 0.0")
+    )
     path.write_text(recipe.read_text() + tiny + "  evaluate_every: 6\ndistributed: {timeout_seconds: 60}\n")
     return path
 
