@@ -75,14 +75,14 @@ class Contender:
 
     def turn(self, steps: int, *, counts: bool) -> None:
         """Take `steps` steps alone; the first turn, which warms up, does not count."""
-        self._signal(signal.SIGCONT)
+        self.signal_workers(signal.SIGCONT)
         synchronise(self.device)
         self._data, began, at, used = 0.0, time.perf_counter(), self.clock(), self._processor()
         for _ in range(steps):
             self.one_step()
         synchronise(self.device)
         wall, own, used = time.perf_counter() - began, self.clock() - at, self._processor() - used
-        self._signal(signal.SIGSTOP)
+        self.signal_workers(signal.SIGSTOP)
         if counts:
             self.wall.append(wall)
             self.used.append(used)
@@ -98,7 +98,8 @@ class Contender:
     def _processor(self) -> float:
         return time.process_time() + sum(map(processor_seconds, self.workers))
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal_workers(self, number: signal.Signals) -> None:
+        """Let the workers stop or go on."""
         for process in self.workers:
             os.kill(process, number)
 
@@ -265,11 +266,13 @@ def measured(
         OURS: Ours(labelled, pool, hard, a, folder / f"hard-{size}"),
         OURS_SOFT: Ours(labelled, pool, soft, a, folder / f"soft-{size}"),
     }
-    for round_ in range(a.rounds + 1):
+    try:
+        for round_ in range(a.rounds + 1):
+            for contender in contenders.values():
+                contender.turn(a.steps, counts=round_ > 0)
+    finally:
         for contender in contenders.values():
-            contender.turn(a.steps, counts=round_ > 0)
-    for contender in contenders.values():
-        contender._signal(signal.SIGCONT)  # so that its workers can end
+            contender.signal_workers(signal.SIGCONT)  # a stopped one could not end
     yield from contenders.items()
 
 
@@ -328,7 +331,7 @@ def main() -> None:
     kind = a.device.split(":")[0]
     write_table(
         f"train-mpl-{kind}-{a.precision}",
-        [*columns, "our hard feedback is faster by", "by processor time"],
+        [*columns, "by processor time"],
         rows,
         f"python -m benchmarks.train_mpl{' --data DATA' if a.data else ''} --device {a.device} "
         f"--precision {a.precision} --batches {' '.join(map(str, a.batches))} --rounds {a.rounds} --steps {a.steps} "

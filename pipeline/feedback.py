@@ -183,7 +183,6 @@ def record(module: nn.Module, images: Tensor, autocast: torch.dtype | None, earl
 
     `earlier` is the record of another micro-batch of the same step: the weights are still the same.
     """
-    on_device = images.device.type != "cpu"
     if earlier:
         weights = earlier.parameters
     else:
@@ -195,12 +194,15 @@ def record(module: nn.Module, images: Tensor, autocast: torch.dtype | None, earl
         buffers={name: b.detach().clone() for name, b in module.named_buffers()},
         modes={name: m.training for name, m in module.named_modules()},
         images=images,
-        rng=(
-            torch.get_rng_state(),
-            torch.get_device_module(images.device).get_rng_state(images.device) if on_device else None,
-        ),
+        rng=random_state(images.device),
         autocast=autocast,
     )
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """State of the CPU generator and, on an accelerator, of the device's."""
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Source: arXiv:2003.10580v4, sections 2 and 3, equations 3 to 5; docs/meta-gradient.md.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.optim import Optimizer
 from pipeline.config import FeedbackKind, MplFeedbackSettings, ScheduleSettings
 from pipeline.data.draws import Draws
 from pipeline.distributed import ALONE, Ranks
-from pipeline.distributed.layout import average_gradients, bare, running_statistics
-from pipeline.feedback import log_probabilities
+from pipeline.distributed.layout import average_gradients, bare, running_statistics, unsynchronised
+from pipeline.feedback import log_probabilities, random_state, replayed_random_numbers, row_parts
 from pipeline.methods import Lesson, Method, Rows
 from pipeline.named_tensors import Networks
 from pipeline.optim import learning_rate, set_learning_rate
@@ -43,6 +44,8 @@ class TeacherNetwork:
         clip_norm: of its gradient, or None.
         autocast: dtype of mixed precision, or None.
         ranks: the processes that share the batch.
+        micro_batches: parts in which the network takes its images, for memory; from 2 on each part goes forward
+            twice, and batch statistics are each part's own.
     """
 
     def __init__(
@@ -60,11 +63,12 @@ class TeacherNetwork:
         clip_norm: float | None = None,
         autocast: torch.dtype | None = None,
         ranks: Ranks = ALONE,
+        micro_batches: int = 1,
     ) -> None:
         self.model, self.optimizer, self.method = model, optimizer, method
         self.feedback, self.options = feedback, options
         self.schedule, self.base_lr, self.steps, self.seed = schedule, base_lr, steps, seed
-        self.clip_norm, self.autocast, self.ranks = clip_norm, autocast, ranks
+        self.clip_norm, self.autocast, self.ranks, self.micro_batches = clip_norm, autocast, ranks, micro_batches
         self.moving: float | None = None  # average of earlier h
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -73,12 +77,40 @@ class TeacherNetwork:
         lesson = self.method.lesson(batch.views, self.predict)
         self._lesson, images = lesson, join(lesson)
         appended = lesson.pool is None or lesson.pool.images is not batch.images
-        log_p = log_probabilities(
-            self.model, torch.cat([images, batch.images]) if appended else images, self.autocast
-        )  # (N, C), or (N + U, C) where the lesson does not hold the student's images
+        log_p = self._forward(torch.cat([images, batch.images]) if appended else images)  # (N, C), or
+        # (N + U, C) where the lesson does not hold the student's images
         self._lesson_log_p, self._pool_log_p = log_p[: len(images)], log_p[-len(batch.images) :]
         q = self._pool_log_p.exp()
         return self._sample(q.detach(), batch.views.step) if self.feedback == "hard" else q
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """log T(x), differentiable; of several micro-batches only their images and random state are kept."""
+        if self.micro_batches == 1:
+            return log_probabilities(self.model, images, self.autocast)
+        self._parts, found = [], []
+        for rows in row_parts(len(images), self.micro_batches):
+            self._parts.append((rows, images[rows], random_state(images.device)))
+            with torch.no_grad():
+                found.append(log_probabilities(self.model, images[rows], self.autocast))
+        self._log_p = torch.cat(found).requires_grad_()
+        return self._log_p
+
+    def _backward(self, objective: Tensor) -> None:
+        """Into `.grad` of the network: through log T(x) of each micro-batch, computed again, to the same masks."""
+        objective.backward()
+        if self.micro_batches == 1:
+            return
+        assert self._log_p.grad is not None
+        network = bare(self.model)
+        before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        for number, (rows, images, rng) in enumerate(self._parts):
+            last = number == len(self._parts) - 1
+            with nullcontext() if last else unsynchronised(self.model), replayed_random_numbers(rng, images.device):
+                log_probabilities(self.model, images, self.autocast).backward(self._log_p.grad[rows])
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(before[name])  # running statistics have moved in the first pass
+        del self._parts, self._log_p
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
@@ -103,7 +135,7 @@ class TeacherNetwork:
             objective, metrics = objective + term, metrics | found
         require_finite(objective, "the teacher's objective", self.ranks)
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        self._backward(objective)
         average_gradients(self.model, self.ranks)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)

@@ -221,4 +221,5 @@ def make_teacher(context: Context, network: "Network") -> "TeacherNetwork":
         clip_norm=optimizer.clip_norm,
         autocast=context.autocast,
         ranks=context.together,
+        micro_batches=context.recipe.distributed.micro_batches,
     )

@@ -1,7 +1,7 @@
 """Full Meta Pseudo Labels: both kinds of feedback against literal oracles, in float64, and their traps."""
 
-import copy
 import itertools
+import json
 from collections.abc import Callable
 
 import pytest
@@ -252,14 +252,54 @@ def test_a_waiting_student_gives_no_feedback() -> None:
     assert set(metrics) == {"teacher_loss", "teacher_pool_share"}
 
 
+@pytest.mark.parametrize("feedback", ["soft", "hard"])
+def test_micro_batches_give_the_same_gradient(feedback: str, monkeypatch: Patch) -> None:
+    """Without batch statistics, to rounding: parts go forward twice, under the same masks."""
+    monkeypatch.setattr(
+        nn.BatchNorm2d, "forward", lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
+    )
+    world = World("rmsprop_tf", dropout=0.0)
+    whole, _ = world.one_step(feedback)
+    original = TeacherNetwork.__init__
+    monkeypatch.setattr(TeacherNetwork, "__init__", lambda *a, **k: original(*a, **k, micro_batches=3))
+    parts, _ = world.one_step(feedback)
+    assert relative_error(flat(parts), flat(whole)) < 1e-12
+
+
+def test_micro_batches_replay_masks_and_leave_running_statistics_alone() -> None:
+    """One part that is computed twice equals the plain way, dropout and batch statistics included."""
+    found = []
+    for parts in (1, 2):
+        world = World("sgd", dropout=0.5)
+        teacher, batch, student = world.teacher("soft"), world.batch(), world.student()
+        teacher.micro_batches = parts
+        if parts == 2:
+            teacher._forward = lambda images, teacher=teacher: one_part(teacher, images)
+        torch.manual_seed(4)
+        targets = teacher(batch)
+        step = student.learn(batch.images, targets.detach())
+        teacher.adapt(step, targets, batch, Labelled(world.labelled[1], world.labels))
+        statistics = [b.clone() for b in teacher.model.buffers()]
+        found.append((flat([p.grad for p in teacher.model.parameters()]), statistics))
+    (whole, before), (again, after) = found
+    assert relative_error(again, whole) < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def one_part(teacher: TeacherNetwork, images: Tensor) -> Tensor:
+    """What `_forward` does of two micro-batches, for a single one."""
+    state = torch.get_rng_state(), None
+    teacher._parts = [(slice(0, len(images)), images, state)]
+    with torch.no_grad():
+        teacher._log_p = teacher.model(images).log_softmax(1)
+    return teacher._log_p.requires_grad_()
+
+
 def test_state_goes_round() -> None:
     world = World()
     teacher = world.teacher("hard", baseline=0.5)
     teacher.moving = 0.25
-    state = copy.deepcopy(teacher.state_dict())
     other = world.teacher("hard", baseline=0.5)
-    for p in other.model.parameters():
-        p.data.zero_()
-    other.load_state_dict(state)
+    other.load_values(json.loads(json.dumps(teacher.values())))
     assert other.moving == 0.25
-    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), teacher.model.parameters(), strict=True))
+    assert teacher.networks() == {"teacher": (teacher.model, teacher.optimizer)}

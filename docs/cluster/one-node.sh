@@ -5,4 +5,4 @@ set -euo pipefail
 
 processes=${PROCESSES:-$(nvidia-smi --list-gpus | wc -l)}
 # A worker that dies is started again with all others, three times; they go on from the last checkpoint.
-exec torchrun --standalone --nproc-per-node="$processes" --max-restarts=3 --no-python mpl "$@"
+exec torchrun --standalone --nproc-per-node="$processes" --max-restarts=3 --no-python -- mpl "$@"

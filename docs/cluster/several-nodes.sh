@@ -9,4 +9,4 @@ processes=${PROCESSES:-$(nvidia-smi --list-gpus | wc -l)}
 exec torchrun \
   --nnodes="$NODES" --nproc-per-node="$processes" --max-restarts=3 \
   --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${JOB:-mpl}" \
-  --no-python mpl "$@"
+  --no-python -- mpl "$@"
