@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pipeline.distributed.ranks import ALONE, Ranks, absent
 from pipeline.errors import RanksError, UsageError
 
+KEPT: list[Any] = []  # groups that were left
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
 
@@ -46,8 +47,19 @@ def joined(
     try:
         yield ranks
     finally:
-        if ranks.world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        leave(ranks)
+
+
+def leave(ranks: Ranks) -> None:
+    """Leave the other processes; nothing that was laid over them can be used afterwards.
+
+    The groups are kept in memory to the end of the process: a gloo group that is freed by Python waits for its
+    threads, and these may wait for Python to free the tensors of the last message (a deadlock seen at the end of
+    DistributedDataParallel, torch 2.8).
+    """
+    if ranks.world > 1 and dist.is_initialized():
+        KEPT.extend(getattr(dist.distributed_c10d._world, "pg_map", ()))
+        dist.destroy_process_group()
 
 
 def start(device: torch.device, timeout: float = 600.0, environment: Mapping[str, str] = os.environ) -> Ranks:

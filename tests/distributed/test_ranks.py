@@ -172,3 +172,14 @@ def test_environments_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> Non
         launch.backend_of(cuda)
     with pytest.raises(UsageError, match="not on mps"):
         launch.backend_of(torch.device("mps"))
+
+
+def leave(these: Ranks) -> tuple[bool, bool]:
+    group = dist.group.WORLD
+    launch.leave(these)
+    return any(kept is group for kept in launch.KEPT), dist.is_initialized()
+
+
+def test_groups_that_were_left_are_not_freed() -> None:
+    """Freeing one can wait for its threads while these wait for Python."""
+    assert results(in_ranks(2, leave)) == [(True, False)] * 2
