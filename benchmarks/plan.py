@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[PlannedMethod, Layout]] = {
     "reduced": ("reduced", Layout(1, 1)),
     "reduced, 4 micro-batches": ("reduced", Layout(1, 1, micro_batches=4)),
     "full, soft": ("mpl-soft", Layout(1, 1)),
+    "full, soft, 4 micro-batches": ("mpl-soft", Layout(1, 1, micro_batches=4)),
     "full, hard": ("mpl-hard", Layout(1, 1)),
     "full, hard, checkpointing": ("mpl-hard", Layout(1, 1, checkpointing=True)),
 }
@@ -105,7 +106,8 @@ def make(variant: str, case: tuple[str, int], batch: int, device: str, precision
         options = MplFeedbackSettings(batch=batch)
         teacher = TeacherNetwork(
             theirs, build_optimizer(theirs, OPTIMIZER), parse_method("uda"), "soft" if method == "mpl-soft" else "hard",
-            options, schedule=ScheduleSettings(), base_lr=1e-4, steps=100, seed=0, autocast=autocast,
+            options, schedule=ScheduleSettings(), base_lr=1e-4, steps=100, seed=0,
+            autocast=autocast, micro_batches=layout.micro_batches,
         )  # fmt: skip
         views = Views(0, images(own), distributions(own), None, torch.zeros(own), pool, images(batch))
         seen = Batch(pool, torch.empty(batch, 0), every, None, views)
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -217,7 +220,8 @@ def main() -> None:
         return
     rows = []
     for case in CASES:
-        for variant, (method, layout) in VARIANTS.items():
+        for variant in a.variants:
+            method, layout = VARIANTS[variant]
             step = Step(needs_of(method, case, a.batch, a.precision), layout)
             predicted = step.peak.total / 2**20
             arguments = [variant, case, a.batch, a.device, a.precision]

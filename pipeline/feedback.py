@@ -299,8 +299,8 @@ def in_memory_of_their_own(tensors: Tensors) -> Tensors:
     result = {}
     for name, t in tensors.items():
         storage = t.untyped_storage()
-        own = storage.data_ptr() not in seen and storage.nbytes() >= t.numel() * t.element_size()
-        seen.add(storage.data_ptr())
+        own = storage._cdata not in seen and storage.nbytes() >= t.numel() * t.element_size()
+        seen.add(storage._cdata)  # not its address, which a tensor without data has not
         result[name] = t if own else t.clone(memory_format=torch.contiguous_format)
     return result
 

@@ -20,7 +20,7 @@ from pipeline.named_tensors import Networks
 from pipeline.optim import learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.student import StudentStep
-from pipeline.teachers import Batch, Labelled, Metrics, Wish, fed_back, feedback_scale, require_finite
+from pipeline.teachers import Batch, Labelled, Metrics, Wish, fed_back, feedback_scale, norm_over_ranks, require_finite
 
 
 class TeacherNetwork:
@@ -152,7 +152,7 @@ class TeacherNetwork:
             gradient = step.target_gradient(labelled.images, labelled.labels, engine=options.engine)
             assert step.labelled_loss is not None
             term = (targets * fed_back(gradient, step, options, ranks)).sum()
-            metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": torch.linalg.vector_norm(gradient)}
+            metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": norm_over_ranks(gradient, ranks)}
             return options.weight * term, metrics
         assert step.labelled_losses is not None
         before, after = step.labelled_losses

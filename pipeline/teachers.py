@@ -182,7 +182,7 @@ class Calibrator:
         gradient = step.target_gradient(labelled.images, labelled.labels, engine=self.feedback.engine)
         objective = self.feedback.weight * (targets * fed_back(gradient, step, self.feedback, self.ranks)).sum()
         assert step.labelled_loss is not None
-        metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": torch.linalg.vector_norm(gradient)}
+        metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": norm_over_ranks(gradient, self.ranks)}
         if self.settings.supervised_weight:
             calibrated = self.network(labelled.distributions)
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
@@ -205,6 +205,11 @@ class Calibrator:
 
     def load_values(self, values: dict[str, Any]) -> None:
         pass
+
+
+def norm_over_ranks(gradient: Tensor, ranks: Ranks) -> Tensor:
+    """L2 norm of the rows of all ranks, ()."""
+    return (ranks.mean(gradient.square().sum()) * ranks.world).sqrt()
 
 
 def fed_back(gradient: Tensor, step: StudentStep, settings: FeedbackSettings, ranks: Ranks) -> Tensor:

@@ -219,6 +219,7 @@ class Training:
         if not (look or step % self.settings.log_every == 0):
             self.observer.progress(step, self.settings.steps, {})
             return
+        self._share_sums()
         values = {name: total / self.at.counts[name] for name, total in self.at.sums.items()}
         values["learning_rate"] = self._learning_rate(step - 1)
         values["images_per_second"] = step * self.settings.batch / max(self.at.seconds, 1e-9)
@@ -228,6 +229,14 @@ class Training:
         if log is not None:
             log.write(step, values)
         self.observer.progress(step, self.settings.steps, values)
+
+    def _share_sums(self) -> None:
+        """Every rank's sums become their mean over the ranks."""
+        if self.ranks.world > 1 and self.at.sums:
+            device = next(self.model.parameters()).device
+            sums = [torch.tensor(list(self.at.sums.values()), dtype=torch.float64, device=device)]
+            self.ranks.mean_(sums)
+            self.at.sums = dict(zip(self.at.sums, sums[0].tolist(), strict=True))
 
     def _learning_rate(self, step: int) -> float:
         settings = self.settings
@@ -240,6 +249,7 @@ class Training:
         return {**own, **self.teacher.networks()}
 
     def _save(self) -> None:
+        self._share_sums()
         progress = {"seconds": self.at.seconds, "sums": self.at.sums, "counts": self.at.counts}
         values = {"progress": progress, "teacher": self.teacher.values()}
         self.checkpoints.save_networks(self.at.step, self._networks(), values)

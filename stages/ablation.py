@@ -16,7 +16,7 @@ from pipeline.report.with_mpl import BLUE, ORANGE
 from stages.execution import Stage
 from stages.options import Context
 from stages.parts import Part, Records, finetuned, results, run_parts, trained
-from stages.reproduce import comparison_basis, seed_run, upstream
+from stages.reproduce import comparison_basis, seed_run, seeds_text, upstream
 from stages.table1 import METHODS, changes
 from stages.train_mpl import settings_of
 
@@ -33,12 +33,12 @@ TESTED = (ON, *list(FEEDBACK)[2:])
 SUPERVISED, ALONE, FIXED = "Supervised, alone", "alone", "NoisyStudent, the same data"
 
 
-def plan(context: Context, seeds: int, jobs: int | None, stem: str, feedback: str, reduced: bool) -> Stage:
+def plan(context: Context, seeds: range, jobs: int | None, stem: str, feedback: str, reduced: bool) -> Stage:
     """Plan the ablation as one stage.
 
     Args:
         context: recipe, data, device, run.
-        seeds: number of them.
+        seeds: all of them.
         jobs: seeds at a time.
         stem: of the files.
         feedback: soft or hard.
@@ -102,11 +102,11 @@ def key(variant: str) -> str:
 
 
 def work(
-    context: Context, seeds: int, jobs: int | None, stem: str, feedback: str, reduced: bool
+    context: Context, seeds: range, jobs: int | None, stem: str, feedback: str, reduced: bool
 ) -> dict[str, Any]:  # fmt: skip
     """Run everything over seeds, then write tables and figures."""
-    found = run_parts(context, {s: _parts(context, s, feedback, reduced) for s in range(seeds)}, jobs)
-    runs = [seed_run(context, seed) for seed in range(seeds)]
+    found = run_parts(context, {s: _parts(context, s, feedback, reduced) for s in seeds}, jobs)
+    runs = [seed_run(context, seed) for seed in seeds]
     groups = [full_group(context, feedback, found)]
     training, panels = training_section(context, runs, stem)
     sections, extra = [training], {"training": {title: _curves(curves) for title, curves in panels.items()}}
@@ -118,7 +118,7 @@ def work(
         extra["calibration"] = figures
     ablation = Ablation(
         title=f"Does the feedback help? Identical runs on {context.recipe.data.manifest}",
-        seeds=list(range(seeds)),
+        seeds=list(seeds),
         groups=tuple(groups),
         sections=sections,
         notes=_notes(context, found, reduced),
@@ -238,8 +238,8 @@ def _notes(context: Context, found: dict[str, list[Records]], reduced: bool) -> 
     ]
 
 
-def _command(context: Context, seeds: int, feedback: str, reduced: bool) -> str:
-    text = f"mpl reproduce ablation --recipe {context.recipe.name} --seeds {seeds}"
+def _command(context: Context, seeds: range, feedback: str, reduced: bool) -> str:
+    text = f"mpl reproduce ablation --recipe {context.recipe.name} {seeds_text(seeds)}"
     text += f" --feedback {feedback}" if feedback != "soft" else ""
     text += "" if reduced else " --no-reduced"
     return text + (" --data DATA" if context.data is not None else "")

@@ -174,6 +174,8 @@ def _as_text(recipe: "Recipe", cluster: "Cluster", precision: str, plans: "list[
             continue
         shown = found.chosen or found.leanest
         lines.append(f"  {'layout' if found.chosen else 'DOES NOT FIT; leanest layout'}: {shown.layout.name}")
+        if given := _settings(needs, shown):
+            lines.append(f"  settings: {' '.join(f'--set {key}={value}' for key, value in given.items())}")
         lines += [f"  {line}" for line in _memory_lines(shown, cluster)]
         lines.append(f"  {_time_line(needs, shown)}")
         lines.append(f"  {_others_line(found)}")
@@ -189,6 +191,15 @@ def _title(needs: "Needs") -> str:
         title += f"; teacher {teacher.settings.name}, {teacher.parameters / 1e6:.2f} M"
         title += f", learns from {needs.teacher.learned:,} images a step"
     return f"{title}; {needs.batch:,} pool images, {needs.feedback_batch:,} labelled ones for feedback"
+
+
+def _settings(needs: "Needs", choice: "Choice") -> dict[str, str]:
+    """What a recipe must say to be trained in this layout."""
+    found = {f"distributed.{key}": json.dumps(value).strip('"') for key, value in choice.layout.settings.items()}
+    if needs.soft and needs.engine == "exact" and not choice.exact:
+        section = "train_reduced.feedback" if needs.method == "reduced" else "train_mpl.feedback_options"
+        found[f"{section}.engine"] = "central"
+    return found
 
 
 def _memory_lines(choice: "Choice", cluster: "Cluster") -> list[str]:
@@ -207,7 +218,7 @@ def _time_line(needs: "Needs", choice: "Choice") -> str:
     whole = f"{_seconds(low * choice.steps)}" + ("" if high < 1.05 * low else f" to {_seconds(high * choice.steps)}")
     kind = ""
     if needs.soft:
-        kind = "; exact feedback" if choice.exact else "; feedback by finite differences (engine: central)"
+        kind = "; exact feedback" if choice.exact else "; feedback by finite differences"
     return (
         f"a step: {span} (compute {_seconds(choice.compute)}, communication {_seconds(choice.communication)}"
         f"{kind}), {needs.batch / high:,.4g} images/s; {choice.steps:,} steps: {whole}"
@@ -251,20 +262,21 @@ def _as_json(
             "student_parameters": needs.student.parameters,
             "teacher_parameters": teacher.costs.parameters if teacher is not None else 0,
             "batch": needs.batch,
-            "chosen": _choice_as_json(result.chosen) if result.chosen is not None else None,
-            "leanest": _choice_as_json(result.leanest),
-            "considered": [_choice_as_json(choice) for choice in result.considered],
+            "chosen": _choice_as_json(needs, result.chosen) if result.chosen is not None else None,
+            "leanest": _choice_as_json(needs, result.leanest),
+            "considered": [_choice_as_json(needs, choice) for choice in result.considered],
             "advice": result.advice,
         }
     return found
 
 
-def _choice_as_json(choice: "Choice") -> dict[str, Any]:
+def _choice_as_json(needs: "Needs", choice: "Choice") -> dict[str, Any]:
     from dataclasses import asdict
 
     low, high = choice.step_seconds
     return asdict(choice.layout) | {
         "layout": choice.layout.name,
+        "settings": _settings(needs, choice),
         "fits": choice.fits,
         "bytes": choice.peak.total,
         "phase": choice.peak.name,

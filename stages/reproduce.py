@@ -32,7 +32,9 @@ def group() -> None:
 def seeds_option(function: Any) -> Any:
     """--seeds and --jobs."""
     function = click.option("--jobs", type=click.IntRange(1), help="Seeds at a time. [default: one per core]")(function)
-    return click.option("--seeds", type=click.IntRange(1), help="Number of seeds. [default: the recipe's]")(function)
+    return click.option(
+        "--seeds", type=click.IntRange(1), help="Number of seeds, from --seed on. [default: the recipe's]"
+    )(function)
 
 
 @group.command()
@@ -129,23 +131,24 @@ def _reproduce(context: Context, what: str, seeds: int | None, plan: Any) -> Non
 
     if context.run.root == DEFAULT_RUN:  # a comparison has many runs: a directory of its own
         run = Path("runs") / f"{what}-{context.recipe.name}"
+        first = click.get_current_context().params["seed"]
         context = make_context(
-            run, None, (), context.data, None, context.device_name, context.precision,
+            run, None, (), context.data, first, context.device_name, context.precision,
             dry_run=context.dry_run, force=context.force, as_json=context.as_json, parsed=context.recipe,
         )  # fmt: skip
-    count = seeds or context.recipe.reproduce.seeds
-    execute(context, lambda c: plan(c, count))
+    all_seeds = range(context.seed, context.seed + (seeds or context.recipe.reproduce.seeds))
+    execute(context, lambda c: plan(c, all_seeds))
     if not context.dry_run and not context.as_json:
         click.echo((context.run / f"{what}.md").read_text())
 
 
-def plan_table2(context: Context, seeds: int, jobs: int | None) -> "Stage":
+def plan_table2(context: Context, seeds: range, jobs: int | None) -> "Stage":
     """Plan the whole table as one stage."""
     from stages.execution import Stage
 
     methods = table2_methods(context)
     outputs = [context.run / f"table2.{suffix}" for suffix in ("md", "csv", "json", "png")]
-    outputs += [seed_run(context, s) / f"evaluation-{m}.json" for s in range(seeds) for m in methods]
+    outputs += [seed_run(context, s) / f"evaluation-{m}.json" for s in seeds for m in methods]
     return Stage(
         name="table2",
         basis=comparison_basis(context, seeds),
@@ -157,7 +160,7 @@ def plan_table2(context: Context, seeds: int, jobs: int | None) -> "Stage":
     )
 
 
-def comparison_basis(context: Context, seeds: int) -> dict[str, Any]:
+def comparison_basis(context: Context, seeds: range) -> dict[str, Any]:
     """All that a comparison depends on."""
     from stages.filter import rules
     from stages.learning import manifest_of, split_of
@@ -167,8 +170,13 @@ def comparison_basis(context: Context, seeds: int) -> dict[str, Any]:
         "splits": {name: split_of(context, name).fingerprint() for name in sorted(manifest_of(context).splits)},
         "copies": rules(context).copy_threshold,
         "precision": context.precision,
-        "seeds": seeds,
+        "seeds": list(seeds),
     }
+
+
+def seeds_text(seeds: range) -> str:
+    """The options of the command that choose these seeds."""
+    return f"--seeds {len(seeds)}" + (f" --seed {seeds.start}" if seeds.start else "")
 
 
 def seed_run(context: Context, seed: int) -> Path:
@@ -230,7 +238,7 @@ def results_of(records: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def work_table2(context: Context, seeds: int, jobs: int | None) -> dict[str, Any]:
+def work_table2(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
     """Run all chains, then write the table."""
     from pipeline.report.table import MethodRuns
     from stages.seeds import run_chains
@@ -242,15 +250,15 @@ def work_table2(context: Context, seeds: int, jobs: int | None) -> dict[str, Any
             *(step for name, changes in methods.items()
               for step in student_steps(seed_run(context, seed), name, changes)),
         ]
-        for seed in range(seeds)
+        for seed in seeds
     }  # fmt: skip
     records = run_chains(context, chains, jobs)
     rows = []
     for place, name in enumerate(methods):
         begin = 3 + 2 * place
-        results = [results_of(records[seed][begin : begin + 2]) for seed in range(seeds)]
+        results = [results_of(records[seed][begin : begin + 2]) for seed in seeds]
         rows.append(MethodRuns(LABELS[name], results, paper_figure(context, name)))
-    comparison = table2_comparison(context, rows, [records[seed][:3] for seed in range(seeds)])
+    comparison = table2_comparison(context, seeds, rows, [records[seed][:3] for seed in seeds])
     comparison.write(context.run.root, "table2")
     return {"methods": {row.name: vars(row.summary("top1")) for row in rows}}
 
@@ -268,7 +276,9 @@ def paper_figure(context: Context, method: str) -> str:
     return f"{value}" + (f" ± {deviation}" if deviation is not None else "")
 
 
-def table2_comparison(context: Context, rows: "list[MethodRuns]", shared: list[list[dict[str, Any]]]) -> "Comparison":
+def table2_comparison(
+    context: Context, seeds: range, rows: "list[MethodRuns]", shared: list[list[dict[str, Any]]]
+) -> "Comparison":
     """The table with its sentences."""
     from pipeline.report.table import Comparison, compare
     from stages.learning import manifest_of
@@ -295,9 +305,9 @@ def table2_comparison(context: Context, rows: "list[MethodRuns]", shared: list[l
         notes.append(f"The paper's figures ({source}) come from another scale. What differs here: {recipe.differs}")
     elif recipe.differs:
         notes.append(f"What differs from the paper's table 2: {recipe.differs}")
-    command = f"mpl reproduce table2 --recipe {recipe.name} --seeds {len(shared)}"
+    command = f"mpl reproduce table2 --recipe {recipe.name} {seeds_text(seeds)}"
     if context.data is not None:
         command += " --data DATA"
     title = f"Table 2 on {manifest_of(context).name}"
     extra = {"teacher_validation_top1": teacher, "kept": kept}
-    return Comparison(title, list(range(len(shared))), rows, differences, notes, command, extra)
+    return Comparison(title, list(seeds), rows, differences, notes, command, extra)

@@ -34,11 +34,16 @@ def command(run: Path, as_json: bool) -> None:
 
 
 def stage_names(run: Any) -> list[str]:
-    """The stages in pipeline order, then the named variants that are there."""
+    """The stages in pipeline order, then the named variants that are there.
+
+    Of the two ways to train a student, Reduced MPL's is shown unless full MPL's alone was begun.
+    """
     from pipeline.runs import RECORD_FILE, STARTED_FILE
 
     found = {p.parent.name for name in (RECORD_FILE, STARTED_FILE) for p in run.root.glob(f"*/{name}")}
-    return [*ORDER, *sorted(found - set(ORDER))]
+    full = "train-mpl" in found and "train-reduced" not in found
+    other = {"filter", "precompute", "train-reduced"} if full else {"train-mpl"}
+    return [*(name for name in ORDER if name in found or name not in other), *sorted(found - set(ORDER))]
 
 
 def stage_status(run: Any, stage: str) -> dict[str, Any]:

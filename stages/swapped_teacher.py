@@ -14,7 +14,7 @@ from pipeline.report.statistics import summarise
 from pipeline.report.table import Comparison, MethodRuns, compare
 from stages.execution import Stage
 from stages.options import Context
-from stages.reproduce import comparison_basis, results_of, seed_run, student_steps, upstream
+from stages.reproduce import comparison_basis, results_of, seed_run, seeds_text, student_steps, upstream
 from stages.seeds import Chain, Step, run_chains
 
 PAIRS = ((0, 1), (2, 3))
@@ -35,7 +35,7 @@ VARIANTS = {  # name: (label, changes); all with the swapped teacher and on the 
 UNSWAPPED = "Unswapped teacher, fixed"
 
 
-def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
+def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
     """Plan the experiment as one stage."""
     outputs = [context.run / f"swapped-teacher.{suffix}" for suffix in ("md", "csv", "json", "png")]
     return Stage(
@@ -49,19 +49,19 @@ def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
     )
 
 
-def work(context: Context, seeds: int, jobs: int | None) -> dict[str, Any]:
+def work(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
     """Run all chains, then write the table."""
     first: dict[int, Chain] = {
         seed: [*upstream(seed_run(context, seed)), *student_steps(seed_run(context, seed), "fixed", FIXED)]
-        for seed in range(seeds)
+        for seed in seeds
     }
     unswapped = run_chains(context, first, jobs)
-    second: dict[int, Chain] = {seed: _swapped_chain(context, seed) for seed in range(seeds)}
+    second: dict[int, Chain] = {seed: _swapped_chain(context, seed) for seed in seeds}
     swapped = run_chains(context, second, jobs)
-    rows = [MethodRuns(UNSWAPPED, [results_of(unswapped[seed][3:5]) for seed in range(seeds)])]
+    rows = [MethodRuns(UNSWAPPED, [results_of(unswapped[seed][3:5]) for seed in seeds])]
     for place, (label, _) in enumerate(VARIANTS.values()):
         begin = 2 + 2 * place
-        rows.append(MethodRuns(label, [results_of(swapped[seed][begin : begin + 2]) for seed in range(seeds)]))
+        rows.append(MethodRuns(label, [results_of(swapped[seed][begin : begin + 2]) for seed in seeds]))
     fractions = won_back(rows)
     comparison(context, rows, fractions, seeds).write(context.run.root, "swapped-teacher")
     return {"won_back": {name: values["of_means"] for name, values in fractions.items()}}
@@ -106,7 +106,7 @@ def won_back(rows: list[MethodRuns]) -> dict[str, dict[str, Any]]:
 
 
 def comparison(
-    context: Context, rows: list[MethodRuns], fractions: dict[str, dict[str, Any]], seeds: int
+    context: Context, rows: list[MethodRuns], fractions: dict[str, dict[str, Any]], seeds: range
 ) -> Comparison:
     """The table with its sentences."""
     recipe, by_name = context.recipe, {row.name: row for row in rows}
@@ -128,6 +128,6 @@ def comparison(
         "average. Split: test.",
     ]
     differences = [compare("Feedback alone − fixed", by_name[VARIANTS["feedback"][0]], fixed)]
-    command = f"mpl reproduce swapped-teacher --recipe {recipe.name} --seeds {seeds}"
+    command = f"mpl reproduce swapped-teacher --recipe {recipe.name} {seeds_text(seeds)}"
     title = "Does the feedback act? A teacher with two pairs of classes swapped"
-    return Comparison(title, list(range(seeds)), rows, differences, notes, command, {"won_back": fractions})
+    return Comparison(title, list(seeds), rows, differences, notes, command, {"won_back": fractions})

@@ -14,7 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.report.sweep import Axis, Contrast, Level, Results, Sweep
 from stages.execution import Stage
 from stages.options import Context
-from stages.reproduce import comparison_basis, results_of
+from stages.reproduce import comparison_basis, results_of, seeds_text
 from stages.seeds import Chain, Step, run_chains
 
 SIZE = 320  # images of every pool: with 16 times as many of one digit as of another, no digit runs out
@@ -97,7 +97,7 @@ OTHERS = (
 )
 
 
-def plan(context: Context, seeds: int, jobs: int | None, steps: int) -> Stage:
+def plan(context: Context, seeds: range, jobs: int | None, steps: int) -> Stage:
     """Plan the sweep as one stage.
 
     Raises:
@@ -121,15 +121,15 @@ def plan(context: Context, seeds: int, jobs: int | None, steps: int) -> Stage:
     )
 
 
-def work(context: Context, seeds: int, jobs: int | None, steps: int) -> dict[str, Any]:
+def work(context: Context, seeds: range, jobs: int | None, steps: int) -> dict[str, Any]:
     """The teachers, then a chain for each point and seed; then tables and figure."""
     points = list(dict.fromkeys(point for *_, levels in AXES for _, point in levels))
     noises = list(dict.fromkeys(point.noise for point in points))
     folder = context.run / "pools"
     folder.mkdir(exist_ok=True)
-    teachers = [(noise, seed) for noise in noises for seed in range(seeds)]
+    teachers = [(noise, seed) for noise in noises for seed in seeds]
     taught = run_chains(context, dict(enumerate(_teacher_chain(context, *one, steps) for one in teachers)), jobs)
-    students = [(point, seed) for point in points for seed in range(seeds)]
+    students = [(point, seed) for point in points for seed in seeds]
     for point, seed in students:
         write_variant(folder, pool_of(point, seed))
     chains = dict(enumerate(_chain(context, point, seed, steps) for point, seed in students))
@@ -140,7 +140,7 @@ def work(context: Context, seeds: int, jobs: int | None, steps: int) -> dict[str
             results[point.name][name].append(results_of(done[i][2 + 2 * place : 4 + 2 * place]))
     supervised = [results_of(taught[i][1:3]) for i, (noise, _) in enumerate(teachers) if noise == ORIGIN.noise]
     by_noise = {noise: [taught[i][0] for i, one in enumerate(teachers) if one[0] == noise] for noise in noises}
-    _sweep(context, list(range(seeds)), steps, results, supervised, by_noise).write(context.run.root, "sweep")
+    _sweep(context, seeds, steps, results, supervised, by_noise).write(context.run.root, "sweep")
     return {"students": len(students) * len(METHODS) + len(supervised)}
 
 
@@ -188,7 +188,7 @@ def _student(run: Path, method: Method, name: str, changes: tuple[str, ...], see
 
 
 def _sweep(
-    context: Context, seeds: list[int], steps: int, results: dict[str, dict[str, Results]],
+    context: Context, seeds: range, steps: int, results: dict[str, dict[str, Results]],
     supervised: Results, taught: dict[float, list[dict[str, Any]]],
 ) -> Sweep:  # fmt: skip
     """Results with their sentences."""
@@ -196,7 +196,7 @@ def _sweep(
     teachers = {noise: _mean([record["result"]["validation"]["top1"] for record in of]) for noise, of in taught.items()}
     return Sweep(
         title=TITLE,
-        seeds=seeds,
+        seeds=list(seeds),
         axes=tuple(
             Axis(title, short, tuple(Level(text, point.name) for text, point in levels))
             for title, short, levels in AXES
@@ -207,7 +207,7 @@ def _sweep(
         others=OTHERS,
         reference=("Supervised, labels alone", supervised),
         notes=[*_notes(context, steps, taught[ORIGIN.noise][0]["result"]["labelled_images"], teachers), _cost(results)],
-        command=f"mpl reproduce sweep --recipe {recipe.name} --seeds {len(seeds)} --steps {steps}",
+        command=f"mpl reproduce sweep --recipe {recipe.name} {seeds_text(seeds)} --steps {steps}",
         extra={"teacher_validation_top1": {f"{noise:g}": mean for noise, mean in teachers.items()}},
     )
 

@@ -15,7 +15,7 @@ from pipeline.report.with_mpl import Row, WithMpl
 from stages.execution import Stage
 from stages.options import Context
 from stages.parts import Part, Records, finetuned, results, run_parts, trained
-from stages.reproduce import comparison_basis, seed_run, upstream
+from stages.reproduce import comparison_basis, seed_run, seeds_text, upstream
 from stages.train_mpl import settings_of
 
 NOISY = "noisystudent"
@@ -33,7 +33,7 @@ WITH_MPL = list(METHODS)[:6]
 PAPERS = {"cifar10-4k": "CIFAR-10-4K", "svhn-1k": "SVHN-1K", "imagenet-10pct": "ImageNet-10%"}  # by manifest
 
 
-def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
+def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
     """Plan the whole table as one stage.
 
     Raises:
@@ -55,9 +55,9 @@ def plan(context: Context, seeds: int, jobs: int | None) -> Stage:
     )
 
 
-def work(context: Context, seeds: int, jobs: int | None) -> dict[str, Any]:
+def work(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
     """Run all methods over seeds, then write the table."""
-    found = run_parts(context, {seed: parts_of(context, seed) for seed in range(seeds)}, jobs)
+    found = run_parts(context, {seed: parts_of(context, seed) for seed in seeds}, jobs)
     rows = [
         Row(
             title,
@@ -124,19 +124,19 @@ def paper_figure(data_set: str, method: str) -> str:
     return "–" if found is None else " → ".join(str(found[key]) for key in ("alone", "mpl") if key in found)
 
 
-def table_of(context: Context, seeds: int, rows: list[Row], teachers: list[Records]) -> WithMpl:
+def table_of(context: Context, seeds: range, rows: list[Row], teachers: list[Records]) -> WithMpl:
     """The table with its sentences."""
     from stages.learning import manifest_of
 
     recipe, settings = context.recipe, settings_of(context)
-    command = f"mpl reproduce table1 --recipe {recipe.name} --seeds {seeds}"
+    command = f"mpl reproduce table1 --recipe {recipe.name} {seeds_text(seeds)}"
     if context.data is not None:
         command += " --data DATA"
     papers = papers_of(context)
     teacher = [records[0]["result"]["validation"]["top1"] for records in teachers]
     return WithMpl(
         title=f"{manifest_of(context).name}: methods alone and with Meta Pseudo Labels",
-        seeds=list(range(seeds)),
+        seeds=list(seeds),
         rows=rows,
         papers=tuple(PAPERS[name] for name in papers),
         notes=[*_notes(context, settings, teacher), _budget(rows), *map(_others, papers)],

@@ -82,6 +82,8 @@ def shard(network: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = mesh_of(layout, ranks, next(network.parameters()).device)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 knows no other memory format
     for tensor in (*network.parameters(), *network.buffers()):
         dist.broadcast(tensor.detach(), 0)
     for block in blocks_of(network):

@@ -9,6 +9,7 @@ from math import ceil
 
 from pipeline.errors import UsageError
 from pipeline.plan.cluster import Cluster
+from pipeline.plan.live import Pass
 from pipeline.plan.needs import Needs
 from pipeline.plan.network import Costs
 
@@ -27,7 +28,7 @@ class Layout:
         replicas: groups that hold the networks once each.
         shards: accelerators of a group, over which weights, gradients and optimiser state are divided.
         checkpointing: blocks are calculated again in the backward pass.
-        micro_batches: parts of the student's batch on one accelerator that are calculated one after another.
+        micro_batches: parts of a batch on one accelerator that are calculated one after another.
     """
 
     replicas: int
@@ -50,6 +51,20 @@ class Layout:
         if self.checkpointing:
             parts.append("activation checkpointing")
         return ", ".join(parts)
+
+    @property
+    def settings(self) -> dict[str, str | int | bool]:
+        """The recipe's section `distributed` that makes this layout."""
+        found: dict[str, str | int | bool] = {}
+        if self.shards > 1:
+            found["layout"] = "hybrid" if self.replicas > 1 else "sharded"
+        if self.shards > 1 and self.replicas > 1:
+            found["shard_size"] = self.shards
+        if self.checkpointing:
+            found["checkpoint_activations"] = True
+        if self.micro_batches > 1:
+            found["micro_batches"] = self.micro_batches
+        return found
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class Step:
         self.micro_labelled = ceil(self.labelled / layout.micro_batches)
         teacher = needs.teacher
         self.learned = 0 if teacher is None else self._share(teacher.learned, "images that the teacher learns from")
+        self.micro_learned = ceil(self.learned / layout.micro_batches)
         self.predicted = 0 if teacher is None else self._share(teacher.predicted, "images of the weak view")
 
     def _share(self, images: int, what: str) -> int:
@@ -113,8 +129,11 @@ class Step:
             old = {"gradients": own + theirs}
             if self.predicted:
                 yield self._phase("teacher's prediction", old, activations=teacher.forward.peak(self.predicted))
-            yield self._phase("teacher's forward", old, activations=learning.forward.activations(self.learned))
-            held = learning.held(self.learned)  # waits for the teacher's turn
+            if layout.micro_batches == 1:
+                activations, held = learning.forward.activations(self.learned), learning.held(self.learned)
+            else:  # without a gradient: each part is calculated again in the teacher's turn
+                activations = teacher.forward.peak(self.micro_learned)
+            yield self._phase("teacher's forward", old, activations=activations)
         waiting = {"gradients": theirs, "activations": held}
         if not needs.soft:
             probe = student.forward.peak(self.micro_labelled)
@@ -148,7 +167,9 @@ class Step:
             )  # fmt: skip
         if needs.teacher is not None:
             activations, gradients = learning.backward.moment(self.learned, s)
-            if self._buckets:
+            if layout.micro_batches > 1:
+                activations, gradients = _larger(learning, self.micro_learned) + teacher.buffer_bytes, theirs
+            elif self._buckets:
                 activations, gradients = learning.backward.activations(self.learned), theirs
             rest = _sum(replay, {"gradients": own})
             yield self._phase("teacher's backward", rest, activations=activations, gradients=gradients)
@@ -228,6 +249,8 @@ class Step:
             teacher = needs.teacher.costs
             learning = teacher.checkpointed if layout.checkpointing else teacher.training
             total += teacher.forward.flops(self.predicted) + learning.flops(self.learned)
+            if layout.micro_batches > 1:
+                total += teacher.forward.flops(self.learned)
         return total
 
     def _feedback_flops(self) -> float:
@@ -249,28 +272,33 @@ class Step:
         needs, parts = self.needs, self.layout.micro_batches
         share = 1 / needs.every
         student = needs.student.parameter_bytes
-        total = self._pass_seconds(cluster, student, parts, 1.0)
+        total = self._pass_seconds(cluster, student, parts)
         if needs.soft:
-            total += share * self._pass_seconds(cluster, student, parts, 1.0)  # ∇R
+            total += share * self._pass_seconds(cluster, student, parts)  # ∇R
             total += share * self._gather_seconds(cluster, student) * parts * (1 if self.exact else self._differences)
         else:
             total += 2 * share * self._gather_seconds(cluster, student) * parts
         if needs.teacher is not None:
             teacher = needs.teacher.costs.parameter_bytes
-            total += self._pass_seconds(cluster, teacher, 1, 1.0)
-            total += self._gather_seconds(cluster, teacher) * bool(self.predicted)
+            total += self._pass_seconds(cluster, teacher, parts)
+            total += self._gather_seconds(cluster, teacher) * (bool(self.predicted) + (parts if parts > 1 else 0))
         return total
 
-    def _pass_seconds(self, cluster: Cluster, size: int, parts: int, times: float) -> float:
+    def _pass_seconds(self, cluster: Cluster, size: int, parts: int) -> float:
         """A forward and a backward pass over each micro-batch, and the gradients' average over the ranks."""
         layout = self.layout
         found = 3 * parts * self._gather_seconds(cluster, size)  # weights twice, and gradients scattered
         if layout.replicas > 1:
             found += cluster.all_reduce_seconds(size / layout.shards, layout.replicas, stride=layout.shards)
-        return times * found
+        return found
 
     def _gather_seconds(self, cluster: Cluster, size: int) -> float:
         return cluster.gather_seconds(size, self.layout.shards) if self.layout.shards > 1 else 0.0
+
+
+def _larger(learning: Pass, images: int) -> int:
+    """Largest activations of a pass whose gradients stand already."""
+    return max(learning.forward.activations(images), learning.backward.activations(images))
 
 
 def _sum(*parts: Memory) -> Memory:

@@ -107,7 +107,7 @@ def test_a_small_table_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> None
     monkeypatch.setattr(module, "METHODS", methods)
     monkeypatch.setattr(module, "WITH_MPL", ["uda"])
     run = tmp_path / "run"
-    line = ["reproduce", "table1", "--recipe", tiny(tmp_path), "--run", run, "--seeds", 2]
+    line = ["reproduce", "table1", "--recipe", tiny(tmp_path), "--run", run, "--seed", 1, "--seeds", 2]
     outcome = mpl(*line)
     assert outcome.status == 0, outcome.err
     found = json.loads((run / "table1.json").read_text())
@@ -116,7 +116,9 @@ def test_a_small_table_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> None
     before = json.loads((run / "seed-1/evaluation-mpl-uda-trained.json").read_text())
     assert judged["network"].endswith("student-mpl-uda-finetuned")
     assert before["network"].endswith("student-mpl-uda")
-    pair = found["methods"]["UDA"]["mpl"][1]
+    assert found["seeds"] == [1, 2]
+    assert "--seeds 2 --seed 1" in (run / "table1.md").read_text()
+    pair = found["methods"]["UDA"]["mpl"][0]
     assert (pair["top1"], pair["trained_top1"], pair["nll"]) == (judged["top1"], before["top1"], judged["nll"])
     rows = list(csv.DictReader((run / "table1.csv").read_text().splitlines()))
     assert [(row["method"], row["mpl"]) for row in rows[::2]] == [

@@ -63,6 +63,9 @@ def test_teacher_and_student_then_finetune_and_evaluate(mpl, mpl_recipe, tmp_pat
     judged = result(mpl("evaluate", "--run", run, "--json"))
     assert judged["network"].endswith("student-finetuned")
     assert judged["images"] == 500
+    shown = json.loads(mpl("status", "--run", run, "--json").out)["stages"]
+    states = {row["stage"]: row["state"] for row in shown}
+    assert states == {"pretrain": "to come", "train-mpl": "done", "finetune": "done", "evaluate": "done"}
 
 
 def test_feedback_is_the_only_difference(mpl, mpl_recipe, tmp_path) -> None:
