@@ -13,6 +13,7 @@ from pipeline.report.statistics import PairedDifference, holm, p_value, paired_d
 from pipeline.report.with_mpl import FIGURES, ORANGE, Results
 
 WIDE = 25.0  # points: beyond this the figure's scale is linear to 5 points and logarithmic from there
+TICKS = (-80, -40, -20, -10, -5, -2, 0, 2, 5, 10, 20, 40, 80)  # of such a panel
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,11 @@ class Ablation:
                                elinewidth=2, zorder=3)  # fmt: skip
             if max(map(abs, panel.get_ylim())) > WIDE:  # a control at chance would hide the rest
                 panel.set_yscale("symlog", linthresh=5)
-                panel.yaxis.set_major_formatter("{x:+g}")
+                low, high = panel.get_ylim()
+                panel.set_yticks([tick for tick in TICKS if 1.3 * low < tick < 1.3 * high])
+                panel.set_ylim(min(1.3 * low, -3), max(1.3 * high, 3))
+                panel.yaxis.set_major_formatter(lambda tick, _: f"{tick:+g}" if tick else "0")
+                panel.minorticks_off()
             panel.set_xticks(range(len(variants)), [_lines(variant) for variant in variants], fontsize=8.5)
             panel.set_xlim(-0.5, len(variants) - 0.5)
             panel.set_title(f"{group.title}\ndifference from “{group.reference}”", fontsize=10, loc="left")

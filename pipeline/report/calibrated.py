@@ -40,7 +40,10 @@ def sentences(calibrations: Sequence[Calibration]) -> str:
 
 
 def draw_calibrated(calibrations: Sequence[Calibration], path: Path, title: str) -> None:
-    """Above, the images of the first training whose distribution moves most; below, the entropy of all images."""
+    """Above, images of the first training; below, the entropy of all images of all trainings.
+
+    The images are, of each class of the large teacher, that whose distribution moves most; the most moved classes.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +52,9 @@ def draw_calibrated(calibrations: Sequence[Calibration], path: Path, title: str)
     first = calibrations[0]
     stages, _, classes = first.calibrated.shape
     moved = np.abs(first.calibrated - first.calibrated[0]).sum(-1).max(0)  # (n,)
-    shown = np.argsort(-moved, kind="stable")[:SHOWN]
+    order = np.argsort(-moved, kind="stable")
+    _, firsts = np.unique(first.teacher.argmax(1)[order], return_index=True)  # of each class, the most moved
+    shown = order[np.sort(firsts)[:SHOWN]]
     fig = plt.figure(figsize=(2.3 * stages, 1.25 * len(shown) + 3.2), layout="constrained")
     halves: Any = fig.subfigures(2, 1, height_ratios=(1.25 * len(shown), 3.2))
     upper, lower = halves
@@ -68,7 +73,12 @@ def draw_calibrated(calibrations: Sequence[Calibration], path: Path, title: str)
             if row == 0:
                 ax.set_title(f"{100 * column // (stages - 1)}% of training", fontsize=9)
         bars[row, 0].set_ylabel(f"image {image}", fontsize=8)
-    upper.suptitle(f"{title}\nbars: calibrated; line: the large teacher; by class", fontsize=11, x=0.01, ha="left")
+    upper.suptitle(
+        f"{title}\nbars: calibrated; line: the large teacher; by class. Of each class, what moves most",
+        fontsize=11,
+        x=0.01,
+        ha="left",
+    )
     ax = lower.subplots()
     parts = np.linspace(0, 100, stages)
     every = np.concatenate([entropy(calibration.calibrated) for calibration in calibrations], axis=1)  # (5, n · runs)

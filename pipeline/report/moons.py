@@ -35,13 +35,13 @@ class MoonsReport:
     Attributes:
         study: rows, in the order of the table.
         results: by "row/method".
-        draws: D.
+        draws: their numbers.
         command: that made it.
     """
 
     study: list[Row]
     results: dict[str, CellResult]
-    draws: int
+    draws: Sequence[int]
     command: str
 
     def write(self, folder: Path, stem: str) -> None:
@@ -51,7 +51,7 @@ class MoonsReport:
         write_text(folder / f"{stem}.md", self.markdown(f"{stem}.png"))
         write_text(folder / f"{stem}.csv", self.csv())
         write_json(folder / f"{stem}.json", self.as_json())
-        draw(self.study, self.results, folder / f"{stem}.png")
+        draw(self.study, self.results, self.draws[0], folder / f"{stem}.png")
 
     def result(self, row: Row, method: MethodName) -> CellResult | None:
         """Of a cell, where it was asked for."""
@@ -68,7 +68,7 @@ class MoonsReport:
         lines = [
             "# Two moons",
             "",
-            f"Draws of {self.draws} in which the student is right on at least {100 * first.success:.0f}% of all "
+            f"Draws of {len(self.draws)} in which the student is right on at least {100 * first.success:.0f}% of all "
             f"{first.points:,} points; below, its accuracy in percent, mean ± standard deviation over the draws.",
             "",
             *self._table("networks", EVERY, "settings of all networks"),
@@ -186,10 +186,10 @@ class MoonsReport:
         for row in self.study:
             for method in row.methods:
                 r = self.results[f"{row.name}/{method}"]
-                teacher: Sequence[float | str] = r.teacher_accuracy or [""] * self.draws
+                teacher: Sequence[float | str] = r.teacher_accuracy or [""] * len(self.draws)
                 for d, good in enumerate(r.successes(row.settings)):
                     cosines = [round(float(c[-1, d]), 4) for c in (r.cosine_labelled, r.cosine_true)]
-                    writer.writerow([row.name, method, d, r.accuracy[d], teacher[d], int(good), *cosines])
+                    writer.writerow([row.name, method, self.draws[d], r.accuracy[d], teacher[d], int(good), *cosines])
         return text.getvalue()
 
     def as_json(self) -> dict[str, Any]:
@@ -197,7 +197,8 @@ class MoonsReport:
         return {
             "format": 1,
             "command": self.command,
-            "draws": self.draws,
+            "draws": len(self.draws),
+            "first_draw": self.draws[0],
             "rows": {
                 row.name: {
                     "label": row.label,

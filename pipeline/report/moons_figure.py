@@ -14,7 +14,6 @@ from pipeline.moons.study import CellResult, Row, X, Y, grid
 
 SHOWN: tuple[MethodName, ...] = ("supervised", "pseudo_labels", "mpl", "uda", "mpl_uda", "all_labels")
 ROWS = ("paper", "working")  # whose regions are shown
-DRAW = 0  # whose regions are shown: fixed before anything was run
 CLUSTERS = ("#0072B2", "#D55E00")  # Okabe and Ito's palette: told apart by the colour-blind
 LINES: dict[MethodName, str] = {
     "supervised": "#000000", "pseudo_labels": "#CC79A7", "mpl": "#D55E00", "uda": "#56B4E9", "mpl_uda": "#0072B2",
@@ -25,8 +24,8 @@ SMOOTH = 5  # looks whose mean a point of a cosine's line is
 COLORS = 256  # of the PNG: a palette keeps it small
 
 
-def draw(study: list[Row], results: dict[str, CellResult], path: Path) -> None:
-    """Write the figure as PNG."""
+def draw(study: list[Row], results: dict[str, CellResult], first: int, path: Path) -> None:
+    """Write the figure as PNG; the draw that is shown with its points is the first, which was so before any run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +35,7 @@ def draw(study: list[Row], results: dict[str, CellResult], path: Path) -> None:
     with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
         fig: Any = plt.figure(figsize=(12.4, 1.34 * len(shown) + 3.9), layout="constrained")
         upper, lower = fig.subfigures(2, 1, height_ratios=[1.34 * len(shown) + 0.6, 3.3])
-        _regions(upper, shown, results)
+        _regions(upper, shown, results, first)
         _curves(lower, shown[-1], results)
         with whole_file(path) as temporary:
             _save(fig, temporary)
@@ -53,13 +52,13 @@ def _save(fig: Any, path: Path) -> None:
     )
 
 
-def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult]) -> None:
+def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult], first: int) -> None:
     axes = fig.subplots(len(shown), len(SHOWN), squeeze=False, sharex=True, sharey=True)
     for row, line in zip(shown, axes, strict=True):
         for method, ax in zip(SHOWN, line, strict=True):
             found = results[f"{row.name}/{method}"]
             _boundaries(ax, found)
-            _points(ax, row)
+            _points(ax, row, first)
             text = f"{sum(found.successes(row.settings))} of {len(found.accuracy)}"
             box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
             ax.text(0.975, 0.94, text, transform=ax.transAxes, ha="right", va="top", weight="bold", bbox=box, zorder=6)
@@ -71,14 +70,14 @@ def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult]) -> None
         line[0].set_ylabel(f"{TITLES.get(row.name, row.name)}\n{network}", fontsize=7.5)
     n = len(next(iter(results.values())).accuracy)
     fig.suptitle(
-        f"Two moons, six labels. Boundaries of {n} draws, draw {DRAW} in black with its points and labels (stars); "
+        f"Two moons, six labels. Boundaries of {n} draws, draw {first} in black with its points and labels (stars); "
         "in the corner: draws separated",
         fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
 
 
 def _boundaries(ax: Any, found: CellResult) -> None:
-    """Colour: which class more of the draws decide for; a thin line for each draw, a thick one for `DRAW`."""
+    """Colour: which class more of the draws decide for; a thin line for each draw, a thick one for the first."""
     from matplotlib.colors import LinearSegmentedColormap
 
     pale = LinearSegmentedColormap.from_list("", ["#B9D7EC", "#F7F7F7", "#F6CDB2"])
@@ -86,14 +85,14 @@ def _boundaries(ax: Any, found: CellResult) -> None:
     every = found.regions.astype(np.float32)  # (D, y, x)
     share = (every > 0.5).mean(axis=0)
     ax.contourf(x, y, share, levels=np.linspace(-1e-6, 1 + 1e-6, 12), cmap=pale)
-    for draw, p in enumerate(every):
+    for place, p in enumerate(every):
         if p.min() < 0.5 < p.max():
-            style = ("black", 1.7) if draw == DRAW else ("#00000055", 0.6)
-            ax.contour(x, y, p, levels=[0.5], colors=[style[0]], linewidths=style[1], zorder=3 if draw == DRAW else 2)
+            style = ("black", 1.7) if place == 0 else ("#00000055", 0.6)
+            ax.contour(x, y, p, levels=[0.5], colors=[style[0]], linewidths=style[1], zorder=3 if place == 0 else 2)
 
 
-def _points(ax: Any, row: Row) -> None:
-    moons = make_moons((DRAW,), row.settings)
+def _points(ax: Any, row: Row, draw: int) -> None:
+    moons = make_moons((draw,), row.settings)
     points, clusters = moons.points[0].numpy(), moons.clusters[0].numpy()
     stars, labels = (part.numpy() for part in moons.labels)
     for cluster, color in enumerate(CLUSTERS):

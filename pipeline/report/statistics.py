@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+ROUNDING = 1e-12  # of the values: equal differences of percentages are equal up to this
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -23,7 +25,7 @@ class Summary:
 class PairedDifference:
     """Mean of a − b over n seeds, with its two-sided 95% interval and p of the paired t-test.
 
-    Interval and p are None for one seed, and p is None where all differences are equal.
+    Interval and p are None for one seed, and where all differences are equal: both are judged by their spread.
     """
 
     n: int
@@ -34,7 +36,7 @@ class PairedDifference:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{self.mean:+.2f} (n = {self.n}: no interval)"
+            return f"{self.mean:+.2f} (n = {self.n}{', all equal' if self.n > 1 else ''}: no interval)"
         p = "" if self.p is None else ", p < 0.001" if self.p < 0.001 else f", p = {self.p:.3f}"
         verdict = "" if self.p is None or self.p < 0.05 else "; no significant difference"
         return f"{self.mean:+.2f}, 95% interval [{self.low:+.2f}, {self.high:+.2f}]{p}, n = {self.n}{verdict}"
@@ -57,19 +59,17 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     n, mean = len(difference), float(np.mean(difference))
     if n < 2:
         return PairedDifference(n, mean, None, None, None)
+    if np.ptp(difference) <= ROUNDING * np.max(np.abs([a, b])):  # two seeds, one test image each, are no evidence
+        return PairedDifference(n, mean, None, None, None)
     error = float(np.std(difference, ddof=1)) / np.sqrt(n)
-    if error == 0:
-        return PairedDifference(n, mean, mean, mean, None)
     half = float(stats.t.ppf(0.975, n - 1)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     return PairedDifference(n, mean, mean - half, mean + half, p)
 
 
 def p_value(difference: PairedDifference) -> float:
-    """Of a difference that is the same for all seeds: 0 unless it is zero; of one seed: 1."""
-    if difference.p is not None:
-        return difference.p
-    return 0.0 if difference.n > 1 and difference.mean != 0 else 1.0
+    """For adjusting: 1 where it cannot be judged, with one seed or the same difference for all seeds."""
+    return 1.0 if difference.p is None else difference.p
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

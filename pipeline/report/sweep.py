@@ -107,30 +107,34 @@ class Sweep:
 
         return paired_difference(by_seed(axis.levels[-1].point), by_seed(axis.levels[0].point))
 
+    def adjusted(self) -> list[float]:
+        """p of every contrast at every point, adjusted for their number (Holm 1979)."""
+        return holm([p_value(self.difference(c, point)) for c in self.contrasts for point in self.points()])
+
     def certain(self) -> set[tuple[str, str]]:
-        """(contrast's name, point) that differ from zero at 5% over all of them together (Holm 1979)."""
-        tests = [(c, point) for c in self.contrasts for point in self.points()]
-        adjusted = holm([p_value(self.difference(*test)) for test in tests])
-        return {(c.name, point) for (c, point), p in zip(tests, adjusted, strict=True) if p <= 0.05}
+        """(contrast's name, point) that differ from zero at 5% over all of them together."""
+        tests = [(c.name, point) for c in self.contrasts for point in self.points()]
+        return {test for test, p in zip(tests, self.adjusted(), strict=True) if p <= 0.05}
 
     def markdown(self, figure: str) -> str:
         """For people: the answer, the figure, a table for each axis."""
         n, tests = len(self.seeds), len(self.contrasts) * len(self.points())
+        intervals = (len(self.contrasts) + len(self.others)) * (len(self.points()) + len(self.axes))
         parts = [f"# {self.title}", *self.answers(), f"![{self.title}]({figure})"]
         parts += [self._table(axis) for axis in self.axes]
         parts.append(
             f"n = {n} seed{'s' * (n != 1)} ({', '.join(map(str, self.seeds))}). Methods: top-1 in %, mean ± standard "
             "deviation. Differences: points of top-1, paired by seed, with the 95% interval of the t-distribution; "
-            "**bold** where it excludes zero. Each interval stands for itself: of "
-            f"{tests} such comparisons about {0.05 * tests:.0f} would exclude zero by chance alone; "
-            f"† marks what differs from zero at 5% over all {tests} together (Holm)."
+            f"**bold** where it excludes zero. Each interval stands for itself: of {intervals} about "
+            f"{0.05 * intervals:.0f} would exclude zero by chance alone. † marks, of the {tests} comparisons with and "
+            "without feedback, what differs from zero at 5% over all of them together (Holm)."
         )
         parts += [*self.notes, f"Made by `{self.command}`.", ""]
         return "\n\n".join(parts)
 
     def answers(self) -> list[str]:
         """A paragraph for each contrast: where its interval lies above zero, where below, where it has zero in it."""
-        places = self._places()
+        places, certain = self._places(), self.certain()
         lines = []
         for contrast in self.contrasts:
             found: dict[str, list[str]] = {"above zero": [], "below zero": [], "not told from zero": []}
@@ -138,7 +142,7 @@ class Sweep:
                 d = self.difference(contrast, point)
                 above, below = d.low is not None and d.low > 0, d.high is not None and d.high < 0
                 kind = "above zero" if above else "below zero" if below else "not told from zero"
-                found[kind].append(f"{place} ({d.mean:+.2f})")
+                found[kind].append(f"{place} ({d.mean:+.2f}{'†' * ((contrast.name, point) in certain)})")
             text = "; ".join(f"*{kind}:* {', '.join(where)}" for kind, where in found.items() if where)
             lines.append(f"**{contrast.name}** ({self._formula(contrast)}): {text}.")
         return lines
@@ -165,11 +169,12 @@ class Sweep:
 
     def as_json(self) -> dict[str, Any]:
         """Everything."""
-        certain = self.certain()
+        tests = [(c.name, point) for c in self.contrasts for point in self.points()]
+        adjusted = dict(zip(tests, self.adjusted(), strict=True))
         differences = [
             {"contrast": c.name, "method": c.method, "against": c.against, "point": point}
             | vars(self.difference(c, point))
-            | ({"holm": (c.name, point) in certain} if c in self.contrasts else {})
+            | ({"p_holm": adjusted[c.name, point]} if c in self.contrasts else {})
             for c in (*self.contrasts, *self.others)
             for point in self.points()
         ]

@@ -1,6 +1,7 @@
 """The figure of a sweep: above, what is asked, with its interval; below, the accuracies that it comes from."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,11 @@ def _accuracies(panel: Any, sweep: "Sweep", axis: "Axis") -> list[tuple[float, s
         common = {"color": COLOURS[place], "marker": MARKERS[place]}
         looks[contrast.method] = common | {"linestyle": "-", "linewidth": 2}
         looks.setdefault(contrast.against, common | {"linestyle": "--", "linewidth": 1.4, "markerfacecolor": "white"})
+    others = [method for method in sweep.methods if method not in looks]
+    for method, (marker, style) in zip(others, cycle((("x", ":"), ("+", "-."))), strict=False):
+        looks[method] = {"color": GREY, "marker": marker, "linestyle": style, "linewidth": 1.6}
     for method, name in sweep.methods.items():
-        look = looks.get(method, {"color": GREY, "marker": "x", "linestyle": ":", "linewidth": 1.6})
+        look = looks[method]
         means = [sweep.summary(level.point, method).mean for level in axis.levels]
         panel.plot(range(len(means)), means, markersize=5.5, **look)
         ends.append((means[-1], name, look["color"]))
