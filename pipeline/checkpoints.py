@@ -6,8 +6,8 @@ Either is read by any number of processes.
 
 import json
 import pickle
-import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.files import discard, read_json, sha256_file, sync_folder, whole_f
 from pipeline.named_tensors import Networks, restoring, tensors_of
 
 KEPT = 2
+CHECKPOINTS = "checkpoints"  # folder, beside the network that is trained
 INDEX = "index.json"
 VALUES = "values.json"
 
@@ -90,7 +91,7 @@ class Checkpoints:
             if problem is None:
                 values: dict[str, Any] = {}
                 try:
-                    values = self._read(path, networks)
+                    values = self._read(entry, networks)
                 except (CheckpointError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
                     problem = str(error).splitlines()[0]
                 problem = self._agreed(problem)
@@ -100,10 +101,6 @@ class Checkpoints:
         if entries:
             raise CheckpointError("\n".join([*warnings, "No sound checkpoint is left; start again with --force"]))
         return None
-
-    def clear(self) -> None:
-        """Remove all: the finished network is written, or the stage starts anew."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _save_file(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """A single process's checkpoint."""
@@ -115,13 +112,15 @@ class Checkpoints:
                 raise OSError(str(error)) from error
         self._note({"step": step, "file": path.name, "sha256": sha256_file(path)})
 
-    def _read(self, path: Path, networks: Networks) -> dict[str, Any]:
+    def _read(self, entry: dict[str, Any], networks: Networks) -> dict[str, Any]:
         """Fill the networks from one checkpoint; returns its values."""
-        if path.is_dir():
+        path = self.folder / entry["file"]
+        if isinstance(entry["sha256"], dict):
             from pipeline.distributed.checkpoint import read_shards, stored_tensors
 
-            with restoring(networks, stored_tensors(path)) as tensors:
-                read_shards(path, tensors, self.ranks)
+            with ExitStack() as opened:
+                tensors = self.ranks.together(lambda: opened.enter_context(restoring(networks, stored_tensors(path))))
+                read_shards(path, tensors, self.ranks)  # all ranks talk: none may have failed before
             return dict(read_json(path / VALUES))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found: dict[str, Tensor] = state["tensors"]

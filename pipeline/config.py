@@ -112,7 +112,7 @@ class PretrainSettings(TrainSettings):
 
 
 class FinetuneSettings(TrainSettings):
-    """The student after `train-reduced`, on labelled images alone."""
+    """The student after `train-reduced` or `train-mpl`, on labelled images alone."""
 
 
 class CopySettings(Settings):

@@ -4,6 +4,8 @@ The command line prints their message alone and exits with 1 (or 2 for `UsageErr
 that escapes is a defect of this project and keeps its traceback.
 """
 
+from typing import Self
+
 
 class UserError(ValueError):
     """Something outside the program is wrong and the person can mend it.
@@ -13,6 +15,11 @@ class UserError(ValueError):
     """
 
     shared = False
+
+    def on_all(self) -> Self:
+        """Mark it as raised by all processes together, with the same text."""
+        self.shared = True
+        return self
 
 
 class UsageError(UserError):
@@ -44,7 +51,9 @@ class TargetsError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss or a gradient is NaN or infinite; the update was not applied."""
+    """A loss or a gradient is NaN or infinite; the update was not applied, by any process."""
+
+    shared = True
 
 
 class FeedbackError(UserError):

@@ -107,7 +107,7 @@ def check_engine(module: nn.Module, engine: Engine) -> None:
         raise FeedbackError(
             f"the parameters of {type(module).__name__} lie in shards (FSDP2), which have no forward-mode derivative; "
             "set the feedback engine to 'central' (finite differences), or take feedback 'hard', which needs none"
-        )
+        ).on_all()
 
 
 @torch.no_grad()

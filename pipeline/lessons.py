@@ -20,7 +20,7 @@ from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import DataError
 from pipeline.methods import Method, Views
 from pipeline.seeds import derive_seed, permutation
-from pipeline.student_data import LabelledSet, Pool, hold_out
+from pipeline.student_data import LabelledSet, Pool, feedback_share, hold_out
 from pipeline.teacher_network import join, lesson_rows
 from pipeline.teachers import Batch, Labelled
 
@@ -63,12 +63,10 @@ class ViewData:
         share = options.held_out if settings.feedback != "none" and not settings.alone else 0.0
         own, self.feedback_labelled = hold_out(labelled, share, seed)
         self.labelled = LabelledSet(own.pixels, wrong_labels(own.labels, label_noise, classes, seed))
-        self.feedback_batch = min(options.batch, len(self.feedback_labelled.labels))
         require_batch(settings.labelled_batch, len(self.labelled.labels), "labelled_batch", "labelled images", ranks)
         if pool is not None:
             require_batch(settings.batch, len(pool), "batch", "pool images", ranks)
-        # A feedback batch that the ranks do not divide is made smaller: it is "all of them" more often than not.
-        self.feedback_batch -= self.feedback_batch % ranks.world
+        self.feedback_batch = feedback_share(options.batch, len(self.feedback_labelled.labels), ranks)
 
     def batch(self, step: int) -> Batch:
         """The batch of `step`: the student's images, and everything that the method needs."""
@@ -178,7 +176,7 @@ def require_batch(batch: int, images: int, key: str, what: str, ranks: Ranks) ->
         raise DataError(
             f"train_mpl.{key} (={batch:,}) is more than the {images:,} {what} there are: "
             f"set train_mpl.{key} to at most {images:,}, or give more images"
-        )
+        ).on_all()
     ranks.share(batch, f"train_mpl.{key}")
 
 

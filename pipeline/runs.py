@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -221,14 +221,31 @@ class Run:
             f"{self.root}: {what} ({changes}). Give --force to make it again, or another --run to keep both",
         )
 
-    def begin(self, stage: str, basis: dict[str, Any]) -> None:
+    def begin(self, stage: str, basis: dict[str, Any], launch: str = "") -> None:
         """Mark the stage as begun; its former record goes, so a half-made output is never taken for done."""
         folder = self.root / stage
         (folder / RECORD_FILE).unlink(missing_ok=True)
         write_json(
             folder / STARTED_FILE,
-            {"basis": basis, "fingerprint": fingerprint(basis), "started": now(), "process": os.getpid()},
+            {
+                "basis": basis,
+                "fingerprint": fingerprint(basis),
+                "started": now(),
+                "process": os.getpid(),
+                "launch": launch,
+            },
         )
+
+    def withdraw(self, stage: str) -> None:
+        """As if the stage had not begun."""
+        (self.root / stage / STARTED_FILE).unlink()
+        with suppress(OSError):
+            (self.root / stage).rmdir()  # unless there is something of another time
+
+    def launch_of(self, stage: str) -> str | None:
+        """Which launch of several processes (`Ranks.launch`) began the stage last; None where there was none."""
+        found = (self.root / stage / name for name in (STARTED_FILE, RECORD_FILE))
+        return next((read_json(path).get("launch") for path in found if path.exists()), None)
 
     def finish(self, stage: str, basis: dict[str, Any], seconds: float, result: dict[str, Any]) -> dict[str, Any]:
         """Write the record, last of all; returns it."""
@@ -239,6 +256,7 @@ class Run:
             "fingerprint": fingerprint(basis),
             "basis": basis,
             "started": started["started"],
+            "launch": started["launch"],
             "ended": now(),
             "seconds": round(seconds, 3),
             "peak_memory_mib": round(peak_memory_mib(), 1),

@@ -9,7 +9,6 @@ own object gets its gradient by ordinary backward through its own targets:
 Source: arXiv:2003.10580v1, equations 1, 2 and 8; the derivation is docs/meta-gradient.md.
 """
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.distributed.layout import average_gradients, bare, running_statistics, unsynchronised
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.distributed.shards import is_sharded, local, norm_over_shards, sum_over_shards
-from pipeline.errors import FeedbackError, NonFiniteError
+from pipeline.distributed.shards import clip_gradients, is_sharded, local, sum_over_shards
+from pipeline.errors import FeedbackError
 from pipeline.feedback import (
     Engine,
     Replay,
@@ -104,7 +103,7 @@ class Student:
             check_rule(self.optimizer)
         before = None if probe is None else self._labelled_loss(*probe)
         loss, log_p, replays = self._forward_and_backward(images, targets, weight, replay)
-        norm = self._clip()
+        norm = clip_gradients(self.module, self.clip_norm, f"the student's gradient at its step {self.steps_taken + 1}")
         derivative = self._update_derivative() if replay else {}
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -145,15 +144,8 @@ class Student:
 
     def _agreed(self, loss: Tensor) -> Tensor:
         """The loss over all ranks, before any of them goes on to the backward pass."""
-        losses = self.ranks.every(float(loss))
-        wrong = {rank: value for rank, value in enumerate(losses) if not math.isfinite(value)}
-        if not wrong:
-            return loss if self.ranks.world == 1 else loss.new_tensor(sum(losses) / len(losses))
-        self.optimizer.zero_grad(set_to_none=True)
-        where = "" if self.ranks.world == 1 else f" on rank {', '.join(map(str, wrong))}"
-        raise NonFiniteError(
-            f"the student's loss is {next(iter(wrong.values()))}{where} at its step {self.steps_taken + 1}"
-        )
+        losses = self.ranks.finite(float(loss), f"the student's loss at its step {self.steps_taken + 1}")
+        return loss if self.ranks.world == 1 else loss.new_tensor(sum(losses) / len(losses))
 
     def _labelled_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """R at the present weights, the mean over all ranks' labelled images, ()."""
@@ -167,24 +159,6 @@ class Student:
                 torch.zeros((), device=images.device),
             )
         )
-
-    def _clip(self) -> Tensor:
-        """Clip the gradients in place; returns their norm n before clipping."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        module = self.module
-        if sharded := is_sharded(module):
-            gradients = [local(g) for g in gradients]
-            norm = norm_over_shards(module, gradients)
-        else:
-            norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the student's gradient is {float(norm)} at its step {self.steps_taken + 1}")
-        if self.clip_norm is not None and sharded:
-            torch._foreach_mul_(gradients, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        elif self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(module.parameters(), self.clip_norm, norm)
-        return norm
 
     def _update_derivative(self) -> dict[str, Tensor | float]:
         """D = ∂θ'/∂g of the coming step, by parameter name."""

@@ -154,8 +154,7 @@ class StudentData:
         self.mean, self.std, self.seed, self.device = mean, std, seed, device
         self.feedback_augment = feedback_augment or AugmentSettings()
         self.student_labelled, self.feedback_labelled = hold_out(labelled, held_out, seed)
-        self.feedback_batch = min(feedback_batch, len(self.feedback_labelled.labels))
-        self.feedback_batch -= self.feedback_batch % ranks.world
+        self.feedback_batch = feedback_share(feedback_batch, len(self.feedback_labelled.labels), ranks)
         self.pool, self.ranks = pool, ranks
         for count, what in ((mixture.labelled, "labelled images"), (mixture.pool, "pool images")):
             ranks.share(count, f"the number of {what} in a batch")
@@ -218,6 +217,20 @@ class StudentData:
     def _true_targets(self, labels: Tensor) -> Tensor:
         smoothing = self.settings.label_smoothing
         return F.one_hot(labels, self.classes) * (1 - smoothing) + smoothing / self.classes
+
+
+def feedback_share(batch: int, images: int, ranks: Ranks) -> int:
+    """Labelled images of a feedback batch over all ranks: at most `batch` and at most all, and a multiple of the ranks.
+
+    It is "all there are" more often than not, so that a number which the ranks do not divide is made smaller.
+
+    Raises:
+        DataError: there are fewer images than ranks.
+    """
+    if images < ranks.world:
+        raise DataError(f"{images} labelled images cannot be shared by {ranks.world} processes; start fewer").on_all()
+    wanted = min(batch, images)
+    return wanted - wanted % ranks.world
 
 
 def hold_out(labelled: LabelledSet, share: float, seed: int) -> tuple[LabelledSet, LabelledSet]:

@@ -14,13 +14,14 @@ from pipeline.config import FeedbackKind, MplFeedbackSettings, ScheduleSettings
 from pipeline.data.draws import Draws
 from pipeline.distributed import ALONE, Ranks
 from pipeline.distributed.layout import average_gradients, bare, running_statistics, unsynchronised
+from pipeline.distributed.shards import clip_gradients
 from pipeline.feedback import log_probabilities, random_state, replayed_random_numbers, row_parts
 from pipeline.methods import Lesson, Method, Rows
 from pipeline.named_tensors import Networks
 from pipeline.optim import learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.student import StudentStep
-from pipeline.teachers import Batch, Labelled, Metrics, Wish, fed_back, feedback_scale, norm_over_ranks, require_finite
+from pipeline.teachers import Batch, Labelled, Metrics, Wish, fed_back, feedback_scale, norm_over_ranks
 
 
 class TeacherNetwork:
@@ -133,12 +134,11 @@ class TeacherNetwork:
         if step is not None and labelled is not None:
             term, found = self._feedback(step, targets, labelled)
             objective, metrics = objective + term, metrics | found
-        require_finite(objective, "the teacher's objective", self.ranks)
+        self.ranks.finite(float(objective.detach()), "the teacher's objective")
         self.optimizer.zero_grad(set_to_none=True)
         self._backward(objective)
         average_gradients(self.model, self.ranks)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        clip_gradients(bare(self.model), self.clip_norm, "the teacher's gradient")
         set_learning_rate(self.optimizer, learning_rate(self.schedule, self.base_lr, batch.views.step, self.steps))
         self.optimizer.step()
         self.ranks.mean_(running_statistics(bare(self.model)))

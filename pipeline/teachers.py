@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import CalibratorSettings, FeedbackSettings
 from pipeline.distributed import ALONE, Ranks
-from pipeline.errors import NonFiniteError
+from pipeline.distributed.shards import clip_gradients
 from pipeline.methods import Views
 from pipeline.named_tensors import Networks
 from pipeline.student import StudentStep
@@ -188,10 +188,11 @@ class Calibrator:
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()
-        require_finite(objective, "the calibrator's objective", self.ranks)
+        self.ranks.finite(float(objective.detach()), "the calibrator's objective")
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.ranks.mean_([p.grad for p in self.network.parameters() if p.grad is not None])
+        clip_gradients(self.network, None, "the calibrator's gradient")
         self.optimizer.step()
         changed = targets.argmax(1) != batch.distributions.argmax(1)
         metrics["labels_changed"] = changed[batch.calibrated].float().mean()
@@ -230,13 +231,3 @@ def feedback_scale(step: StudentStep, settings: FeedbackSettings, batch: int) ->
     if settings.scale == "raw" or lr == 0:
         return float(lr > 0)
     return batch / lr
-
-
-def require_finite(objective: Tensor, what: str, ranks: Ranks) -> None:
-    """Stop on all ranks where one of them sees a NaN or an infinity, before any update.
-
-    Raises:
-        NonFiniteError: on all ranks.
-    """
-    if not ranks.agree(bool(torch.isfinite(objective))):
-        raise NonFiniteError(f"{what} is {float(objective.detach())}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pipeline.checkpoints import Checkpoints
+from pipeline.checkpoints import CHECKPOINTS, Checkpoints
 from pipeline.config import TrainSettings
 from pipeline.distributed import ALONE, Ranks
 from pipeline.distributed.layout import Layout, bare, full_state, lay_out, lay_out_average
@@ -136,7 +136,7 @@ class Training:
             ranks=ranks,
             micro_batches=micro_batches,
         )
-        self.checkpoints = Checkpoints(folder / "checkpoints", identity, ranks)
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, identity, ranks)
         self.at = Progress()
 
     def run(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.report.with_mpl import BLUE, ORANGE
 from stages.execution import Stage
 from stages.options import Context
 from stages.parts import Part, Records, finetuned, results, run_parts, trained
-from stages.reproduce import comparison_basis, seed_run, seeds_text, upstream
+from stages.reproduce import SEEDS_CHANGE, comparison_basis, seed_run, seeds_text, upstream
 from stages.table1 import METHODS, changes
 from stages.train_mpl import settings_of
 
@@ -194,8 +194,9 @@ def training_section(context: Context, runs: list[Path], stem: str) -> tuple[str
     text = (
         f"![training and validation accuracy over the steps]({stem}-training.png)\n\n"
         f"Accuracy on the labelled images in % (figure 9 of the paper), the mean over {len(first.steps)} looks during "
-        f"training: {averages}. {below}. The students' figures are of their moving average, the teachers' of their "
-        "present weights."
+        f"training: {averages}. {below}. The figures of the students and of what is trained alone are of their moving "
+        f"average, the teachers' of their present weights, so that teacher − {first.name} has that in it as well; p is "
+        "not adjusted."
     )
     return text, panels
 
@@ -233,7 +234,7 @@ def _notes(context: Context, found: dict[str, list[Records]], reduced: bool) -> 
     return [
         *notes,
         f"Checkpoint, fixed in advance: the last step's moving average; students of full MPL then have "
-        f"{context.recipe.finetune.steps:,} steps of finetuning. Split: test. Nothing was chosen on it.",
+        f"{context.recipe.finetune.steps:,} steps of finetuning. Split: test. Nothing was chosen on it. {SEEDS_CHANGE}",
         f"Budget: {len(everyone)} students, {seconds / 60:.0f} minutes of training in all.",
     ]
 

@@ -5,18 +5,16 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from pipeline.errors import RunError, UsageError, UserError
+import pipeline
+from pipeline.errors import DataError, RunError, UsageError
 from pipeline.files import Location, discard, fingerprint
 from pipeline.runs import NOT_DONE, Action, Decision, Stopwatch
 from stages.console import Console
 from stages.options import Context
-
-if TYPE_CHECKING:
-    from pipeline.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Stage:
         work: does it; returns figures for the record.
         summary: a line for a person from those figures.
         replaces: files and folders that `--force` removes first.
+        leftovers: of no use once it is recorded as done: its checkpoints.
         together: several processes, started by torchrun, do it together.
         keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
         cheap: top-level keys of the basis whose change is no reason to refuse: the work is done again at once.
@@ -41,6 +40,7 @@ class Stage:
     work: Callable[[], dict[str, Any]]
     summary: Callable[[dict[str, Any]], str]
     replaces: Sequence[Location] = ()
+    leftovers: Sequence[Location] = ()
     cheap: frozenset[str] = frozenset()
     keeps_recipe: bool = True
     together: bool = False
@@ -70,22 +70,40 @@ def _execute_together(context: Context, plan: Callable[[Context], Stage]) -> dic
     """The same under torchrun: the first process holds the lock, decides and records; all of them work."""
     from pipeline.distributed.launch import joined
 
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        context = replace(context, force=False)  # what the attempt before had begun is not to be removed
     with joined(context.device, context.recipe.distributed.timeout_seconds) as ranks, ExitStack() as held:
         context = replace(context, ranks=ranks)
         if not ranks.first:
             context = replace(context, console=Console(silent=True))
-        _agreed(ranks, lambda: held.enter_context(context.run.locked()) if ranks.first else None)
-        stage = _agreed(ranks, lambda: plan(context))
+        ranks.together(lambda: held.enter_context(context.run.locked()) if ranks.first else None)
+        stage = ranks.together(lambda: plan(context))
         if not stage.together:
-            raise UsageError(f"{stage.name} runs in one process; leave torchrun out (mpl filter has --workers)")
-        ranks.check_same("the recipe or the data", fingerprint(stage.basis))
-        decided = _agreed(ranks, lambda: _decide_first(context, stage))
-        decision = Decision(*json.loads(ranks.texts(json.dumps(decided))[0]))
-        result = _agreed(ranks, lambda: _execute_locked(context, stage, decision))
+            raise UsageError(
+                f"{stage.name} runs in one process; leave torchrun out (mpl filter has --workers)"
+            ).on_all()
+        for what, value in ranks.together(lambda: _the_same(context, stage)).items():
+            ranks.check_same(what, fingerprint(value))
+        if ranks.first and context.run.launch_of(stage.name) == ranks.launch:
+            context = replace(context, force=False)  # what an attempt before had begun, or done, is not to be removed
+        decided = ranks.together(lambda: _decide_first(context, stage))
+        action, reason = json.loads(ranks.texts(json.dumps(decided))[0])
+        decision = Decision(Action(action), reason)
+        with ranks.watched(stage.name):
+            result = _execute_locked(context, stage, decision)
         ranks.barrier("the end")
         return _tell(context, result) if ranks.first else result
+
+
+def _the_same(context: Context, stage: Stage) -> dict[str, Any]:
+    """What all processes must have in common, by its name; some of it changes no result, but who waits for whom."""
+    from stages.learning import split_of
+
+    return {
+        "the version of mpl": pipeline.__version__,
+        "--run": str(context.run.root.resolve()),
+        "the recipe": context.recipe.model_dump(mode="json"),
+        "the options": [stage.name, str(context.store), context.seed, context.precision, context.device.type],
+        "the data": [stage.basis, split_of(context, "validation").fingerprint()],
+    }
 
 
 def _decide_first(context: Context, stage: Stage) -> tuple[str, str]:
@@ -95,19 +113,6 @@ def _decide_first(context: Context, stage: Stage) -> tuple[str, str]:
     require_store(context, stage.name)
     decision = decide(context, stage)
     return decision.action.value, decision.reason
-
-
-def _agreed(ranks: "Ranks", work: Callable[[], Any]) -> Any:
-    """What `work` returns; what it raises on some rank is raised on all, so that none waits for another."""
-    result, met = None, None
-    try:
-        result = work()
-    except UserError as error:
-        if error.shared:
-            raise
-        met = error
-    ranks.raise_together(met)
-    return result
 
 
 def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[str, Any]:
@@ -127,11 +132,16 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     try:
         with console.graceful_stop():
             result = stage.work()
+    except (UsageError, DataError):
+        if context.first and not any(place.exists() for place in (*stage.replaces, *stage.outputs)):
+            run.withdraw(stage.name)  # nothing was made of it: it may begin again with what the message advises
+        raise
     finally:
         console.close()
     if not context.first:
         return result
     record = run.finish(stage.name, stage.basis, clock.seconds, result)
+    discard(*stage.leftovers)
     console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
     return record
 
@@ -146,7 +156,7 @@ def _begin(context: Context, stage: Stage) -> None:
         run.claim(context.store)
     if context.force:
         discard(*stage.replaces)
-    run.begin(stage.name, stage.basis)
+    run.begin(stage.name, stage.basis, context.together.launch)
 
 
 def require_store(context: Context, stage: str) -> None:

@@ -26,6 +26,7 @@ def command(context: Context, name: str | None) -> None:
 
 def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
+    from pipeline.checkpoints import CHECKPOINTS
     from stages.execution import Stage
     from stages.learning import network_outputs, split_of, training_basis
     from stages.students import stage_name, student_folder, trained
@@ -43,6 +44,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         name=stage_name("finetune", name),
         basis=basis,
         outputs=network_outputs(folder),
+        leftovers=[folder / CHECKPOINTS],
         work=lambda: work(context, source, folder, basis),
         summary=lambda result: f"Finetuned student: {result['validation']['top1']:.2f}% on validation",
         replaces=[folder],

@@ -16,9 +16,11 @@ from pipeline.distributed.layout import Layout, bare
 from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, evaluate_logits, predict_logits
 from pipeline.files import fingerprint
+from pipeline.lessons import ViewData
 from pipeline.models import CONFIG, WEIGHTS, Network, save_network
 from pipeline.runs import peak_memory_mib
 from pipeline.seeds import derive_seed
+from pipeline.student_data import StudentData
 from pipeline.teachers import Teacher
 from pipeline.training import Batches, Training
 from stages.options import Context
@@ -168,15 +170,22 @@ def train_and_save(
     state = training.averaged_state()
     digest = save_network(folder, network, state) if context.first else ""
     found = judge(training.average.module)
-    context.together.barrier("the last checkpoint")
-    if context.first:
-        training.checkpoints.clear()
     return figures | {
         "checkpoint": "last step, moving average",
         "weights_sha256": digest,
         "validation": found.as_json(network.class_names),
         "train_peak_memory_mib": round(peak_memory_mib(), 1),
     }
+
+
+def tell_feedback_batch(context: Context, asked: int, data: StudentData | ViewData) -> None:
+    """A note where the processes do not divide the labelled images that give feedback."""
+    wanted = min(asked, len(data.feedback_labelled.labels))
+    if data.feedback_batch < wanted:
+        context.console.note(
+            f"feedback is measured on {data.feedback_batch} labelled images a step instead of {wanted}, "
+            f"which the {context.together.world} processes do not divide"
+        )
 
 
 def network_outputs(folder: Path) -> list[Path]:

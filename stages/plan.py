@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.config import Recipe
+    from pipeline.data.manifest import Manifest
     from pipeline.plan.choose import Choice, Plan
     from pipeline.plan.cluster import Accelerator, Cluster
     from pipeline.plan.needs import Needs, PlannedMethod
@@ -71,8 +72,8 @@ def command(
 ) -> None:  # fmt: skip
     """Predict the memory and time of a training on a cluster, and choose its layout.
 
-    Reads: nothing but the recipe. Writes: nothing. Networks are followed without data, so one of a size that this
-    machine could never hold takes seconds. Exit status 1 where nothing fits.
+    Reads: the recipe and the data set's manifest. Writes: nothing. Networks are followed without data, so one of a size
+    that this machine could never hold takes seconds, the largest minutes. Exit status 1 where nothing fits.
     """
     from pipeline.config import load_recipe
     from pipeline.data.manifest import load_manifest
@@ -81,10 +82,11 @@ def command(
     from pipeline.plan.needs import METHODS, all_needs
 
     settings = load_recipe(recipe, changes)
-    classes = load_manifest(settings.data.manifest, location(data) if data else None).classes
+    manifest = load_manifest(settings.data.manifest, location(data) if data else None)
     full = METHODS if settings.train_mpl is not None else METHODS[:1]
     wanted: tuple[PlannedMethod, ...] = full if method == "all" else (method,)  # type: ignore[assignment]
-    needs = all_needs(settings, wanted, classes, precision)
+    labelled = _labelled(manifest, settings.data.labelled)
+    needs = all_needs(settings, wanted, manifest.classes, precision, labelled, max(1, accelerators))
     cluster = _cluster(needs[0], accelerators, precision, **figures)
     plans = [_planned(plan, each, cluster) for each in needs]
     if as_json:
@@ -93,6 +95,14 @@ def command(
         click.echo(_as_text(settings, cluster, precision, plans))
     if all(isinstance(found, str) or found.chosen is None for _, found in plans):
         raise SystemExit(1)
+
+
+def _labelled(manifest: "Manifest", first: int | None) -> int | None:
+    """How many labelled images there are at most, as far as manifest and recipe tell."""
+    split = manifest.splits["labelled"]
+    total = manifest.files[split.source].rows
+    own = [split.first, split.last] if total is None else [len(split.rows(total))]
+    return min((n for n in [*own, first] if n is not None), default=None)
 
 
 def _planned(plan: Any, needs: "Needs", cluster: "Cluster") -> "tuple[Needs, Plan | str]":

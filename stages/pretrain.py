@@ -24,6 +24,7 @@ def command(context: Context) -> None:
 
 def plan(context: Context) -> "Stage":
     """Plan the stage."""
+    from pipeline.checkpoints import CHECKPOINTS
     from stages.execution import Stage
     from stages.learning import network_outputs, split_of, training_basis
 
@@ -34,6 +35,7 @@ def plan(context: Context) -> "Stage":
         name="pretrain",
         basis=basis,
         outputs=network_outputs(folder),
+        leftovers=[folder / CHECKPOINTS],
         work=lambda: work(context, basis),
         summary=lambda result: f"Teacher: {result['validation']['top1']:.2f}% on validation",
         replaces=[context.run / "teacher"],

@@ -19,6 +19,9 @@ LABELS = {
     NOISY_SAME: "NoisyStudent, on Reduced MPL's data",
     REDUCED: "Reduced MPL",
 }
+SEEDS_CHANGE = (  # a manifest's splits are runs of rows: no seed is in them
+    "Seeds change initial weights, order and augmentation; labels, pool and test images are the same."
+)
 
 
 @click.group()
@@ -29,17 +32,21 @@ def group() -> None:
     """
 
 
-def seeds_option(function: Any) -> Any:
+def seeds_option(default: str, what: str = "seeds", parts: str = "Seeds") -> Any:
     """--seeds and --jobs."""
-    function = click.option("--jobs", type=click.IntRange(1), help="Seeds at a time. [default: one per core]")(function)
-    return click.option(
-        "--seeds", type=click.IntRange(1), help="Number of seeds, from --seed on. [default: the recipe's]"
-    )(function)
+
+    def add(function: Any) -> Any:
+        at_a_time = f"{parts} at a time. [default: one per core]"
+        function = click.option("--jobs", type=click.IntRange(1), help=at_a_time)(function)
+        number = f"Number of {what}, from --seed on. [default: {default}]"
+        return click.option("--seeds", type=click.IntRange(1), help=number)(function)
+
+    return add
 
 
 @group.command()
 @stage_options
-@seeds_option
+@seeds_option("the recipe's")
 def table2(context: Context, seeds: int | None, jobs: int | None) -> None:
     """Supervised, NoisyStudent and Reduced MPL side by side (table 2 of arXiv:2003.10580v1).
 
@@ -51,7 +58,7 @@ def table2(context: Context, seeds: int | None, jobs: int | None) -> None:
 
 @group.command("swapped-teacher")
 @stage_options
-@seeds_option
+@seeds_option("the recipe's")
 def swapped_teacher(context: Context, seeds: int | None, jobs: int | None) -> None:
     """Does the feedback act? A teacher with two pairs of classes swapped, and controls.
 
@@ -64,7 +71,7 @@ def swapped_teacher(context: Context, seeds: int | None, jobs: int | None) -> No
 
 @group.command()
 @stage_options
-@seeds_option
+@seeds_option("the recipe's")
 @click.option("--steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of every student.")
 def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> None:
     """When does feedback pay? Pools out of domain, teachers wrong, classes uneven; digits alone.
@@ -79,7 +86,7 @@ def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> 
 
 @group.command()
 @stage_options
-@seeds_option
+@seeds_option("the recipe's")
 def table1(context: Context, seeds: int | None, jobs: int | None) -> None:
     """Eight methods alone, six of them also with MPL on top (tables 1 and 10 of arXiv:2003.10580).
 
@@ -92,7 +99,7 @@ def table1(context: Context, seeds: int | None, jobs: int | None) -> None:
 
 @group.command()
 @stage_options
-@seeds_option
+@seeds_option("10")
 @click.option("--feedback", type=click.Choice(["soft", "hard"]), default="soft", show_default=True,
               help="Kind of pseudo labels and of feedback.")  # fmt: skip
 @click.option("--reduced/--no-reduced", default=True, show_default=True, help="Reduced MPL as well.")
@@ -110,13 +117,13 @@ def ablation(context: Context, seeds: int | None, jobs: int | None, feedback: st
 
 @group.command("two-moons")
 @stage_options
-@seeds_option
+@seeds_option("20", "draws", "Cells of the table")
 @click.option("--variant", type=click.Choice(["paper", "working"]), help="One of the two alone. [default: the study]")
 @click.option("--steps", type=click.IntRange(1), help="Of every network. [default: 10,000, and 4,000 at lr 1]")
 def two_moons(context: Context, seeds: int | None, jobs: int | None, variant: Any, steps: int | None) -> None:
     """Supervised, Pseudo Labels and MPL on two moons with six labels; what separates them; 20 draws.
 
-    Figures 1 and 8 of arXiv:2003.10580v1. --seeds is the number of draws; no recipe and no data are used.
+    Figures 1 and 8 of arXiv:2003.10580v1. A seed is a draw; no recipe and no data are used.
     Writes two-moons.md, .csv, .json and .png into the run. [default run: runs/two-moons]
     """
     from stages.two_moons import reproduce
@@ -127,19 +134,25 @@ def two_moons(context: Context, seeds: int | None, jobs: int | None, variant: An
 def _reproduce(context: Context, what: str, seeds: int | None, plan: Any) -> None:
     """Choose the run directory and the number of seeds, run, and show the table."""
     from stages.execution import execute
-    from stages.options import DEFAULT_RUN, make_context
 
-    if context.run.root == DEFAULT_RUN:  # a comparison has many runs: a directory of its own
-        run = Path("runs") / f"{what}-{context.recipe.name}"
-        first = click.get_current_context().params["seed"]
-        context = make_context(
-            run, None, (), context.data, first, context.device_name, context.precision,
-            dry_run=context.dry_run, force=context.force, as_json=context.as_json, parsed=context.recipe,
-        )  # fmt: skip
+    context = own_run(context, Path("runs") / f"{what}-{context.recipe.name}")
     all_seeds = range(context.seed, context.seed + (seeds or context.recipe.reproduce.seeds))
     execute(context, lambda c: plan(c, all_seeds))
     if not context.dry_run and not context.as_json:
         click.echo((context.run / f"{what}.md").read_text())
+
+
+def own_run(context: Context, run: Path) -> Context:
+    """A comparison has many runs: a directory of its own where no other was asked for; with its own first seed."""
+    from stages.options import DEFAULT_RUN, make_context
+
+    if context.run.root != DEFAULT_RUN:
+        return context
+    first = click.get_current_context().params["seed"]
+    return make_context(
+        run, None, (), context.data, first, context.device_name, context.precision,
+        dry_run=context.dry_run, force=context.force, as_json=context.as_json, parsed=context.recipe,
+    )  # fmt: skip
 
 
 def plan_table2(context: Context, seeds: range, jobs: int | None) -> "Stage":

@@ -15,7 +15,7 @@ from pipeline.report.with_mpl import Row, WithMpl
 from stages.execution import Stage
 from stages.options import Context
 from stages.parts import Part, Records, finetuned, results, run_parts, trained
-from stages.reproduce import comparison_basis, seed_run, seeds_text, upstream
+from stages.reproduce import SEEDS_CHANGE, comparison_basis, seed_run, seeds_text, upstream
 from stages.train_mpl import settings_of
 
 NOISY = "noisystudent"
@@ -155,10 +155,11 @@ def _notes(context: Context, settings: TrainMplSettings, teacher: list[float]) -
         f"pool, {settings.batch} of its images; a student with MPL sees those {settings.batch} alone, and its teacher "
         f"({own.name}, {settings.feedback} feedback) what the method would see alone. NoisyStudent: a fixed "
         f"{context.recipe.pretrain.model.name} ({sum(teacher) / len(teacher):.1f}% on validation), {settings.batch} "
-        "images a step, some of them labelled.",
+        "images a step, some of them labelled; optimiser, schedule and augmentation are train_reduced's, of the others "
+        "train_mpl's.",
         f"Checkpoint, fixed in advance: the last step's moving average; with MPL then {finetune.steps:,} steps of "
         f"finetuning on the labelled images, as in the paper (before it: second table and table1.csv). Split: test. "
-        "Nothing was chosen on it.",
+        f"Nothing was chosen on it. {SEEDS_CHANGE}",
         f"Methods: {'; '.join(_described(context, name) for name in METHODS if name != NOISY)}.",
     ]
 

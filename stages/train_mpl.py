@@ -41,6 +41,7 @@ def command(context: Context, method: str | None, feedback: str | None, alone: b
 
 def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
+    from pipeline.checkpoints import CHECKPOINTS
     from stages.execution import Stage
     from stages.learning import network_outputs, split_of, training_basis
     from stages.students import own_student, stage_name, student_folder
@@ -65,6 +66,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         work=lambda: work(context, folder, basis),
         summary=lambda result: f"{result['method']}: {result['validation']['top1']:.2f}% on validation",
         replaces=[folder],
+        leftovers=[folder / CHECKPOINTS],
         keeps_recipe=name is None,
         together=True,
     )
@@ -83,7 +85,7 @@ def settings_of(context: Context) -> "TrainMplSettings":
     if settings is None:
         raise RecipeError(
             f"recipe {context.recipe.name} has no train_mpl section; take one that has (digits, cifar10-4k), "
-            "or add it: docs/choices.md lists its settings"
+            "or add it: the recipe digits shows one"
         )
     return settings
 
@@ -108,7 +110,14 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
     from pipeline.lessons import Lessons, ViewData
     from pipeline.models import build_network, save_network
     from pipeline.teachers import FixedTargets
-    from stages.learning import load_split, seed_initialisation, split_of, to_device, train_and_save
+    from stages.learning import (
+        load_split,
+        seed_initialisation,
+        split_of,
+        tell_feedback_batch,
+        to_device,
+        train_and_save,
+    )
 
     recipe, settings = context.recipe, settings_of(context)
     split = split_of(context, "labelled")
@@ -148,6 +157,8 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
             return figures | described
         teacher_network = build_teacher(context, split.class_names)
         teacher = make_teacher(context, teacher_network)
+        if teacher.feedback != "none":
+            tell_feedback_batch(context, settings.feedback_options.batch, views)
         figures = train_and_save(
             context, network, teacher, views, settings, folder, basis,
             wait=settings.student_wait, train_set=images, watched={"teacher": teacher.model},

@@ -39,6 +39,7 @@ def command(context: Context, teacher: str | None, name: str | None) -> None:
 
 def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
+    from pipeline.checkpoints import CHECKPOINTS
     from stages.execution import Stage
     from stages.learning import network_outputs, split_of, training_basis
     from stages.precompute import require_fresh_targets
@@ -68,6 +69,7 @@ def plan(context: Context, name: str | None = None) -> "Stage":
         work=lambda: work(context, folder, basis),
         summary=lambda result: f"Student ({result['method']}): {result['validation']['top1']:.2f}% on validation",
         replaces=[folder],
+        leftovers=[folder / CHECKPOINTS],
         keeps_recipe=name is None,
         together=True,
     )
@@ -89,7 +91,14 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
     from pipeline.student_data import StudentData, mixture
     from pipeline.targets import TargetsStore
     from pipeline.teachers import Calibrator, FixedTargets
-    from stages.learning import load_split, seed_initialisation, split_of, to_device, train_and_save
+    from stages.learning import (
+        load_split,
+        seed_initialisation,
+        split_of,
+        tell_feedback_batch,
+        to_device,
+        train_and_save,
+    )
 
     recipe, settings = context.recipe, context.recipe.train_reduced
     split = split_of(context, "labelled")
@@ -119,6 +128,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
     )  # fmt: skip
     with closing(data):
         if settings.teacher == "calibrator":
+            tell_feedback_batch(context, settings.feedback.batch, data)
             seed_initialisation(context, "calibrator")
             calibrator = Calibrator(
                 len(split.class_names), settings.calibrator, settings.feedback, context.device, context.together

@@ -4,16 +4,15 @@ The paper's settings first, then changes one at a time, and what the feedback do
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.moons.settings import VariantName
-from pipeline.runs import Run
 from stages.execution import Stage, execute
-from stages.options import DEFAULT_RUN, Context
+from stages.options import Context
+from stages.reproduce import own_run, seeds_text
 
 DRAWS = 20
 CELLS = "two-moons/cells"  # results so far
@@ -24,14 +23,14 @@ def reproduce(
     context: Context, draws: int | None, jobs: int | None, variant: VariantName | None, steps: int | None
 ) -> None:
     """The command: choose the run directory, run, and show the table."""
-    if context.run.root == DEFAULT_RUN:
-        context = replace(context, run=Run(RUN), store=RUN)
-    execute(context, lambda c: plan(c, draws or DRAWS, jobs, variant, steps))
+    context = own_run(context, RUN)
+    wanted = range(context.seed, context.seed + (draws or DRAWS))
+    execute(context, lambda c: plan(c, wanted, jobs, variant, steps))
     if not context.dry_run and not context.as_json:
         click.echo((context.run / "two-moons.md").read_text())
 
 
-def plan(context: Context, draws: int, jobs: int | None, variant: VariantName | None, steps: int | None) -> Stage:
+def plan(context: Context, draws: range, jobs: int | None, variant: VariantName | None, steps: int | None) -> Stage:
     """Plan the experiment as one stage."""
     from pipeline.moons.study import rows
 
@@ -40,17 +39,17 @@ def plan(context: Context, draws: int, jobs: int | None, variant: VariantName | 
     settings = {row.name: [row.label, list(row.methods), row.settings.model_dump(mode="json")] for row in study}
     return Stage(
         name="two-moons",
-        basis={"draws": draws, "rows": settings},
+        basis={"draws": len(draws), "rows": settings} | ({"first": draws.start} if draws.start else {}),
         outputs=outputs,
         work=lambda: work(context, draws, jobs, variant, steps),
         summary=lambda result: f"{outputs[0]}",
         replaces=[*outputs, context.run / CELLS],
-        cheap=frozenset({"draws"}),
+        cheap=frozenset({"draws", "first"}),
     )
 
 
 def work(
-    context: Context, draws: int, jobs: int | None, variant: VariantName | None, steps: int | None
+    context: Context, draws: range, jobs: int | None, variant: VariantName | None, steps: int | None
 ) -> dict[str, Any]:
     """Train every cell, a process each, then write table and figure."""
     from pipeline.engines import EngineSettings, run_all
@@ -69,7 +68,7 @@ def work(
         taken += cell.settings.steps
         right = sum(result.successes(cell.settings))
         context.console.progress(taken, total, {})
-        context.console.note(f"  {cell.name}: {right} of {draws} draws separated")
+        context.console.note(f"  {cell.name}: {right} of {len(draws)} draws separated")
 
     for cell in items:
         if (kept / cell.file).exists():  # of an interrupted attempt
@@ -86,7 +85,7 @@ def work(
         stop=context.console.stop_requested,
     )
     command = " ".join(
-        ["mpl reproduce two-moons", f"--seeds {draws}"]
+        ["mpl reproduce two-moons", seeds_text(draws)]
         + ([f"--variant {variant}"] if variant else [])
         + ([f"--steps {steps}"] if steps else [])
     )

@@ -45,6 +45,14 @@ def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
     assert optimizer.lr == pytest.approx(0.256 * recipe.train_reduced.batch / 4096)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("cifar10-small", "digits")])
+def test_the_papers_finetuning_has_a_fixed_rate(name: str) -> None:
+    """arXiv:2003.10580v4, sections 3.2 (1e-5) and 3.3 (1e-4)."""
+    finetune = load_recipe(name).finetune
+    assert (finetune.schedule.kind, finetune.schedule.warmup_steps) == ("constant", 0)
+    assert finetune.optimizer.lr == (1e-4 if name == "imagenet" else 1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "warmup", "batches", "lrs", "dropouts", "uda", "decay", "smoothing"),
     [

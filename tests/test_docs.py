@@ -26,8 +26,10 @@ def test_the_loop_of_the_meta_gradient_page_runs() -> None:
 
 
 def commands() -> list[str]:
-    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
-    return sorted({line.split("#")[0].strip() for line in lines if line.startswith("mpl ")})
+    joined = [block.replace("\\\n", " ") for page in PAGES for block in blocks(page, "sh")]
+    lines = [line.split("#")[0].strip() for block in joined for line in block.splitlines()]
+    lines = [line.partition(" -- ")[2] if line.startswith("torchrun ") else line for line in lines]
+    return sorted({line for line in lines if line.startswith("mpl ")})
 
 
 @pytest.mark.parametrize("line", commands())

@@ -20,7 +20,7 @@ from pipeline.optim import build_optimizer
 from pipeline.plan.choose import plan, predict
 from pipeline.plan.cluster import Cluster, accelerator
 from pipeline.plan.live import LiveBytes
-from pipeline.plan.needs import METHODS, Needs, all_needs
+from pipeline.plan.needs import METHODS, Needs, all_needs, feedback_images
 from pipeline.plan.network import Costs, checkpointing
 from pipeline.plan.step import Layout, Step
 
@@ -206,6 +206,18 @@ def test_a_recipe_says_how_many_images(planned: dict[str, Needs]) -> None:
     assert alone.teacher is not None
     assert (alone.teacher.learned, alone.teacher.predicted) == (24 + 64, 0)  # the student's images are appended
     assert planned["reduced"].calibrator == 10 * 128 + 128 + 3 * (128 * 128 + 128) + 128 * 10 + 10
+
+
+def test_feedback_takes_no_more_labelled_images_than_there_are() -> None:
+    """By hand, for the 50 of digits; as `pipeline.lessons` and `pipeline.student_data` cut it."""
+    options = load_recipe("digits").train_reduced.feedback
+    assert options.batch == 128
+    assert [feedback_images(options, 50, n) for n in (1, 2, 4, 8)] == [50, 50, 48, 48]
+    assert feedback_images(options, None, 1) == 128
+    assert feedback_images(options, 1000, 3) == 126
+    assert feedback_images(options, 50, 64) == 50
+    part = options.model_copy(update={"held_out": 0.3})
+    assert feedback_images(part, 50, 1) == 15
 
 
 def test_soft_feedback_keeps_three_copies_and_hard_none(planned: dict[str, Needs]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline import teacher_network
 from pipeline.config import MplFeedbackSettings, ScheduleSettings
 from pipeline.data.draws import Draws
+from pipeline.errors import NonFiniteError
 from pipeline.methods import Views, parse_method
 from pipeline.student import Student
 from pipeline.teacher_network import TeacherNetwork
@@ -303,3 +304,18 @@ def test_state_goes_round() -> None:
     other.load_values(json.loads(json.dumps(teacher.values())))
     assert other.moving == 0.25
     assert teacher.networks() == {"teacher": (teacher.model, teacher.optimizer)}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(clip_norm: float | None) -> None:
+    """The objective may be finite where its gradient is not."""
+    world = World()
+    teacher, batch = world.teacher("none"), world.batch()
+    teacher.clip_norm = clip_norm
+    first = next(teacher.model.parameters())
+    before = first.detach().clone()
+    first.register_hook(lambda g: g * float("inf"))
+    targets = teacher(batch)
+    with pytest.raises(NonFiniteError, match="the teacher's gradient is"):
+        teacher.adapt(None, targets, batch, None)
+    assert torch.equal(first.detach(), before)

@@ -223,7 +223,9 @@ def test_the_table_tells_what_the_results_say() -> None:
         return CellResult(accuracy, None, [0], *[np.full((1, 3), 0.7)] * 4, np.zeros((3, 1, 1), np.float16))
 
     row = Row("working", "settings", WORKING, ("supervised", "mpl"))
-    text = MoonsReport([row], {"working/supervised": result(bad), "working/mpl": result(good)}, 3, "c").markdown("f")
+    text = MoonsReport([row], {"working/supervised": result(bad), "working/mpl": result(good)}, range(3), "c").markdown(
+        "f"
+    )
     assert "| settings | 4,000 | – | **1**; 92.6 ± 11.0 | – | **3**; 99.0 ± 1.0 | – | – |" in text
     assert "**MPL − Supervised**: +6.37" in text
     assert "separates 2 draws that the other does not, and the other 0" in text
@@ -260,6 +262,28 @@ def test_the_command_writes_its_files_once(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert call(monkeypatch, *options[:-4], "--steps", 4) == 1  # other settings: not without --force
     assert "--force" in capsys.readouterr().err
+
+
+def test_draws_begin_at_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: draw 4 of four from 3 on is draw 4 by itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MPL_RUN", raising=False)
+    options = ("--variant", "working", "--steps", 3, "--jobs", 1)
+    found = {}
+    for seed, draws in ((3, 2), (4, 1)):
+        run = tmp_path / f"run-{seed}"
+        assert call(monkeypatch, *options, "--run", run, "--seed", seed, "--seeds", draws) == 0
+        lines = (run / "two-moons.csv").read_text().splitlines()
+        found[seed] = {tuple(line.split(",")[1:3]): line for line in lines[1:]}
+    assert {draw for _, draw in found[3]} == {"3", "4"}
+    assert {key: line.split(",")[3] for key, line in found[4].items()} == {
+        key: line.split(",")[3] for key, line in found[3].items() if key[1] == "4"
+    }
+    text = (tmp_path / "run-3/two-moons.md").read_text()
+    assert "--seeds 2 --seed 3" in text
+    capsys.readouterr()
 
 
 def test_the_study_holds_both_variants_and_the_controls() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One machine: a process for each accelerator (or PROCESSES of them on the CPU).
-#   bash docs/cluster/one-node.sh train-mpl --recipe imagenet --run runs/imagenet
+#   bash docs/cluster/one-node.sh train-mpl --recipe imagenet-10pct --data DATA --precision bf16 --run runs/imagenet
 set -euo pipefail
 
 processes=${PROCESSES:-$(nvidia-smi --list-gpus | wc -l)}

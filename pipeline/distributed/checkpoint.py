@@ -116,8 +116,6 @@ class _Descriptions(pickle.Unpickler):
             return getattr(torch, name)
         if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
             return PurePath  # the folder's name when it was written; not used
-        if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
-            return PurePath  # the folder's name when it was written; not used
         if name in UNDERSTOOD.get(module, ()):
             return _get_layout if name == "_get_layout" else super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no tensor")

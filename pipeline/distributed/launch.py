@@ -1,6 +1,8 @@
 """Joining the processes that torchrun started, and leaving them."""
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,10 +32,12 @@ def device_of_this_rank(device: torch.device, environment: Mapping[str, str] = o
     if device.type == "cpu" or not is_launched(environment):
         return device
     index, found = int(environment.get("LOCAL_RANK", "0")), torch.get_device_module(device).device_count()
+    if not found:
+        raise UsageError(f"no {device.type} device is here for process {index} of this node; use --device cpu")
     if index >= found:
         raise UsageError(
             f"process {index} of this node wants an accelerator of its own, but there are {found} ({device.type}); "
-            f"start torchrun with --nproc-per-node={max(1, found)}, or use --device cpu"
+            f"start torchrun with --nproc-per-node={found}, or use --device cpu"
         )
     return torch.device(device.type, index)
 
@@ -42,10 +46,11 @@ def device_of_this_rank(device: torch.device, environment: Mapping[str, str] = o
 def joined(
     device: torch.device, timeout: float = 600.0, environment: Mapping[str, str] = os.environ
 ) -> Iterator[Ranks]:
-    """The processes of this training; `ALONE` where there is one. Leaves them at the end."""
+    """The processes of this training; `ALONE` where there is one. Leaves them at the end, and tells them why."""
     ranks = start(device, timeout, environment)
     try:
-        yield ranks
+        with ranks.told():
+            yield ranks
     finally:
         leave(ranks)
 
@@ -86,10 +91,9 @@ def start(device: torch.device, timeout: float = 600.0, environment: Mapping[str
             "with torchrun, or unset WORLD_SIZE"
         ) from None
     backend = backend_of(device)
-    store = _store(environment, rank, world, host, port, timeout)
-    store.set(f"here/{rank}", "1")
+    store, launch = _store(environment, rank, world, host, port, timeout)
     try:
-        missing = absent(store, "here", world, timeout)
+        store, missing = _meet_all(store, world, timeout) if rank == 0 else _meet(store, rank, world, timeout)
     except RuntimeError as error:
         raise RanksError(f"rank {rank}: rank 0 has given up, or died; its own output says why") from error
     if missing:
@@ -110,7 +114,39 @@ def start(device: torch.device, timeout: float = 600.0, environment: Mapping[str
         device_id=None if device.type == "cpu" else device,
     )
     group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=wait)
-    return Ranks(rank, world, timeout, group, store)
+    return Ranks(rank, world, timeout, group, store, launch)
+
+
+def _meet_all(store: Any, world: int, timeout: float) -> tuple[Any, list[int]]:
+    """Rank 0: (keys of this attempt alone, ranks that did not come).
+
+    torchrun's agents keep one store for all attempts, and each counts restarts for itself: nothing that they
+    give tells the attempts apart. So each rank says hello with a new token, and rank 0 answers every token that
+    it finds with the name of its session; a token of an attempt before is answered in vain.
+    """
+    session = uuid.uuid4().hex
+    own = dist.PrefixStore(session, store)
+    own.set("here/0", "1")
+    end = time.monotonic() + timeout
+    while missing := [rank for rank in range(world) if not own.check([f"here/{rank}"])]:
+        for rank in missing:
+            if store.check([f"hello/{rank}"]):
+                store.set(f"welcome/{store.get(f'hello/{rank}').decode()}/0", session)
+        if time.monotonic() > end:
+            break
+        time.sleep(0.02)
+    return own, missing
+
+
+def _meet(store: Any, rank: int, world: int, timeout: float) -> tuple[Any, list[int]]:
+    """The same on another rank."""
+    token = uuid.uuid4().hex
+    store.set(f"hello/{rank}", token)
+    if missing := absent(store, f"welcome/{token}", 1, timeout):
+        return store, missing
+    own = dist.PrefixStore(store.get(f"welcome/{token}/0").decode(), store)
+    own.set(f"here/{rank}", "1")
+    return own, absent(own, "here", world, timeout)
 
 
 def backend_of(device: torch.device) -> str:
@@ -132,8 +168,10 @@ def backend_of(device: torch.device) -> str:
     return backend
 
 
-def _store(environment: Mapping[str, str], rank: int, world: int, host: str, port: int, timeout: float) -> Any:
-    """Keys that all ranks see, fresh for each attempt of torchrun."""
+def _store(
+    environment: Mapping[str, str], rank: int, world: int, host: str, port: int, timeout: float
+) -> tuple[Any, str]:
+    """(keys that all ranks see, the same for all attempts of a torchrun; a name for these attempts)."""
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(
@@ -150,4 +188,6 @@ def _store(environment: Mapping[str, str], rank: int, world: int, host: str, por
             f"rank {rank}: no answer from rank 0's node at {host}:{port} within {timeout:g} s; rank 0 is missing, or "
             "another process holds that port"
         ) from error
-    return dist.PrefixStore(f"mpl/attempt {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    kept = dist.PrefixStore("mpl", store)
+    name = uuid.uuid4().hex if agent else environment.get("TORCHELASTIC_RUN_ID", uuid.uuid4().hex)
+    return kept, kept.compare_set("launch", "", name).decode()

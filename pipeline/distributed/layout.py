@@ -3,6 +3,7 @@
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
@@ -104,17 +105,22 @@ def mesh_of(layout: Layout, ranks: Ranks, device: torch.device) -> Any:
     Raises:
         UsageError: the groups would not be of one size.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if layout.kind == "sharded":
-        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
+        return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))  # of the group of all
     if layout.shard_size < 1 or ranks.world % layout.shard_size:
         raise UsageError(
             f"shard_size (={layout.shard_size}) must divide the number of processes (={ranks.world}); "
             "the processes of one node are a good choice"
         )
     shape = (ranks.world // layout.shard_size, layout.shard_size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    ranks_of = torch.arange(ranks.world).view(shape)
+    wait = timedelta(seconds=ranks.timeout)  # init_device_mesh would make groups that wait half an hour
+    groups: list[Any] = [
+        dist.new_subgroups_by_enumeration(g.tolist(), timeout=wait)[0] for g in (ranks_of.t(), ranks_of)
+    ]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks_of, mesh_dim_names=("replicate", "shard"))
 
 
 def bare(model: nn.Module) -> nn.Module:

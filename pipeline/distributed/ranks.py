@@ -7,8 +7,8 @@ an error that names it, instead of a hang.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import errors
-from pipeline.errors import RanksError, UsageError, UserError
+from pipeline.errors import NonFiniteError, RanksError, UsageError, UserError
 
 BUCKET = 64 << 20  # bytes per all-reduce of many small tensors
 REPORT = 10.0  # seconds in which the ranks that were left waiting say so
@@ -34,6 +34,7 @@ class Ranks:
         timeout: seconds that a rank waits for the others, in every collective.
         group: gloo group of all ranks for agreements; None where the default group is gloo.
         store: keys that all ranks see, for finding out who is missing.
+        launch: the same for every attempt that one torchrun makes, and for no other.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Ranks:
     timeout: float = 600.0
     group: Any = field(default=None, compare=False, repr=False)
     store: Any = field(default=None, compare=False, repr=False)
+    launch: str = field(default="", compare=False)
 
     @property
     def first(self) -> bool:
@@ -58,7 +60,7 @@ class Ranks:
             raise UsageError(
                 f"{what} (={count}) must be a multiple of the number of processes (={self.world}); "
                 f"set it to {' or '.join(map(str, sorted(near)))}, or start another number of processes"
-            )
+            ).on_all()
         return count // self.world
 
     def part(self, total: int) -> slice:
@@ -116,6 +118,19 @@ class Ranks:
         """Whether it is so on all ranks."""
         return all(self.every(float(ok)))
 
+    def finite(self, value: float, what: str) -> list[float]:
+        """The value of every rank, none of which is NaN or infinite.
+
+        Raises:
+            NonFiniteError: on all ranks, naming those where it is not.
+        """
+        found = self.every(value)
+        wrong = [rank for rank, number in enumerate(found) if not math.isfinite(number)]
+        if wrong:
+            where = "" if self.world == 1 else f" on {_names(wrong)}"
+            raise NonFiniteError(f"{what} is {found[wrong[0]]}{where}")
+        return found
+
     def raise_together(self, error: UserError | None) -> None:
         """Raise on all ranks what some of them met, naming these; nothing where none met anything.
 
@@ -131,9 +146,22 @@ class Ranks:
         met = [text.partition("\n") for text in self.texts(f"{type(error).__name__}\n{error}" if error else "")]
         wrong = {rank: (kind, text) for rank, (kind, _, text) in enumerate(met) if kind}
         kind, text = next(iter(wrong.values()))
-        found = getattr(errors, kind, RanksError)
         everywhere = len(wrong) == self.world and len(set(wrong.values())) == 1
-        raise _shared(found(text if everywhere else f"{_names(list(wrong))}: {text}")) from error
+        raise _raised_elsewhere(kind, text if everywhere else f"{_names(list(wrong))}: {text}") from error
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """What `work`, which talks to no other rank, returns; what it raises on some rank is raised on all.
+
+        Raises:
+            UserError: as `raise_together`.
+        """
+        result, met = None, None
+        try:
+            result = work()
+        except UserError as error:
+            met = error
+        self.raise_together(met)
+        return result
 
     def check_same(self, what: str, value: str) -> None:
         """All ranks must have the same `value`, a fingerprint say.
@@ -143,12 +171,10 @@ class Ranks:
         """
         found = self.texts(value)
         if other := [rank for rank, text in enumerate(found) if text != found[0]]:
-            raise _shared(
-                UsageError(
-                    f"the ranks disagree on {what}: {_names(other)} (of {self.world}) not as rank 0; start all of "
-                    "them with the same command, the same recipe file and the same version of this project"
-                )
-            )
+            raise UsageError(
+                f"the ranks disagree on {what}: {_names(other)} (of {self.world}) not as rank 0; start all of "
+                "them with the same command, the same recipe file and the same version of this project"
+            ).on_all()
 
     def barrier(self, what: str) -> None:
         """Wait until all ranks have come to `what`.
@@ -162,10 +188,11 @@ class Ranks:
 
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:
-        """A collective that fails within becomes an error that says which ranks did not take part.
+        """A collective that fails within becomes an error that says which ranks did not take part, and why.
 
         Raises:
-            RanksError: on every rank that was left waiting.
+            UserError: what another rank met (`told`), of that class.
+            RanksError: on every rank that was left waiting, where no rank has said why.
         """
         if self.world == 1:
             yield
@@ -175,6 +202,8 @@ class Ranks:
         except RuntimeError as error:
             if not _of_a_collective(error):
                 raise
+            if met := self._met_elsewhere():
+                raise met from error
             missing = self._missing(str(error))
             who = f"{_names(missing)} of {self.world} did not take part" if missing else "the connection broke"
             raise RanksError(
@@ -182,6 +211,27 @@ class Ranks:
                 "A process died, hangs, or is slower than that; its own output says more. The last checkpoint is "
                 "intact: start again, or let torchrun do so (--max-restarts)"
             ) from error
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """What this rank meets is raised at once; others that wait for it meanwhile find it in the store."""
+        try:
+            yield
+        except RanksError:
+            raise  # what others did
+        except Exception as error:
+            if self.store is not None:
+                with suppress(RuntimeError):  # rank 0 has gone, and the store with it
+                    self.store.compare_set("error", "", f"{self.rank}\n{type(error).__name__}\n{error}")  # the first
+            raise
+
+    def _met_elsewhere(self) -> UserError | None:
+        """What the first rank to meet something met."""
+        with suppress(RuntimeError):  # as above
+            if self.store is not None and self.store.check(["error"]):
+                rank, kind, text = self.store.get("error").decode().split("\n", 2)
+                return _raised_elsewhere(kind, f"rank {rank}: {text if hasattr(errors, kind) else f'{kind}: {text}'}")
+        return None
 
     def _missing(self, message: str) -> list[int]:
         """The ranks that do not report, within REPORT seconds, to have been left waiting as well."""
@@ -199,9 +249,9 @@ class Ranks:
 ALONE = Ranks(0, 1)
 
 
-def _shared(error: UserError) -> UserError:
-    error.shared = True
-    return error
+def _raised_elsewhere(kind: str, text: str) -> UserError:
+    """An error of this class of ours; of another class, a defect's say, it is a RanksError."""
+    return getattr(errors, kind, RanksError)(text).on_all()
 
 
 def absent(store: Any, name: str, world: int, timeout: float) -> list[int]:
@@ -215,7 +265,16 @@ def absent(store: Any, name: str, world: int, timeout: float) -> list[int]:
 
 
 def _of_a_collective(error: RuntimeError) -> bool:
-    words = ("gloo", "NCCL", "nccl", "monitoredBarrier", "Connection closed", "Connection reset", "Broken pipe")
+    words = (
+        "gloo",
+        "NCCL",
+        "nccl",
+        "monitoredBarrier",
+        "Connection closed",
+        "Connection reset",
+        "Broken pipe",
+        "pair closure",
+    )
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 

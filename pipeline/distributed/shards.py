@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.errors import NonFiniteError
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 holds its parameters."""
@@ -59,6 +61,28 @@ def norm_over_shards(module: nn.Module, tensors: Iterable[Tensor]) -> Tensor:
     square = sum((torch.linalg.vector_norm(t).square() for t in tensors), torch.zeros(()))
     first = next(module.parameters())
     return sum_over_shards(module, torch.as_tensor(square).to(first.device)).sqrt()
+
+
+def clip_gradients(module: nn.Module, limit: float | None, what: str) -> Tensor:
+    """Clip all `.grad` in place to a common L2 norm of `limit` (None: as they are); returns the norm before, ().
+
+    Raises:
+        NonFiniteError: the norm is NaN or infinite, on all ranks alike; the gradients are given up.
+    """
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    if sharded := is_sharded(module):
+        gradients = [local(g) for g in gradients]
+        norm = norm_over_shards(module, gradients)
+    else:
+        norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        module.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"{what} is {float(norm)}")
+    if limit is not None and sharded:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    elif limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), limit, norm)
+    return norm
 
 
 def _sharded_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -139,9 +139,9 @@ class CellResult:
         return [value >= 100 * settings.success for value in self.accuracy]
 
 
-def cells(study: Sequence[Row], draws: int) -> list[Cell]:
+def cells(study: Sequence[Row], draws: Sequence[int]) -> list[Cell]:
     """All of a study, the longest first."""
-    found = [Cell(row.name, method, row.settings, tuple(range(draws))) for row in study for method in row.methods]
+    found = [Cell(row.name, method, row.settings, tuple(draws)) for row in study for method in row.methods]
     cost: dict[MethodName, int] = {"mpl_uda": 4, "mpl": 3, "uda": 2}
     return sorted(found, key=lambda cell: -cell.settings.steps * cost.get(cell.method, 1))
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.config import ModelSettings, OptimizerSettings, Recipe, TrainMplSettings
+from pipeline.config import FeedbackSettings, ModelSettings, OptimizerSettings, Recipe, TrainMplSettings
 from pipeline.errors import UsageError
 from pipeline.plan.network import Costs
 
@@ -39,7 +39,7 @@ class Needs:
         method: which.
         student, optimizer: the student's network.
         batch: pool images per step of the whole cluster.
-        feedback_batch: labelled images per feedback.
+        feedback_batch: labelled images per feedback; no more than there are.
         every: student's steps between feedbacks.
         exact: feedback by forward mode; otherwise by this many further forward passes.
         steps: of the training.
@@ -72,13 +72,16 @@ class Needs:
         return found
 
 
-def needs_of(recipe: Recipe, method: PlannedMethod, student: Costs, teacher: Costs) -> Needs:
+def needs_of(
+    recipe: Recipe, method: PlannedMethod, student: Costs, teacher: Costs, labelled: int | None, processes: int
+) -> Needs:
     """What a recipe's training by `method` needs.
 
     Args:
         recipe: the recipe.
         method: which training.
         student, teacher: costs of its networks.
+        labelled, processes: as of `all_needs`.
     """
     if method == "reduced":
         settings = recipe.train_reduced
@@ -89,24 +92,24 @@ def needs_of(recipe: Recipe, method: PlannedMethod, student: Costs, teacher: Cos
         weights = sum(fan_in * fan_out + fan_out for fan_in, fan_out in pairwise(widths))
         feedback = settings.feedback
         return Needs(
-            method, student, settings.optimizer, settings.batch, feedback.batch, feedback.every, feedback.engine,
-            settings.steps, calibrator=weights,
+            method, student, settings.optimizer, settings.batch, feedback_images(feedback, labelled, processes),
+            feedback.every, feedback.engine, settings.steps, calibrator=weights,
         )  # fmt: skip
     mpl = _full(recipe)
     method_needs = mpl.method.needs
-    labelled, pool = mpl.labelled_batch, mpl.batch
+    pool = mpl.batch
     weak = "pool_weak" in method_needs
     own_pool = pool if weak or "pool" in method_needs else 0
     # The student's images are a part of the lesson where the method learns from their strong view; else they are
     # appended to it (`TeacherNetwork.__call__`).
     shared = "pool" in method_needs
-    learned = labelled + own_pool + (0 if shared else pool)
+    learned = mpl.labelled_batch + own_pool + (0 if shared else pool)
     return Needs(
         method,
         student,
         mpl.optimizer,
         pool,
-        mpl.feedback_options.batch,
+        feedback_images(mpl.feedback_options, labelled, processes),
         mpl.feedback_options.every,
         mpl.feedback_options.engine,
         mpl.steps,
@@ -114,7 +117,18 @@ def needs_of(recipe: Recipe, method: PlannedMethod, student: Costs, teacher: Cos
     )
 
 
-def all_needs(recipe: Recipe, methods: Sequence[PlannedMethod], classes: int, precision: str) -> list[Needs]:
+def feedback_images(settings: FeedbackSettings, labelled: int | None, processes: int) -> int:
+    """Labelled images of a feedback, as training takes them: those there are, a multiple of the processes' number."""
+    found = settings.batch
+    if labelled is not None:
+        found = min(found, round(settings.held_out * labelled) or labelled)
+    return found - found % processes or found  # fewer than processes: refused when it is planned
+
+
+def all_needs(
+    recipe: Recipe, methods: Sequence[PlannedMethod], classes: int, precision: str,
+    labelled: int | None = None, processes: int = 1,
+) -> list[Needs]:  # fmt: skip
     """What each method needs. A network that occurs more than once is followed once.
 
     Args:
@@ -122,6 +136,8 @@ def all_needs(recipe: Recipe, methods: Sequence[PlannedMethod], classes: int, pr
         methods: which trainings.
         classes: C.
         precision: float32 or bf16.
+        labelled: images of the labelled split; None: not known before it is read.
+        processes: that share a batch.
     """
     dtype = torch.bfloat16 if precision == "bf16" else None
     known: dict[str, Costs] = {}
@@ -137,7 +153,7 @@ def all_needs(recipe: Recipe, methods: Sequence[PlannedMethod], classes: int, pr
         else:
             mpl = _full(recipe)
             student, teacher = costs(mpl.model), costs(mpl.teacher.model or mpl.model)
-        found.append(needs_of(recipe, method, student, teacher))
+        found.append(needs_of(recipe, method, student, teacher, labelled, processes))
     return found
 
 

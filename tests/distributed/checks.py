@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from pipeline.config import CalibratorSettings, FeedbackSettings
-from pipeline.distributed.layout import Layout, average_gradients, bare, lay_out
+from pipeline.config import CalibratorSettings, FeedbackSettings, MplFeedbackSettings, ScheduleSettings
+from pipeline.distributed.layout import Layout, bare, lay_out
 from pipeline.distributed.ranks import Ranks
+from pipeline.methods import Views, parse_method
 from pipeline.student import Student, StudentStep
+from pipeline.teacher_network import TeacherNetwork
 from pipeline.teachers import Batch, Calibrator, Labelled
+from pipeline.training import train_step
 from tests.problems import optimizer_of
 
 CLASSES, STEPS = 5, 3
@@ -74,6 +77,7 @@ class Case:
     batch: int = 8
     foreign: bool = False  # sharded by a person's own hand, with torch's defaults
     weighted: bool = False
+    baseline: float = 0.0
 
     @property
     def alone(self) -> "Case":
@@ -101,13 +105,12 @@ def train(ranks: Ranks, case: Case) -> dict[str, Tensor]:
         q = torch.randn(case.batch, CLASSES, dtype=torch.float64, generator=draws).mul(2).softmax(1)
         labelled = torch.randn(case.batch, 3, 32, 32, dtype=torch.float64, generator=draws)
         labels = torch.randint(CLASSES, (case.batch,), generator=draws)
-        chance = torch.rand(case.batch, dtype=torch.float64, generator=draws)
         weight = torch.rand(case.batch, dtype=torch.float64, generator=draws) if case.weighted else None
         n = ranks.share(case.batch, "batch")
         rows = slice(ranks.rank * n, (ranks.rank + 1) * n)
         mine = None if weight is None else weight[rows]
         torch.manual_seed(step)
-        taken = learner.step(student, images[rows], q[rows], labelled[rows], labels[rows], chance[rows], mine)
+        taken = learner.step(student, images[rows], q[rows], labelled[rows], labels[rows], mine)
         found |= {f"{name} {step}": value for name, value in taken.items()}
     found |= {f"student {name}": t for name, t in whole(student.module).items()}
     return found | {f"teacher {name}": t for name, t in whole(bare(learner.network)).items()}
@@ -123,7 +126,7 @@ class Reduced:
         self.calibrator = Calibrator(CLASSES, settings, options, torch.device("cpu"), ranks)
         self.network = self.calibrator.network.double()
 
-    def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, chance: Tensor, w: Any) -> Any:
+    def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, w: Any) -> Any:
         batch = Batch(x, q, torch.ones(len(q), dtype=torch.bool))
         targets = self.calibrator(batch)
         taken = student.learn(x, targets.detach(), w, probe=(xl, yl))
@@ -133,33 +136,26 @@ class Reduced:
 
 
 class Full:
-    """Full MPL: a teacher network in the student's layout."""
+    """Full MPL: the project's own teacher network, in the student's layout."""
 
     def __init__(self, case: Case, ranks: Ranks) -> None:
         torch.manual_seed(5)
-        self.ranks, self.case = ranks, case
+        self.ranks, self.at = ranks, 0
         self.network = lay_out(NETWORKS[case.network]().double().train(), case.layout, ranks)
-        self.optimizer = optimizer_of("adamw", bare(self.network), 1e-2)
+        assert case.method != "reduced"
+        self.teacher = TeacherNetwork(
+            self.network, optimizer_of("adamw", bare(self.network), 1e-2), parse_method("uda"), case.method,
+            MplFeedbackSettings(scale="per_image", engine=case.engine, baseline=case.baseline),
+            schedule=ScheduleSettings(), base_lr=0.05, steps=STEPS, seed=0,
+            clip_norm=0.1 if case.clip else None, ranks=ranks, micro_batches=case.micro_batches,
+        )  # fmt: skip
 
-    def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, chance: Tensor, w: Any) -> Any:
-        log_p = self.network(torch.cat([xl, x])).log_softmax(1)
-        own, log_q = log_p[: len(xl)], log_p[len(xl) :]
-        objective = F.nll_loss(own, yl)
-        total = len(x) * self.ranks.world
-        if self.case.method == "soft":
-            taken = student.learn(x, log_q.exp().detach(), w)
-            gradient = taken.target_gradient(xl, yl, engine=self.case.engine)
-            objective = objective + total * self.ranks.world * (log_q.exp() * gradient).sum()
-        else:
-            sampled = (log_q.exp().cumsum(1) < chance[:, None]).sum(1).clamp(max=CLASSES - 1)
-            taken = student.learn(x, F.one_hot(sampled, CLASSES).double(), w, replay=False, probe=(xl, yl))
-            before, after = taken.labelled_losses
-            objective = objective + (before - after) * F.nll_loss(log_q, sampled, reduction="sum") * self.ranks.world
-        self.optimizer.zero_grad()
-        objective.backward()
-        average_gradients(self.network, self.ranks)
-        self.optimizer.step()
-        return losses(taken)
+    def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, w: Any) -> Any:
+        views = Views(self.at, xl, F.one_hot(yl, CLASSES).double(), None, torch.zeros(len(xl)), x, x.flip(3))
+        batch = Batch(x, torch.empty(len(x), 0), torch.ones(len(x), dtype=torch.bool), w, views)
+        metrics = train_step(student, self.teacher, batch, Labelled(xl, yl), self.teacher.wish(self.at))
+        self.at += 1
+        return metrics | {name: self.ranks.mean(metrics[name]) for name in ("teacher_loss", "teacher_pool_share")}
 
 
 def losses(step: StudentStep) -> dict[str, Tensor]:

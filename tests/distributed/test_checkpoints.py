@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.checkpoints import Checkpoints
+from pipeline.distributed import checkpoint
 from pipeline.distributed.layout import Layout
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import CheckpointError
@@ -89,6 +90,30 @@ def three_steps(ranks: Ranks, folder: Path) -> int:
 def restored(ranks: Ranks, folder: Path, identity: str = "this") -> tuple[int, list[str]]:
     training = Training(ranks, folder, identity=identity).restore()
     return training.at, training.warnings
+
+
+def restored_where_rank_1_cannot_read(ranks: Ranks, folder: Path) -> tuple[int, list[str]]:
+    """Rank 1 alone cannot open the description of the newest checkpoint."""
+    original = checkpoint.stored_tensors
+
+    def stored_tensors(path: Path) -> dict:
+        if ranks.rank == 1 and path.name == "step-00000003":
+            raise CheckpointError(f"{path} cannot be read: stale file handle")
+        return original(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "stored_tensors", stored_tensors)
+        return restored(ranks, folder)
+
+
+def test_a_description_that_one_rank_cannot_read(tmp_path: Path) -> None:
+    """No rank begins to read the tensors, in which all take part."""
+    results(in_ranks(2, three_steps, tmp_path))
+    for at, warnings in results(in_ranks(2, restored_where_rank_1_cannot_read, tmp_path, timeout=10)):
+        assert at == 2
+        assert len(warnings) == 1
+        assert "rank 1: " in warnings[0]
+        assert "stale file handle" in warnings[0]
 
 
 def test_of_another_training_or_network(tmp_path: Path) -> None:

@@ -18,21 +18,22 @@ CASES = {
     "ddp reduced vit": Case(network="vit", rule="adamw"),
     "ddp reduced group norm, weights": Case(rule="rmsprop_tf", weighted=True),
     "ddp soft": Case(method="soft", rule="nesterov"),
-    "ddp hard": Case(method="hard"),
+    "ddp soft micro-batches": Case(method="soft", micro_batches=2),
+    "ddp hard, moving baseline": Case(method="hard", baseline=0.9),
     "ddp micro-batches": Case(micro_batches=2, weighted=True),
     "ddp checkpointed vit": Case(Layout(checkpoint_activations=True), network="vit", rule="rmsprop"),
     "ddp synchronised batch norm": Case(Layout(sync_batch_norm=True), network="batch_norm", clip=False),
     "sharded reduced": Case(SHARDED, engine="central"),
     "sharded reduced one-sided": Case(SHARDED, engine="one_sided", rule="momentum", clip=False),
     "sharded soft vit": Case(SHARDED, "soft", network="vit", rule="adamw", engine="central"),
-    "sharded hard vit": Case(SHARDED, "hard", network="vit"),
+    "sharded hard vit, micro-batches": Case(SHARDED, "hard", network="vit", micro_batches=2),
     "sharded micro-batches, checkpointed": Case(
         Layout("sharded", checkpoint_activations=True), engine="central", micro_batches=2
     ),
     "sharded by hand": Case(SHARDED, engine="central", foreign=True),
     "hybrid reduced": Case(HYBRID, engine="central"),
     "hybrid soft": Case(HYBRID, "soft", engine="central", rule="rmsprop"),
-    "hybrid hard": Case(HYBRID, "hard", rule="adam"),
+    "hybrid hard, moving baseline, weights": Case(HYBRID, "hard", rule="adam", baseline=0.9, weighted=True),
 }
 
 

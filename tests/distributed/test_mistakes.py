@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import feedback, student
+from pipeline import feedback, student, teacher_network
+from pipeline.distributed import shards
 from pipeline.distributed.layout import Layout
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.distributed.shards import reshard
 from pipeline.distributed.sync_batch_norm import SumOverRanks
 from pipeline.student import Student, StudentStep
+from pipeline.teacher_network import TeacherNetwork
 from tests.distributed.checks import Case, train
 from tests.distributed.test_layouts import difference
 from tests.distributed.worlds import in_ranks, results
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 Patch = pytest.MonkeyPatch
 COPIES = Case(clip=True)
 SHARDS = Case(Layout("sharded"), engine="central", foreign=True)
+SOFT, HARD = Case(method="soft"), Case(method="hard", baseline=0.9)
 STATISTICS = Case(Layout(sync_batch_norm=True), network="batch_norm", clip=False)
 
 
@@ -47,7 +50,7 @@ def own_loss(patch: Patch) -> None:
 
 
 def norm_of_the_own_shard(patch: Patch) -> None:
-    patch.setattr(student, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
+    patch.setattr(shards, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
 
 
 def clipping_term_of_the_own_shard(patch: Patch) -> None:
@@ -76,6 +79,29 @@ def own_gradients_of_statistics(patch: Patch) -> None:
     patch.setattr(SumOverRanks, "backward", staticmethod(lambda ctx, gradient: gradient.clone()))
 
 
+def feedback_not_times_the_ranks(patch: Patch) -> None:
+    original = teacher_network.fed_back
+    patch.setattr(teacher_network, "fed_back", lambda *a: original(*a) / a[-1].world)
+
+
+def feedback_scale_of_the_own_rows(patch: Patch) -> None:
+    original = teacher_network.feedback_scale
+    patch.setattr(teacher_network, "feedback_scale", lambda step, options, batch: original(step, options, batch // 2))
+
+
+def every_rank_samples_as_the_first(patch: Patch) -> None:
+    original = TeacherNetwork._sample
+
+    def run(self, q, step):
+        ranks, self.ranks = self.ranks, Ranks(0, self.ranks.world)
+        try:
+            return original(self, q, step)
+        finally:
+            self.ranks = ranks
+
+    patch.setattr(TeacherNetwork, "_sample", run)
+
+
 def alone(patch: Patch, owner: type, method: str) -> None:
     """The method runs as if there were one rank."""
     original = getattr(owner, method)
@@ -96,6 +122,11 @@ MISTAKES: dict[str, tuple[Callable[[Patch], None], Case]] = {
     "none, copies": (nothing, COPIES),
     "none, shards": (nothing, SHARDS),
     "none, statistics": (nothing, STATISTICS),
+    "none, soft": (nothing, SOFT),
+    "none, hard": (nothing, HARD),
+    "feedback_not_times_the_ranks": (feedback_not_times_the_ranks, SOFT),
+    "feedback_scale_of_the_own_rows": (feedback_scale_of_the_own_rows, HARD),
+    "every_rank_samples_as_the_first": (every_rank_samples_as_the_first, HARD),
     "own_tangents_of_statistics": (own_tangents_of_statistics, STATISTICS),
     "own_gradients_of_statistics": (own_gradients_of_statistics, STATISTICS),
     **{

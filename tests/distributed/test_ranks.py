@@ -12,7 +12,8 @@ from torch import nn
 from pipeline.distributed import launch, ranks
 from pipeline.distributed.layout import Layout, lay_out, mesh_of, prepare
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.errors import DataError, FeedbackError, NonFiniteError, RanksError, UsageError
+from pipeline.errors import DataError, FeedbackError, NonFiniteError, RanksError, RunError, UsageError
+from pipeline.lessons import require_batch
 from pipeline.student import Student
 from tests.distributed.checks import Case, train
 from tests.distributed.worlds import CPU, in_ranks, results
@@ -86,7 +87,7 @@ def test_what_ranks_agree_on() -> None:
         assert "'central'" in text
         assert "'hard'" in text
         (kind, text), untouched = found["non-finite"]
-        assert (kind, text) == (NonFiniteError.__name__, "the student's loss is nan on rank 1 at its step 1")
+        assert (kind, text) == (NonFiniteError.__name__, "the student's loss at its step 1 is nan on rank 1")
         assert untouched
 
 
@@ -135,6 +136,64 @@ def test_a_rank_that_does_not_come_is_named(where: str, what: str) -> None:
     assert ("the end" in str(error)) == (where == "barrier")
 
 
+def one_of_a_hybrid_group_hangs(these: Ranks) -> None:
+    mesh = mesh_of(Layout("hybrid", shard_size=2), these, CPU)
+    if these.rank == 1:
+        time.sleep(60)
+    dist.all_reduce(torch.ones(1), group=mesh.get_group("shard"))
+
+
+def test_groups_of_a_hybrid_layout_wait_no_longer_than_all() -> None:
+    error = in_ranks(4, one_of_a_hybrid_group_hangs, timeout=3, limit=40, of_first=True)[0]
+    assert isinstance(error, RuntimeError)
+    assert ranks._of_a_collective(error)
+
+
+def alone_in_trouble(these: Ranks, error: Exception) -> None:
+    """Rank 1 meets something, while the others are in a collective or on their way to one."""
+    if these.rank == 1:
+        raise error
+    these.mean(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (
+            RunError("cannot write x: No space left on device"),
+            RunError,
+            "rank 1: cannot write x: No space left on device",
+        ),
+        (KeyError("a defect"), RanksError, "rank 1: KeyError: 'a defect'"),
+    ],
+    ids=["person", "defect"],
+)
+def test_what_one_rank_meets_is_said_by_the_others(error: Exception, kind: type, text: str) -> None:
+    first, second, third = in_ranks(3, alone_in_trouble, error)
+    assert type(second) is type(error)
+    assert str(second) == str(error)
+    for other in (first, third):
+        assert type(other) is kind
+        assert str(other) == text
+        assert other.shared
+
+
+def test_errors_that_all_raise_are_marked() -> None:
+    """So that rank 0 alone prints them."""
+    assert NonFiniteError("the loss is nan").shared
+    assert not DataError("gone").shared
+    sharded = Ranks(0, 2)
+    for refused in (lambda: sharded.share(3, "batch"), lambda: require_batch(9, 8, "batch", "images", sharded)):
+        with pytest.raises((UsageError, DataError)) as raised_error:
+            refused()
+        assert raised_error.value.shared
+
+
+def test_a_timeout_of_gloo_is_one_of_a_collective() -> None:
+    assert ranks._of_a_collective(RuntimeError("Application timeout caused pair closure"))
+    assert not ranks._of_a_collective(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_alone_needs_no_process_group() -> None:
     assert launch.start(CPU, environment={}) is ALONE
     assert launch.start(CPU, environment={"WORLD_SIZE": "1", "RANK": "0"}) is ALONE
@@ -163,6 +222,9 @@ def test_environments_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> Non
         launch.device_of_this_rank(cuda, {"WORLD_SIZE": "4", "LOCAL_RANK": "2"})
     assert launch.device_of_this_rank(cuda, {"WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == torch.device("cuda", 1)
     assert launch.device_of_this_rank(CPU, {"WORLD_SIZE": "4", "LOCAL_RANK": "9"}) == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match=r"^no cuda device is here for process 0 of this node; use --device cpu$"):
+        launch.device_of_this_rank(cuda, {"WORLD_SIZE": "4", "LOCAL_RANK": "0"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="no cuda device is here"):
         launch.backend_of(cuda)

@@ -95,20 +95,23 @@ class Training:
 
 
 def main(folder: Path, steps: int, dies: int) -> None:
-    """Under torchrun: rank 2 of the first attempt kills itself, as kill -9 does, in step `dies`."""
-    with joined(torch.device("cpu"), timeout=60) as ranks:
+    """Under torchrun: the last rank of the first attempt kills itself, as kill -9 does, in step `dies`."""
+    died = folder / "died"
+    with joined(torch.device("cpu"), timeout=60) as ranks, ranks.watched("training"):
         ranks.check_same("the recipe", f"{steps} {dies}")
         training = Training(ranks, folder / "checkpoints").restore()
         started_at = training.at
         while training.at < steps:
-            if ranks.rank == 2 and training.at == dies and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if ranks.rank == ranks.world - 1 and training.at == dies and not died.exists():
+                died.touch()
+                (folder / "launch").write_text(ranks.launch)
                 os.kill(os.getpid(), signal.SIGKILL)
             training.step()
             if training.at % 2 == 0:
                 training.save()
         found = training.tensors()
         if ranks.first:
-            torch.save({"tensors": found, "started_at": started_at}, folder / "result.pt")
+            torch.save({"tensors": found, "started_at": started_at, "launch": ranks.launch}, folder / "result.pt")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.report.statistics import PairedDifference, holm, p_value
+from pipeline.report.cells import difference_cells
+from pipeline.report.statistics import PairedDifference, holm, p_value, paired_difference
 
 
 def test_holm_adjusts_as_defined() -> None:
@@ -25,8 +26,25 @@ def test_holm_is_the_closed_test_of_bonferroni() -> None:
         assert holm(p) == pytest.approx(closed)
 
 
-def test_a_difference_without_spread_has_a_p_value() -> None:
-    assert p_value(PairedDifference(3, 0.0, 0.0, 0.0, None)) == 1.0
-    assert p_value(PairedDifference(3, 1.0, 1.0, 1.0, None)) == 0.0
-    assert p_value(PairedDifference(1, 1.0, None, None, None)) == 1.0
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([100 * 471 / 500, 100 * 478 / 500, 100 * 312 / 500], [100 * 470 / 500, 100 * 477 / 500, 100 * 311 / 500]),
+        ([94.0, 95.0], [94.0, 95.0]),
+        ([0.0, 0.0], [0.0, 0.0]),
+        ([94.2], [94.0]),
+    ],
+)
+def test_a_difference_without_spread_is_not_judged(a: list[float], b: list[float]) -> None:
+    """One test image more for every seed, up to rounding: no interval, nothing bold, p = 1 among others."""
+    found = paired_difference(a, b)
+    assert found.mean == pytest.approx(a[0] - b[0])
+    assert (found.low, found.high, found.p) == (None, None, None)
+    assert p_value(found) == 1.0
+    assert difference_cells(found, holm([p_value(found), 0.001])[0]) == [f"{found.mean:+.2f}", "–", "–", "–"]
+    assert "no interval" in str(found)
+
+
+def test_a_difference_with_little_spread_is_judged() -> None:
+    assert p_value(paired_difference([94.2, 95.2, 96.2], [94.0, 95.0, 96.001])) < 0.001
     assert p_value(PairedDifference(3, 1.0, 0.5, 1.5, 0.02)) == 0.02

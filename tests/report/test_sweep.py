@@ -85,7 +85,8 @@ def test_every_point_is_answered_once_and_on_its_side() -> None:
             low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
             side = "above zero" if low > 0 else "below zero" if high < 0 else "not told from zero"
             assert [name for name, text in sides.items() if f"{place} (" in text] == [side]
-            assert f"{place} ({values.mean():+.2f})" in sides[side]
+            mark = "†" * ((contrast.name, point) in sweep.certain())
+            assert f"{place} ({values.mean():+.2f}{mark})" in sides[side]
 
 
 def test_page_has_every_axis_method_and_difference() -> None:
@@ -103,7 +104,8 @@ def test_page_has_every_axis_method_and_difference() -> None:
             assert f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]" in cell
             assert cell.startswith("**") == (d.low > 0 or d.high < 0)
             assert cell.endswith("†") == (("feedback", level.point) in sweep.certain())
-    assert "of 8 such comparisons" in page
+    assert "of 18 about 1 would" in page  # three differences at four points, and along two axes
+    assert "of the 8 comparisons" in page
     assert page.rstrip().endswith("Made by `mpl x`.")
 
 

@@ -26,6 +26,14 @@ def test_prints_one_object_that_adds_up_and_writes_nothing(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_the_manifest_tells_how_many_labelled_images_there_are() -> None:
+    """digits has 50; the recipe may take fewer; eight processes take a multiple of eight."""
+    asked = ("--method", "reduced", *DIGITS)
+    assert "50 labelled ones for feedback" in mpl_plan(*asked).stdout
+    assert "20 labelled ones for feedback" in mpl_plan(*asked, "--set", "data.labelled=20").stdout
+    assert "48 labelled ones for feedback" in mpl_plan(*asked, "--accelerators", "8").stdout
+
+
 def test_tells_every_method_and_what_is_missing_where_nothing_fits() -> None:
     told = mpl_plan("--memory", "0.002", "--flops", "1e11")
     assert told.exit_code == 1

@@ -13,7 +13,7 @@ from pipeline.runs import differences
 from stages import sweep as module
 from stages.console import Console
 from stages.options import Context, changed, make_context
-from stages.sweep import AXES, CONTRASTS, FIXED, METHODS, MPL, MPL_OFF, ORIGIN, REDUCED, Point, pool_of
+from stages.sweep import AXES, CONTRASTS, FIXED, METHODS, MPL, MPL_OFF, ORIGIN, REDUCED, REDUCED_OFF, Point, pool_of
 
 POINTS = [point for *_, levels in AXES for _, point in levels]
 SMALL = (
@@ -42,10 +42,10 @@ def keys(a: Recipe, b: Recipe) -> set[str]:
 
 @pytest.mark.parametrize("point", [ORIGIN, Point(outside=0.6), Point(noise=0.4), Point(imbalance=16)])
 def test_pairs_differ_in_the_feedback_alone(point: Point) -> None:
-    """NoisyStudent's teacher is the one without a calibrator, whose settings it does not read."""
     assert keys(recipe_of(MPL, point), recipe_of(MPL_OFF, point)) == {"train_mpl.feedback"}
-    assert keys(recipe_of(REDUCED, point), recipe_of(FIXED, point)) == {"train_reduced.teacher"}
-    assert {(c.method, c.against) for c in CONTRASTS} == {(MPL, MPL_OFF), (REDUCED, FIXED)}
+    assert keys(recipe_of(REDUCED, point), recipe_of(REDUCED_OFF, point)) == {"train_reduced.feedback.weight"}
+    assert recipe_of(REDUCED_OFF, point).train_reduced.feedback.weight == 0
+    assert {(c.method, c.against) for c in CONTRASTS} == {(MPL, MPL_OFF), (REDUCED, REDUCED_OFF)}
     assert recipe_of(REDUCED).train_reduced.calibrator.supervised_weight == 0
 
 
@@ -77,7 +77,7 @@ def test_a_small_sweep_runs_and_goes_on(mpl, monkeypatch, tmp_path: Path) -> Non
     outside = Point(outside=0.5)
     monkeypatch.setattr(module, "SIZE", 40)
     monkeypatch.setattr(module, "AXES", (("Outside", "outside", (("50%", outside),)),))
-    monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in (FIXED, REDUCED, MPL)})
+    monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in (REDUCED_OFF, REDUCED, MPL)})
     monkeypatch.setattr(module, "CONTRASTS", CONTRASTS[:1])
     monkeypatch.setattr(module, "OTHERS", ())
     small = [word for change in SMALL for word in ("--set", change)]

@@ -87,18 +87,26 @@ def test_differences_are_paired_and_adjusted() -> None:
     """Oracle: scipy's paired t-test; Holm by hand."""
     a, b, c = [80.0, 82, 84, 81], [85.0, 86.5, 88, 86], [80.5, 81, 84.5, 80.8]
     rows = [
-        Row("Better", [result(x) for x in a], [result(x, x - 1) for x in b], ("–",)),
+        Row("Better", [result(x) for x in a], [result(x, x - 4) for x in b], ("–",)),
         Row("Same", [result(x) for x in a], [result(x) for x in c], ("1 → 2",)),
         Row("Alone", [result(x) for x in a], None, ("–",)),
     ]
     table = WithMpl("T", [0, 1, 2, 3], rows, ("P",), [], "c", {})
     p = [stats.ttest_rel(b, a).pvalue, stats.ttest_rel(c, a).pvalue]
     assert table.adjusted() == pytest.approx({"Better": 2 * p[0], "Same": p[1]})
-    assert table.answer() == "With MPL on top, better: Better (+4.62); undecided: Same (-0.05)."
-    before = table.as_json()["methods"]["Better"]["difference_before_finetuning"]
-    assert before["mean"] == pytest.approx(3.625)
+    assert table.answer() == (
+        "With MPL on top and finetuned, better: Better (+4.62); undecided: Same (-0.05). "
+        "Before finetuning, at equal steps, undecided: Better (+0.62), Same (-0.05)."
+    )
+    before = stats.ttest_rel([x - 4 for x in b], a)
+    assert before.pvalue > 0.05
+    interval = before.confidence_interval(0.95)
+    holm = max(2 * min(before.pvalue, p[1]), before.pvalue)
+    told = table.as_json()["methods"]["Better"]["difference_before_finetuning"]
+    assert (told["mean"], told["p"], told["holm"]) == pytest.approx((0.625, before.pvalue, holm))
+    assert f"| +0.62 [{interval.low:+.2f}, {interval.high:+.2f}], p {holm:.3f} | – |" in table.markdown("f.png")
     assert len(table.csv().splitlines()) == 1 + 3 * 4 + 2 * 4
-    assert "| Alone | 81.75 ± 1.71 | – | – | – | – | – | – |" in table.markdown("f.png")
+    assert "| Alone | 81.75 ± 1.71 | – | – | – | – | – | – | – |" in table.markdown("f.png")
 
 
 def test_a_small_table_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> None:

@@ -123,10 +123,12 @@ def launch_by_hand(recipe: Path, run: Path, *changes: list[str], stage: str = "t
     return found
 
 
-def test_ranks_that_disagree_are_told_on_rank_0_alone(vit_recipe, tmp_path) -> None:
-    first, second = launch_by_hand(vit_recipe, tmp_path / "run", ["train_mpl.steps=12"], ["train_mpl.steps=13"])
+@pytest.mark.parametrize("change", ["steps", "checkpoint_every"])  # the other changes no result
+def test_ranks_that_disagree_are_told_on_rank_0_alone(vit_recipe, tmp_path, change) -> None:
+    changes = [f"train_mpl.{change}=12"], [f"train_mpl.{change}=13"]
+    first, second = launch_by_hand(vit_recipe, tmp_path / "run", *changes)
     assert (first[0], second[0]) == (2, 2)
-    assert "the ranks disagree on the recipe or the data: rank 1 (of 2)" in first[1]
+    assert "the ranks disagree on the recipe: rank 1 (of 2)" in first[1]
     assert "Error" not in second[1]
     assert not (tmp_path / "run/train-mpl").exists()
 
@@ -140,9 +142,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(vit_recipe, tmp_path) -
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(vit_recipe, tmp_path) -> None:
     changes = ["train_mpl.labelled_batch=15"]
-    first, _ = launch_by_hand(vit_recipe, tmp_path / "run", changes, changes)
-    assert first[0] == 2
+    first, second = launch_by_hand(vit_recipe, tmp_path / "run", changes, changes)
+    assert (first[0], second[0]) == (2, 2)
     assert "train_mpl.labelled_batch (=15) must be a multiple of the number of processes (=2)" in first[1]
+    assert "Error" not in second[1]
+    assert not (tmp_path / "run/train-mpl").exists()
 
 
 def test_other_stages_are_refused_under_torchrun(vit_recipe, run) -> None:

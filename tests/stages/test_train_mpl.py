@@ -3,11 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import RunError
 from pipeline.logs import read_metrics
 from pipeline.models import load_network
 
@@ -187,3 +189,20 @@ def test_label_noise_moves_that_share_of_each_class_to_the_next(mpl, mpl_recipe,
         change = ["--set", f"pretrain.label_noise={noise}", "--set", "pretrain.steps=60"]
         tops.append(result(mpl("pretrain", "--run", run, "--recipe", copy, "--json", *change))["validation"]["top1"])
     assert tops[1] < tops[0] - 10
+
+
+def test_a_teacher_that_cannot_be_saved_costs_no_training(mpl, mpl_recipe, tmp_path, monkeypatch) -> None:
+    """Checkpoints are kept until everything is written and recorded."""
+    from pipeline.distributed import layout
+
+    command = ["train-mpl", "--run", tmp_path / "run", "--recipe", mpl_recipe]
+    with monkeypatch.context() as broken:
+        broken.setattr(layout, "full_state", Mock(side_effect=RunError("No space left on device")))
+        failed = mpl(*command)
+    assert failed.status == 1
+    assert "No space left" in failed.err
+    again = mpl(*command)
+    assert again.status == 0
+    assert "goes on from step 12 of 12" in again.err
+    assert (tmp_path / "run/student/teacher/model.safetensors").exists()
+    assert not (tmp_path / "run/student/checkpoints").exists()
