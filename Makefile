@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.train_mpl --batches 16 --rounds 3
 	$(BIN)/python -m benchmarks.reduced_vs_full --batches 32 --rounds 3
+	$(BIN)/python -m benchmarks.plan --rounds 3
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

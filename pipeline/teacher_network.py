@@ -116,7 +116,8 @@ class TeacherNetwork:
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
         """T(x), (B, C), without a gradient, in training mode."""
-        return log_probabilities(bare(self.model), images, self.autocast).exp()
+        network, parts = bare(self.model), row_parts(len(images), self.micro_batches)
+        return torch.cat([log_probabilities(network, images[rows], self.autocast).exp() for rows in parts])
 
     def wish(self, step: int) -> Wish:
         if self.feedback == "none" or not self.options.weight or step % self.options.every:

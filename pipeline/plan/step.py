@@ -102,6 +102,7 @@ class Step:
         self.learned = 0 if teacher is None else self._share(teacher.learned, "images that the teacher learns from")
         self.micro_learned = ceil(self.learned / layout.micro_batches)
         self.predicted = 0 if teacher is None else self._share(teacher.predicted, "images of the weak view")
+        self.micro_predicted = ceil(self.predicted / layout.micro_batches)
 
     def _share(self, images: int, what: str) -> int:
         if images % self.world:
@@ -128,7 +129,7 @@ class Step:
             learning = teacher.checkpointed if layout.checkpointing else teacher.training
             old = {"gradients": own + theirs}
             if self.predicted:
-                yield self._phase("teacher's prediction", old, activations=teacher.forward.peak(self.predicted))
+                yield self._phase("teacher's prediction", old, activations=teacher.forward.peak(self.micro_predicted))
             if layout.micro_batches == 1:
                 activations, held = learning.forward.activations(self.learned), learning.held(self.learned)
             else:  # without a gradient: each part is calculated again in the teacher's turn
@@ -281,7 +282,7 @@ class Step:
         if needs.teacher is not None:
             teacher = needs.teacher.costs.parameter_bytes
             total += self._pass_seconds(cluster, teacher, parts)
-            total += self._gather_seconds(cluster, teacher) * (bool(self.predicted) + (parts if parts > 1 else 0))
+            total += self._gather_seconds(cluster, teacher) * parts * (bool(self.predicted) + (parts > 1))
         return total
 
     def _pass_seconds(self, cluster: Cluster, size: int, parts: int) -> float:
