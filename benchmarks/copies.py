@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 
 from benchmarks.copy_kinds import DESIGN, HELD_OUT, NAMED, Kind
 from benchmarks.record import write_table
-from pipeline.data.batches import load_images
 from pipeline.data.decode import decode
+from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 from pipeline.pool.copies import CopyIndex, default_threshold

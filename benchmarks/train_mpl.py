@@ -30,7 +30,7 @@ from benchmarks.images import jpegs
 from benchmarks.record import write_table
 from benchmarks.usual_mpl import UsualLoop, loaders
 from pipeline.config import ModelSettings, OptimizerSettings, TrainMplSettings
-from pipeline.data.batches import load_images
+from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.settings import AugmentSettings
 from pipeline.data.shards import Sample

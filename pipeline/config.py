@@ -150,6 +150,7 @@ class CalibratorSettings(Settings):
     layers: int = Field(default=5, ge=2)
     floor: float = Field(default=0.1, gt=0.0, lt=1.0)  # share of the start that is uniform: (1 − floor)·q + floor/C
     lr: PositiveFloat = 3e-4  # docs/results/swapped-teacher.md
+    schedule: Literal["constant", "student"] = "constant"  # student: lr falls as the student's does
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-7
     weight_decay: NonNegativeFloat = 1e-4  # L2, coupled, as in the paper
@@ -242,7 +243,7 @@ class DataSettings(Settings):
     labelled: PositiveInt | None = None  # use only the first so many labelled images
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
-    memory_gib: PositiveFloat = 4.0  # splits beyond this lie decoded in a file beside the run, pools are streamed
+    memory_gib: PositiveFloat = 4.0  # of a node; splits beyond lie decoded in a file in the run, pools are streamed
 
 
 class DistributedSettings(Settings):

@@ -89,7 +89,8 @@ def directional_derivative(replay: Replay, direction: Tensors, engine: Engine, r
     Raises:
         FeedbackError: the replay differs from the record, or the engine cannot differentiate the network.
     """
-    check_engine(replay.module, engine)
+    module = replay.module
+    check_engine(type(module).__name__, engine, sharded=is_sharded(module), autocast=replay.autocast)
     if engine == "exact":
         primal, tangent = forward_mode(replay, direction)
         check_replay(primal, recorded, replay)
@@ -97,16 +98,21 @@ def directional_derivative(replay: Replay, direction: Tensors, engine: Engine, r
     return finite_difference(replay, direction, engine, recorded)
 
 
-def check_engine(module: nn.Module, engine: Engine) -> None:
+def check_engine(network: str, engine: Engine, *, sharded: bool, autocast: torch.dtype | None) -> None:
     """Refuse an engine that cannot differentiate a network, whatever is in it.
 
     Raises:
         FeedbackError: says which can.
     """
-    if engine == "exact" and is_sharded(module):
+    if engine == "exact" and sharded:
         raise FeedbackError(
-            f"the parameters of {type(module).__name__} lie in shards (FSDP2), which have no forward-mode derivative; "
+            f"the parameters of {network} lie in shards (FSDP2), which have no forward-mode derivative; "
             "set the feedback engine to 'central' (finite differences), or take feedback 'hard', which needs none"
+        ).on_all()
+    if engine != "exact" and autocast is not None:
+        raise FeedbackError(
+            "finite differences lose 1 to 75% of the gradient under mixed precision; "
+            "set precision to float32, or the feedback engine to 'exact'"
         ).on_all()
 
 
@@ -140,11 +146,6 @@ def forward_mode(replay: Replay, direction: Tensors) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def finite_difference(replay: Replay, direction: Tensors, engine: Engine, recorded: Tensor) -> Tensor:
     """Central (error O(ε²), two passes) or one-sided (O(ε), one pass) difference."""
-    if replay.autocast is not None:
-        raise FeedbackError(
-            "finite differences lose 1 to 75% of the gradient under mixed precision; "
-            "set precision to float32, or the feedback engine to 'exact'"
-        )
     theta = {name: value for name, value in replay.parameters.items() if name in direction}
     norm = global_norm(direction, replay.module)
     if norm == 0:

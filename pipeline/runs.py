@@ -135,6 +135,11 @@ class Run:
                 f"(or remove {path} if that run is gone)"
             )
 
+    @property
+    def decoded(self) -> Path:
+        """Folder of decoded images that are too many for memory; of no use once a stage is done."""
+        return self.root / "decoded"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's lock; the system releases it however the process ends.

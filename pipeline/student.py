@@ -231,7 +231,8 @@ class StudentStep:
         """
         if not self._replays:
             raise FeedbackError("this step was taken with replay=False; feedback needs learn(..., replay=True)")
-        check_engine(self.student.module, engine)
+        module = self.student.module
+        check_engine(type(module).__name__, engine, sharded=is_sharded(module), autocast=self.student.autocast)
         if self.student.steps_taken != self._taken:
             raise FeedbackError(
                 f"the student has taken {self.student.steps_taken - self._taken} more step(s) since this one; "

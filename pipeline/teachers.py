@@ -18,6 +18,7 @@ from pipeline.distributed import ALONE, Ranks
 from pipeline.distributed.shards import clip_gradients
 from pipeline.methods import Views
 from pipeline.named_tensors import Networks
+from pipeline.optim import set_learning_rate
 from pipeline.student import StudentStep
 
 Metrics = dict[str, Tensor]
@@ -149,6 +150,13 @@ class Calibrator:
     Its gradient is weight · (dR/dq pulled back through q_Ψ) plus, optionally, the supervised term
     CE(y, q_Ψ(q_large(x_l))) (v1 §3.2). With `scale: per_image` dR/dq is multiplied by B/η: its size then
     does not depend on the batch or the student's learning rate, and does not vanish under Adam's ε.
+
+    Args:
+        classes: C.
+        settings, feedback: of the recipe.
+        device: where it lies.
+        ranks: the processes that share the batch.
+        student_lr: the student's learning rate before its schedule, for `schedule: student`.
     """
 
     def __init__(
@@ -158,8 +166,9 @@ class Calibrator:
         feedback: FeedbackSettings,
         device: torch.device,
         ranks: Ranks = ALONE,
+        student_lr: float = 1.0,
     ) -> None:
-        self.settings, self.feedback, self.ranks = settings, feedback, ranks
+        self.settings, self.feedback, self.ranks, self.student_lr = settings, feedback, ranks, student_lr
         self.network = CalibratorNetwork(classes, settings).to(device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
@@ -193,6 +202,8 @@ class Calibrator:
         objective.backward()
         self.ranks.mean_([p.grad for p in self.network.parameters() if p.grad is not None])
         clip_gradients(self.network, None, "the calibrator's gradient")
+        if self.settings.schedule == "student":
+            set_learning_rate(self.optimizer, self.settings.lr * step.learning_rate / self.student_lr)
         self.optimizer.step()
         changed = targets.argmax(1) != batch.distributions.argmax(1)
         metrics["labels_changed"] = changed[batch.calibrated].float().mean()

@@ -138,10 +138,11 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
         raise
     finally:
         console.close()
+    context.together.barrier("the end of the work")
     if not context.first:
         return result
     record = run.finish(stage.name, stage.basis, clock.seconds, result)
-    discard(*stage.leftovers)
+    discard(*stage.leftovers, run.decoded)
     console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
     return record
 

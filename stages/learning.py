@@ -1,6 +1,6 @@
 """What the training stages share: splits in memory, settings that matter, train and save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import DataSettings, DistributedSettings, EvaluateSettings, TrainSettings
-from pipeline.data.batches import Images, load_images
+from pipeline.config import (
+    DataSettings,
+    DistributedSettings,
+    EvaluateSettings,
+    FeedbackSettings,
+    ModelSettings,
+    TrainSettings,
+)
+from pipeline.data.decode import default_workers
+from pipeline.data.decoded import Images, load_images
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
+from pipeline.data.shards import Sample
 from pipeline.data.sources import Split, open_split
+from pipeline.distributed.launch import processes_here
 from pipeline.distributed.layout import Layout, bare
 from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, evaluate_logits, predict_logits
+from pipeline.feedback import check_engine
 from pipeline.files import fingerprint
 from pipeline.lessons import ViewData
 from pipeline.models import CONFIG, WEIGHTS, Network, save_network
@@ -26,7 +37,6 @@ from pipeline.training import Batches, Training
 from stages.options import Context
 
 INTERVALS = {"log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds"}  # change no result
-THREADS = 2  # that decode
 
 
 def manifest_of(context: Context) -> Manifest:
@@ -42,14 +52,7 @@ def split_of(context: Context, name: SplitName) -> Split:
 
 def load_split(context: Context, split: Split, size: int | None = None) -> Images:
     """Decode a split; what did not decode is told."""
-    settings = context.recipe.data
-    images = load_images(
-        split.read(),
-        size or settings.image_size,
-        cache=context.run.root,
-        memory_limit=int(settings.memory_gib * 2**30),
-        workers=THREADS,
-    )
+    images = decode(context, split.read(), split.name, split.fingerprint(), size)
     if images.skipped:
         first = images.skipped[0]
         context.console.note(
@@ -57,6 +60,24 @@ def load_split(context: Context, split: Split, size: int | None = None) -> Image
             f"(first: {first.shard} row {first.row}, {first.key}: {first.status}, {first.detail})"
         )
     return images
+
+
+def decode(
+    context: Context, samples: Iterable[tuple[str, Sample]], name: str, identity: str, size: int | None = None
+) -> Images:
+    """Decode to the recipe's size, or another; beyond `data.memory_gib` into a file that all processes share.
+
+    `identity` changes when the samples do.
+    """
+    settings = context.recipe.data
+    size = size or settings.image_size
+    return load_images(
+        samples,
+        size,
+        place=context.run.decoded / f"{name}-{fingerprint([identity, size])[:16]}",
+        memory_limit=int(settings.memory_gib * 2**30) // processes_here(),
+        workers=default_workers(size),
+    )
 
 
 def training_basis(context: Context, settings: TrainSettings, **inputs: Any) -> dict[str, Any]:
@@ -81,6 +102,16 @@ def layout_of(context: Context) -> Layout:
     """How networks lie on the processes."""
     settings = context.recipe.distributed
     return Layout(settings.layout, settings.shard_size, settings.sync_batch_norm, settings.checkpoint_activations)
+
+
+def require_engine(context: Context, student: ModelSettings, settings: FeedbackSettings) -> None:
+    """Refuse, before anything is loaded, feedback by an engine that cannot differentiate the student as it will lie.
+
+    Raises:
+        FeedbackError: says which can.
+    """
+    sharded = context.together.world > 1 and context.recipe.distributed.layout != "replicated"
+    check_engine(student.name, settings.engine, sharded=sharded, autocast=context.autocast)
 
 
 def data_basis(settings: DataSettings) -> dict[str, Any]:

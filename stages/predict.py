@@ -74,17 +74,18 @@ def work(context: Context, shards: "list[Shard]", network: Path | None, output: 
     import pyarrow.csv
     import pyarrow.parquet
 
-    from pipeline.data.batches import load_images
+    from pipeline.data.decode import default_workers
+    from pipeline.data.decoded import load_images
     from pipeline.evaluate import predict_logits
     from pipeline.files import whole_file
     from pipeline.models import load_network
     from stages.evaluate import last_student
-    from stages.learning import THREADS, to_device
+    from stages.learning import to_device
 
     folder = network if network is not None else last_student(context)
     loaded = to_device(load_network(folder), context.device)
     samples = ((shard.name, sample) for shard in shards for sample in shard.read())
-    images = load_images(samples, loaded.image_size, workers=THREADS)
+    images = load_images(samples, loaded.image_size, workers=default_workers(loaded.image_size))
     logits = predict_logits(
         loaded.model, images.images, loaded.mean, loaded.std,
         batch=context.recipe.evaluate.batch, device=context.device, autocast=context.autocast,

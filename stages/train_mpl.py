@@ -43,10 +43,12 @@ def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
     from pipeline.checkpoints import CHECKPOINTS
     from stages.execution import Stage
-    from stages.learning import network_outputs, split_of, training_basis
+    from stages.learning import network_outputs, require_engine, split_of, training_basis
     from stages.students import own_student, stage_name, student_folder
 
     settings = settings_of(context)
+    if settings.feedback == "soft" and not settings.alone:
+        require_engine(context, settings.model, settings.feedback_options)
     folder = student_folder(context, name)
     inputs: dict[str, Any] = {"labelled": split_of(context, "labelled").fingerprint()}
     if uses_pool(settings):

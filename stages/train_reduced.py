@@ -12,7 +12,7 @@ from stages.students import NAME_HELP
 if TYPE_CHECKING:
     from pipeline.calibration import CalibrationLog
     from pipeline.config import Reading, Recipe
-    from pipeline.data.batches import Images
+    from pipeline.data.decoded import Images
     from pipeline.student_data import LabelledSet, Pool, PoolSet
     from pipeline.targets import TargetsStore
     from pipeline.targets.stream import StreamedPool
@@ -41,11 +41,13 @@ def plan(context: Context, name: str | None = None) -> "Stage":
     """Plan the stage."""
     from pipeline.checkpoints import CHECKPOINTS
     from stages.execution import Stage
-    from stages.learning import network_outputs, split_of, training_basis
+    from stages.learning import network_outputs, require_engine, split_of, training_basis
     from stages.precompute import require_fresh_targets
     from stages.students import own_student, stage_name, student_folder
 
     settings = context.recipe.train_reduced
+    if settings.teacher == "calibrator":
+        require_engine(context, settings.model, settings.feedback)
     folder = student_folder(context, name)
     labelled = split_of(context, "labelled")
     inputs: dict[str, Any] = {"labelled": labelled.fingerprint()}
@@ -131,8 +133,9 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
             tell_feedback_batch(context, settings.feedback.batch, data)
             seed_initialisation(context, "calibrator")
             calibrator = Calibrator(
-                len(split.class_names), settings.calibrator, settings.feedback, context.device, context.together
-            )
+                len(split.class_names), settings.calibrator, settings.feedback, context.device, context.together,
+                student_lr=settings.optimizer.lr,
+            )  # fmt: skip
             figures = train_and_save(
                 context, network, calibrator, data, settings, folder, basis,
                 watch=calibration_log(context, folder, calibrator, store),
@@ -177,19 +180,12 @@ def pool_set(context: Context, store: "TargetsStore") -> "PoolSet":
     """The selected pool, decoded, with distributions and repeats."""
     import torch
 
-    from pipeline.data.batches import load_images
     from pipeline.errors import TargetsError
     from pipeline.student_data import PoolSet
-    from stages.learning import THREADS
+    from stages.learning import decode
 
-    settings = context.recipe.data
-    images = load_images(
-        store.samples(),
-        settings.image_size,
-        cache=context.run.root,
-        memory_limit=int(settings.memory_gib * 2**30),
-        workers=THREADS,
-    )
+    made = context.run.require("precompute", "mpl precompute")["result"]
+    images = decode(context, store.samples(), "targets", made["fingerprint"])
     if images.skipped:
         raise TargetsError(f"{len(images.skipped)} images in targets/ do not decode; run mpl precompute --force")
     return PoolSet(images.images, torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats()))

@@ -15,13 +15,13 @@ from pipeline.config import (
     ScheduleSettings,
     TrainSettings,
 )
-from pipeline.data.batches import load_images
+from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 from pipeline.evaluate import evaluate_logits, predict_logits
 from pipeline.models import build_network
 from pipeline.student_data import LabelledSet, Mixture, PoolSet, StudentData
-from pipeline.teachers import Batch, Calibrator, CalibratorNetwork, FixedTargets
+from pipeline.teachers import Batch, Calibrator, CalibratorNetwork, FixedTargets, Labelled
 from pipeline.training import Training
 
 CPU = torch.device("cpu")
@@ -48,6 +48,29 @@ def test_a_plain_perceptron_has_five_linear_layers() -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
+class GivenStep:
+    """A step whose gradient in the targets is known."""
+
+    labelled_loss = torch.tensor(1.0)
+
+    def __init__(self, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
+
+    def target_gradient(self, images: object, labels: object, engine: str) -> torch.Tensor:
+        return torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+
+
+@pytest.mark.parametrize(("schedule", "share"), [("constant", 1.0), ("student", 0.25)])
+def test_the_calibrators_rate_may_fall_as_the_students_does(schedule: str, share: float) -> None:
+    """Adam's first step moves a parameter by its learning rate; the output biases start at zero, without decay."""
+    settings = CalibratorSettings(schedule=schedule)
+    calibrator = Calibrator(3, settings, FeedbackSettings(), CPU, student_lr=0.4)
+    batch = Batch(torch.zeros(3, 1), torch.eye(3), torch.ones(3, dtype=torch.bool))
+    calibrator.adapt(GivenStep(0.1), calibrator(batch), batch, Labelled(torch.zeros(1), torch.zeros(1)))
+    bias = calibrator.network.layers[-1].bias.detach()
+    torch.testing.assert_close(bias.abs(), torch.full((3,), settings.lr * share), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["residual", "perceptron"])
 def test_rows_of_the_calibrator_are_distributions(kind: str, classes: int) -> None:
     """Also far from the start, and for one-hot and uniform rows."""

@@ -1,6 +1,7 @@
 """From the bytes of any image file to RGB pixels of one size, with a status instead of an exception."""
 
 import io
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 CHUNK = 64  # images that a thread decodes at a time …
 CHUNK_BYTES = 16 << 20  # … or less, when they are large
+SMALL = 100  # pixels: below, decoding mostly holds the interpreter's lock, and a second thread slows it
 T = TypeVar("T")
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -40,6 +42,11 @@ class Skipped(NamedTuple):
     key: str
     status: Status
     detail: str
+
+
+def default_workers(size: int) -> int:
+    """Threads that decode best: one for small images, one per core for others (benchmarks/loader.py)."""
+    return 1 if size < SMALL else os.cpu_count() or 1
 
 
 def decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:

@@ -23,6 +23,11 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     return int(environment.get("WORLD_SIZE", "1")) > 1
 
 
+def processes_here(environment: Mapping[str, str] = os.environ) -> int:
+    """Processes of this training on this node, which share its memory."""
+    return int(environment.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def device_of_this_rank(device: torch.device, environment: Mapping[str, str] = os.environ) -> torch.device:
     """The accelerator of this process on its node, by LOCAL_RANK; the CPU stays the CPU.
 

@@ -4,7 +4,6 @@ What a step gets is a pure function of (seed, step, batch), whatever was asked f
 `pipeline.data.stream`'s. In memory are the encoded images of two training shards and a few decoded batches.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.decode import decode
+from pipeline.data.decode import decode, default_workers
 from pipeline.data.stream import StreamOrder
 from pipeline.errors import TargetsError
 from pipeline.targets.layout import REMEDY
@@ -26,14 +25,8 @@ from pipeline.targets.store import ROWS, TargetsStore
 
 AHEAD = 4  # batches that are decoded before they are asked for
 CHUNK = 32  # images that a thread decodes at a time, at most
-SMALL = 100  # pixels: below, decoding mostly holds the interpreter's lock, and a second thread slows it
 ALL = slice(None)
 Pixels = NDArray[np.uint8]
-
-
-def default_workers(size: int) -> int:
-    """Threads that decode best: one for small images, one per core for others (benchmarks/loader.py)."""
-    return 1 if size < SMALL else os.cpu_count() or 1
 
 
 class _Wanted(NamedTuple):

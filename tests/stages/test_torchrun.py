@@ -75,10 +75,12 @@ SHARDED = ["--feedback", "hard", "--set", "distributed.layout=sharded"]
 
 @pytest.mark.parametrize("options", [["--feedback", "soft"], SHARDED], ids=["soft", "hard, sharded"])
 def test_two_processes_train_as_one(mpl, vit_recipe, tmp_path, options) -> None:
+    """Also where the two share a file of decoded images, and the one has them in memory."""
     arguments = ["train-mpl", "--recipe", vit_recipe, *options, "--run"]
     assert mpl(*arguments, tmp_path / "one").status == 0
-    err = finish(torchrun(2, *arguments, tmp_path / "two"))
+    err = finish(torchrun(2, *arguments, tmp_path / "two", "--set", "data.memory_gib=1.0e-6"))
     assert err.count("train-mpl: starts") == 1
+    assert not (tmp_path / "two/decoded").exists()
     same(tmp_path / "one", tmp_path / "two")
 
 
@@ -138,6 +140,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(vit_recipe, tmp_path) -
     first, second = launch_by_hand(vit_recipe, tmp_path / "run", changes, changes)
     assert (first[0], second[0]) == (1, 1)
     assert "training stopped before that update" in first[1]
+
+
+def test_an_engine_that_cannot_is_refused_before_anything_is_loaded(vit_recipe, tmp_path) -> None:
+    changes = ["distributed.layout=sharded"]
+    first, second = launch_by_hand(vit_recipe, tmp_path / "run", changes, changes)
+    assert first[0] == second[0] != 0
+    assert "test_vit lie in shards (FSDP2)" in first[1]
+    assert "set the feedback engine to 'central'" in first[1]
+    assert "Error" not in second[1]
+    assert not (tmp_path / "run/train-mpl").exists()
+    assert not (tmp_path / "run/student").exists()
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(vit_recipe, tmp_path) -> None:

@@ -1,0 +1,179 @@
+"""Decoded images, in memory or, where they are too many for it, in a file that processes and restarts share."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.data.decode import Skipped, Status, decode_stream
+from pipeline.data.shards import Sample
+from pipeline.errors import DataError, RunError
+from pipeline.files import remove_leftovers, whole_file
+
+__all__ = ["Images", "Skipped", "load_images"]
+
+MEMORY_LIMIT = 4 << 30  # bytes
+PIXELS, INDEX, LOCK = ".pixels", ".parquet", ".lock"
+Decoded = tuple[tuple[str, Sample], np.ndarray | None, Status, str]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A decoded set. Row i of every field is one image; (shard, row) is its identity."""
+
+    images: Tensor
+    """uint8 (N, 3, S, S), in memory or mapped from a file; read only."""
+    labels: Tensor
+    """int64 (N,), -1 = none."""
+    keys: list[str]
+    shards: list[str]
+    rows: np.ndarray
+    """int64 (N,): the row inside the shard."""
+    skipped: list[Skipped]
+    """Entries that are not among the N, and why."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def load_images(
+    samples: Iterable[tuple[str, Sample]],
+    size: int,
+    *,
+    place: Path | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    workers: int = 0,
+) -> Images:
+    """Decode a stream of (shard name, sample) to `size` × `size` pixels, keeping its order.
+
+    Args:
+        samples: as `Split.read()` gives them.
+        size: side in pixels.
+        place: a name, without an ending, for the files that hold the set once it exceeds `memory_limit` bytes; to
+            be used for these samples in this size alone. One process writes them, and all that ask for the same
+            place map them, also at a later start. None keeps the set in memory.
+        memory_limit: bytes.
+        workers: threads that decode (Pillow releases the interpreter's lock); 0 = in this one.
+
+    Raises:
+        DataError: no entry gave an image.
+        RunError: `place` cannot be written.
+    """
+    if place is not None and (mapped := _mapped(place, size)):
+        return mapped
+    found = _Found(size)
+    stream = decode_stream(samples, size, workers, data_of=lambda entry: entry[1].data)
+    for entry in stream:
+        found.add(*entry)
+        if place is not None and found.nbytes > memory_limit:
+            return _through_a_file(place, found, stream)
+    return found.images(found.tensor())
+
+
+class _Found:
+    """What came of the entries so far, and the pixels that are not yet elsewhere."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.nbytes = size, 0
+        self.pixels: list[np.ndarray] = []  # (3, S, S)
+        self.columns: dict[str, list[Any]] = {name: [] for name in ("shard", "row", "key", "label", "status", "detail")}
+
+    def add(self, entry: tuple[str, Sample], image: np.ndarray | None, status: Status, detail: str) -> None:
+        shard, sample = entry
+        values = (shard, sample.row, sample.key, sample.label, str(status), detail)
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+        if image is not None:
+            self.pixels.append(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            self.nbytes += image.nbytes
+
+    def tensor(self) -> Tensor:
+        """The pixels, uint8 (N, 3, S, S); given up one by one, so that no second copy of the set is held."""
+        whole = torch.empty((len(self.pixels), 3, self.size, self.size), dtype=torch.uint8)
+        for i in reversed(range(len(self.pixels))):
+            whole[i] = torch.from_numpy(self.pixels.pop())
+        return whole
+
+    def images(self, pixels: Tensor) -> Images:
+        """The set, with its pixels.
+
+        Raises:
+            DataError: there are none.
+        """
+        ok, columns = str(Status.ok), self.columns
+        good = [i for i, status in enumerate(columns["status"]) if status == ok]
+        skipped = [
+            Skipped(shard, row, key, Status(status), detail)
+            for shard, row, key, _, status, detail in zip(*columns.values(), strict=True)
+            if status != ok
+        ]
+        if not good:
+            first = f"; the first: {skipped[0].key}: {skipped[0].detail}" if skipped else ""
+            raise DataError(f"no image could be decoded, of {len(skipped)} entries{first}")
+        shards, rows, keys, labels = ([columns[name][i] for i in good] for name in ("shard", "row", "key", "label"))
+        return Images(pixels, torch.tensor(labels), keys, shards, np.array(rows, dtype=np.int64), skipped)
+
+
+def _through_a_file(place: Path, found: _Found, rest: Iterator[Decoded]) -> Images:
+    """Write what was found and the rest to `place`, unless another process has done so meanwhile."""
+    folder = place.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK)
+        lock.acquire()  # while another process decodes
+    except OSError as error:
+        raise RunError(f"decoded images cannot be kept in {folder}: {error.strerror or error}") from error
+    try:
+        if mapped := _mapped(place, found.size):
+            return mapped
+        remove_leftovers(folder)
+        with whole_file(_beside(place, PIXELS)) as temporary, temporary.open("wb") as file:
+            while True:
+                for image in found.pixels:
+                    file.write(image.data)
+                found.pixels.clear()
+                if (entry := next(rest, None)) is None:
+                    break
+                found.add(*entry)
+        with whole_file(_beside(place, INDEX)) as temporary:  # last: what has an index is complete
+            pq.write_table(pa.table(found.columns), temporary)
+        mapped = _mapped(place, found.size)
+    finally:
+        lock.release()
+    if mapped is None:
+        raise RunError(f"{_beside(place, PIXELS)} was changed while it was written; run the same command again")
+    return mapped
+
+
+def _mapped(place: Path, size: int) -> Images | None:
+    """The set that lies complete at `place`, or None."""
+    found, pixels = _Found(size), _beside(place, PIXELS)
+    try:
+        found.columns = {name: column.to_pylist() for name, column in _columns(_beside(place, INDEX))}
+        n = sum(status == str(Status.ok) for status in found.columns["status"])
+        if pixels.stat().st_size != n * 3 * size**2:
+            return None
+        # Not mode "c": a private mapping that may be written is refused beyond the machine's memory.
+        array = np.memmap(pixels, np.uint8, "r", shape=(n, 3, size, size))
+    except (FileNotFoundError, ValueError):
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return found.images(torch.from_numpy(array))
+
+
+def _columns(index: Path) -> Iterator[tuple[str, Any]]:
+    table = pq.read_table(index)
+    return zip(table.column_names, table.columns, strict=True)
+
+
+def _beside(place: Path, ending: str) -> Path:
+    return place.with_name(place.name + ending)
