@@ -1,5 +1,6 @@
 """Decoded images, in memory or, where they are too many for it, in a file that processes and restarts share."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -157,22 +158,21 @@ def _mapped(place: Path, size: int) -> Images | None:
     """The set that lies complete at `place`, or None."""
     found, pixels = _Found(size), _beside(place, PIXELS)
     try:
-        found.columns = {name: column.to_pylist() for name, column in _columns(_beside(place, INDEX))}
-        n = sum(status == str(Status.ok) for status in found.columns["status"])
-        if pixels.stat().st_size != n * 3 * size**2:
+        table = pq.read_table(_beside(place, INDEX))
+        found.columns = {name: table[name].to_pylist() for name in found.columns}
+        shape = (found.columns["status"].count(str(Status.ok)), 3, size, size)
+        if pixels.stat().st_size != math.prod(shape):
             return None
-        # Not mode "c": a private mapping that may be written is refused beyond the machine's memory.
-        array = np.memmap(pixels, np.uint8, "r", shape=(n, 3, size, size))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, KeyError):  # absent, or damaged
         return None
+    try:
+        # Not mode "c": a private mapping that may be written is refused beyond the machine's memory.
+        array = np.memmap(pixels, np.uint8, "r", shape=shape)
+    except OSError as error:
+        raise RunError(f"{pixels} cannot be mapped into memory: {error.strerror or error}") from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return found.images(torch.from_numpy(array))
-
-
-def _columns(index: Path) -> Iterator[tuple[str, Any]]:
-    table = pq.read_table(index)
-    return zip(table.column_names, table.columns, strict=True)
 
 
 def _beside(place: Path, ending: str) -> Path:
