@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.augment import normalize
+from pipeline.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Evaluation:
         }
 
 
+def shares(n: int, parts: int) -> list[slice]:
+    """Runs of one length that cover n rows: a sharded network takes as many batches on every rank; the last overlap."""
+    size = -(-n // parts)
+    return [slice(first, first + size) for first in (min(part * size, n - size) for part in range(parts))]
+
+
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module,
@@ -54,6 +61,7 @@ def predict_logits(
     batch: int,
     device: torch.device,
     autocast: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Logits of un-augmented images, in evaluation mode.
 
@@ -64,19 +72,27 @@ def predict_logits(
         batch: images at a time.
         device: where the model is.
         autocast: dtype of mixed precision, or None.
+        ranks: processes that have the same images and network (a sharded one: their part of it), and share the work.
 
     Returns:
-        float32, (N, C), on the CPU.
+        float32, (N, C), on the CPU; on every rank.
     """
+    runs = shares(len(pixels), ranks.world)
     training = model.training
     model.eval()
     try:
         parts = []
-        for chunk in pixels.split(batch):
+        for chunk in pixels[runs[ranks.rank]].split(batch):
             images = normalize(chunk.to(device).float() / 255, mean, std)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 parts.append(model(images).float().cpu())
-        return torch.cat(parts)
+        own = torch.cat(parts)
+        if ranks.world == 1:
+            return own
+        whole = own.new_empty(len(pixels), own.shape[1])
+        for rows, found in zip(runs, ranks.gathered(own), strict=True):
+            whole[rows] = found
+        return whole
     finally:
         model.train(training)
 

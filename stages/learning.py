@@ -21,6 +21,7 @@ from pipeline.data.decoded import Images, load_images
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
 from pipeline.data.shards import Sample
 from pipeline.data.sources import Split, open_split
+from pipeline.distributed import ALONE, Ranks
 from pipeline.distributed.launch import processes_here
 from pipeline.distributed.layout import Layout, bare
 from pipeline.errors import DataError
@@ -128,6 +129,7 @@ class Judge:
     settings: EvaluateSettings
     device: torch.device
     autocast: torch.dtype | None
+    ranks: Ranks = ALONE
 
     def __call__(self, model: nn.Module) -> Evaluation:
         logits = predict_logits(
@@ -138,6 +140,7 @@ class Judge:
             batch=self.settings.batch,
             device=self.device,
             autocast=self.autocast,
+            ranks=self.ranks,
         )
         return evaluate_logits(logits, self.images.labels, self.settings.bins)
 
@@ -168,7 +171,7 @@ def train_and_save(
     networks beside the student's average. `watch` is told how many steps are done.
     """
     validation = load_split(context, split_of(context, "validation"), network.image_size)
-    judge = Judge(validation, network, context.recipe.evaluate, context.device, context.autocast)
+    judge = Judge(validation, network, context.recipe.evaluate, context.device, context.autocast, context.together)
 
     def look(model: nn.Module) -> dict[str, float]:
         figures = {f"validation_{key}": value for key, value in judge.for_log(model).items()}

@@ -90,6 +90,15 @@ class Ranks:
         self.mean_([result])
         return result
 
+    def gathered(self, rows: Tensor) -> list[Tensor]:
+        """A tensor of every rank, on the CPU and of one shape, in their order."""
+        if self.world == 1:
+            return [rows]
+        found = [torch.empty_like(rows) for _ in range(self.world)]
+        with self.watched("a gathering of results"):
+            dist.all_gather(found, rows, group=self.group)
+        return found
+
     # --- agreements --------------------------------------------------------------------------------------
 
     def every(self, value: float) -> list[float]:

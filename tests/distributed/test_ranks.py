@@ -13,6 +13,7 @@ from pipeline.distributed import launch, ranks
 from pipeline.distributed.layout import Layout, lay_out, mesh_of, prepare
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import DataError, FeedbackError, NonFiniteError, RanksError, RunError, UsageError
+from pipeline.evaluate import predict_logits
 from pipeline.lessons import require_batch
 from pipeline.student import Student
 from tests.distributed.checks import Case, train
@@ -38,9 +39,20 @@ def together(these: Ranks) -> dict[str, Any]:
         "none": raised(lambda: these.raise_together(None)),
         "share": raised(lambda: these.share(8, "train_mpl.batch")),
         "shards": raised(lambda: mesh_of(Layout("hybrid", shard_size=2), these, CPU)),
+        "logits": logits_of_ten_images(these),
         "exact": raised(lambda: train(these, Case(Layout("sharded"), batch=3))),
         "non-finite": non_finite_on_rank_1(these),
     }
+
+
+def logits_of_ten_images(these: Ranks) -> tuple[torch.Tensor, int]:
+    """(of a network that gives an image's values themselves, how many images this rank has put through it)."""
+    seen = []
+    network = nn.Flatten()
+    network.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    pixels = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1)
+    found = predict_logits(network, pixels, (0.0,) * 3, (1.0,) * 3, batch=3, device=CPU, ranks=these)
+    return found, sum(seen)
 
 
 def non_finite_on_rank_1(these: Ranks) -> tuple[Any, bool]:
@@ -82,6 +94,9 @@ def test_what_ranks_agree_on() -> None:
         assert kind == UsageError.__name__
         assert "train_mpl.batch (=8) must be a multiple of the number of processes (=3); set it to 6 or 9" in text
         assert "shard_size (=2) must divide the number of processes (=3)" in found["shards"][1]
+        logits, seen = found["logits"]
+        torch.testing.assert_close(logits, (torch.arange(10.0) / 255)[:, None].expand(-1, 3))
+        assert seen == 4  # of ten, on each of three
         kind, text = found["exact"]
         assert kind == FeedbackError.__name__
         assert "'central'" in text

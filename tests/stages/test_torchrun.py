@@ -68,6 +68,7 @@ def same(a: Path, b: Path) -> None:
     for x, y in zip(*rows, strict=True):
         assert float(x["loss"]) == pytest.approx(float(y["loss"]), rel=1e-3)
         assert float(x["teacher_loss"]) == pytest.approx(float(y["teacher_loss"]), rel=1e-3)
+    assert float(x["validation_nll"]) == pytest.approx(float(y["validation_nll"]), rel=1e-3)
 
 
 SHARDED = ["--feedback", "hard", "--set", "distributed.layout=sharded"]
