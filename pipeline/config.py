@@ -157,13 +157,18 @@ class CalibratorSettings(Settings):
     supervised_weight: NonNegativeFloat = 0.0  # of CE(y, q_Ψ(q_large(x_l)))
 
 
+# Of the feedback. raw: as it stands, dR/dq or ∇ E[R]. per_image: raw · B/η. paper: raw, but raw / B of hard labels, the
+# mean over the batch.
+FeedbackScale = Literal["raw", "per_image", "paper"]
+
+
 class FeedbackSettings(Settings):
     """The labelled loss after the student's step, sent back to the calibrator."""
 
     every: PositiveInt = 1  # student steps between feedbacks
     batch: PositiveInt = 128  # labelled images per feedback
     engine: Literal["exact", "central", "one_sided"] = "exact"
-    scale: Literal["per_image", "raw"] = "per_image"  # per_image: dR/dq · B/η; raw: the paper's
+    scale: FeedbackScale = "per_image"
     weight: NonNegativeFloat = 1.0
     control: Literal["none", "flipped", "shuffled"] = "none"  # ablations: wrong sign, rows permuted
     held_out: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the labelled images used for feedback only
@@ -187,7 +192,7 @@ class TrainReducedSettings(TrainSettings):
 class MplFeedbackSettings(FeedbackSettings):
     """The same for a teacher network, which has losses of its own: there the paper's scale is right as it is."""
 
-    scale: Literal["per_image", "raw"] = "raw"  # raw: equation 3 as it stands
+    scale: FeedbackScale = "paper"
     baseline: float = Field(default=0.0, ge=0.0, lt=1.0)  # hard: decay of the moving average taken off h; 0 = none
 
 

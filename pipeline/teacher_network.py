@@ -30,7 +30,8 @@ class TeacherNetwork:
     Feedback, added to the loss of the lesson:
         soft: targets are T(x), and Σ T(x) · dR/dq is the exact equation 3.
         hard: targets are sampled, ŷ ~ T(x), and (h − b) · Σ CE(ŷ, T(x)) with h = R(θ) − R(θ'), the labelled
-            loss before the student's step minus the one after. Its mean over ŷ is ∇_Ψ E[R(θ'(ŷ))].
+            loss before the student's step minus the one after. Its mean over ŷ is ∇_Ψ E[R(θ'(ŷ))]; by default,
+            `scale: paper`, the cross-entropy is the mean over the batch instead of the sum.
             b is a moving average of *earlier* h, where one is asked for.
         none: targets are T(x), and the teacher learns from its lesson alone.
 
@@ -166,7 +167,8 @@ class TeacherNetwork:
             advantage = -advantage
         elif options.control == "shuffled":
             labels = targets[torch.randperm(len(targets), device="cpu").to(targets.device)]
-        scale = feedback_scale(step, options, len(targets) * ranks.world) * ranks.world
+        batch = len(targets) * ranks.world
+        scale = feedback_scale(step, options, batch) * ranks.world / (batch if options.scale == "paper" else 1)
         cross_entropy = -(labels * self._pool_log_p).sum()  # summed over the batch, nats
         return options.weight * scale * advantage * cross_entropy, {"feedback_loss": after, "h": before - after}
 

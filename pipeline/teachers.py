@@ -239,6 +239,6 @@ def fed_back(gradient: Tensor, step: StudentStep, settings: FeedbackSettings, ra
 def feedback_scale(step: StudentStep, settings: FeedbackSettings, batch: int) -> float:
     """1, or B/η of the student's step with `per_image`; 0 where the student did not move."""
     lr = step.learning_rate
-    if settings.scale == "raw" or lr == 0:
+    if settings.scale != "per_image" or lr == 0:
         return float(lr > 0)
     return batch / lr

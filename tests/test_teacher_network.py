@@ -245,6 +245,15 @@ def test_feedback_scaled_per_image_does_not_depend_on_the_learning_rate() -> Non
     assert relative_error(flat(world.feedback_gradient("soft", scale="per_image")), raw * POOL / 0.05) < 1e-12
 
 
+def test_the_papers_scale_takes_the_mean_of_hard_labels_over_the_batch() -> None:
+    """Of soft ones it is equation 3."""
+    raw, paper = World("sgd", scale="raw"), World("sgd", scale="paper")
+    hard = flat(raw.feedback_gradient("hard"))
+    assert float(hard.abs().max()) > 0
+    assert relative_error(flat(paper.feedback_gradient("hard")), hard / POOL) < 1e-12
+    assert relative_error(flat(paper.feedback_gradient("soft")), flat(raw.feedback_gradient("soft"))) < 1e-12
+
+
 def test_a_waiting_student_gives_no_feedback() -> None:
     world = World()
     teacher, batch = world.teacher("soft"), world.batch()
