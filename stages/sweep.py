@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.data.variants import PoolVariant, write_variant
 from pipeline.errors import UsageError
 from pipeline.report.sweep import Axis, Contrast, Level, Results, Sweep
+from pipeline.report.sweep_figure import draw
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce import comparison_basis, results_of, seeds_text
@@ -141,7 +142,9 @@ def work(context: Context, seeds: range, jobs: int | None, steps: int) -> dict[s
             results[point.name][name].append(results_of(done[i][2 + 2 * place : 4 + 2 * place]))
     supervised = [results_of(taught[i][1:3]) for i, (noise, _) in enumerate(teachers) if noise == ORIGIN.noise]
     by_noise = {noise: [taught[i][0] for i, one in enumerate(teachers) if one[0] == noise] for noise in noises}
-    _sweep(context, seeds, steps, results, supervised, by_noise).write(context.run.root, "sweep")
+    sweep = _sweep(context, seeds, steps, results, supervised, by_noise)
+    sweep.write(context.run.root, "sweep")
+    draw(sweep, context.run.root / "sweep.png")
     return {"students": len(students) * len(METHODS) + len(supervised)}
 
 

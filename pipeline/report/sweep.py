@@ -72,14 +72,11 @@ class Sweep:
     extra: dict[str, Any]
 
     def write(self, folder: Path, stem: str) -> list[Path]:
-        """Write STEM.md, .csv, .json and .png; returns their paths."""
-        from pipeline.report.sweep_figure import draw
-
-        paths = [folder / f"{stem}.{suffix}" for suffix in ("md", "csv", "json", "png")]
+        """Write STEM.md, which shows STEM.png (`pipeline.report.sweep_figure`), .csv and .json; returns their paths."""
+        paths = [folder / f"{stem}.{suffix}" for suffix in ("md", "csv", "json")]
         write_text(paths[0], self.markdown(f"{stem}.png"))
         write_text(paths[1], self.csv())
         write_json(paths[2], self.as_json())
-        draw(self, paths[3])
         return paths
 
     def points(self) -> list[str]:

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.files import whole_file
-
-if TYPE_CHECKING:
-    from pipeline.report.sweep import Axis, Sweep
+from pipeline.report.sweep import Axis, Sweep
 
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: told apart by every eye
 MARKERS = ("o", "s", "^", "D", "v")
@@ -17,7 +15,7 @@ WIDE, NAMES = 3.6, 2.7  # inches, of a column and of the names at the right
 APART = 0.075  # of an axis's height, between two labels
 
 
-def draw(sweep: "Sweep", path: Path) -> None:
+def draw(sweep: Sweep, path: Path) -> None:
     """Write a PNG: two rows of panels, one column per axis; lines are named at their right end.
 
     Each panel has its own scale: what one axis does may be ten times what another does.
@@ -50,7 +48,7 @@ def draw(sweep: "Sweep", path: Path) -> None:
     plt.close(figure)
 
 
-def _contrasts(panel: Any, sweep: "Sweep", axis: "Axis") -> list[tuple[float, str, str]]:
+def _contrasts(panel: Any, sweep: Sweep, axis: Axis) -> list[tuple[float, str, str]]:
     """Means with intervals; returns (height, text, colour) of each line's right end."""
     ends = []
     panel.axhline(0, color="black", linewidth=1, zorder=1)
@@ -69,7 +67,7 @@ def _contrasts(panel: Any, sweep: "Sweep", axis: "Axis") -> list[tuple[float, st
     return ends
 
 
-def _accuracies(panel: Any, sweep: "Sweep", axis: "Axis") -> list[tuple[float, str, str]]:
+def _accuracies(panel: Any, sweep: Sweep, axis: Axis) -> list[tuple[float, str, str]]:
     """Means by method: solid with what a contrast asks about, dashed and hollow without it."""
     ends = []
     looks: dict[str, dict[str, Any]] = {}
@@ -93,7 +91,7 @@ def _accuracies(panel: Any, sweep: "Sweep", axis: "Axis") -> list[tuple[float, s
     return ends
 
 
-def _dress(panel: Any, axis: "Axis") -> None:
+def _dress(panel: Any, axis: Axis) -> None:
     panel.set_xticks(range(len(axis.levels)), [level.text for level in axis.levels])
     panel.set_xlim(-0.35, len(axis.levels) - 0.65)
     panel.grid(axis="y", color="0.92")
