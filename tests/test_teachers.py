@@ -47,7 +47,6 @@ def test_a_plain_perceptron_has_five_linear_layers() -> None:
     assert widths == [(10, 128), (128, 128), (128, 128), (128, 128), (128, 10)]
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
 class GivenStep:
     """A step whose gradient in the targets is known."""
 
@@ -71,6 +70,7 @@ def test_the_calibrators_rate_may_fall_as_the_students_does(schedule: str, share
     torch.testing.assert_close(bias.abs(), torch.full((3,), settings.lr * share), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("kind", ["residual", "perceptron"])
 def test_rows_of_the_calibrator_are_distributions(kind: str, classes: int) -> None:
     """Also far from the start, and for one-hot and uniform rows."""
