@@ -9,8 +9,6 @@ from typing import Any
 
 import filelock
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -125,6 +123,9 @@ class _Found:
 
 def _through_a_file(place: Path, found: _Found, rest: Iterator[Decoded]) -> Images:
     """Write what was found and the rest to `place`, unless another process has done so meanwhile."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     folder = place.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,9 +157,13 @@ def _through_a_file(place: Path, found: _Found, rest: Iterator[Decoded]) -> Imag
 
 def _mapped(place: Path, size: int) -> Images | None:
     """The set that lies complete at `place`, or None."""
-    found, pixels = _Found(size), _beside(place, PIXELS)
+    found, pixels, index = _Found(size), _beside(place, PIXELS), _beside(place, INDEX)
+    if not index.exists():
+        return None
+    import pyarrow.parquet as pq
+
     try:
-        table = pq.read_table(_beside(place, INDEX))
+        table = pq.read_table(index)
         found.columns = {name: table[name].to_pylist() for name in found.columns}
         shape = (found.columns["status"].count(str(Status.ok)), 3, size, size)
         if pixels.stat().st_size != math.prod(shape):
