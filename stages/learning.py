@@ -111,7 +111,7 @@ def require_engine(context: Context, student: ModelSettings, settings: FeedbackS
     Raises:
         FeedbackError: says which can.
     """
-    sharded = context.together.world > 1 and context.recipe.distributed.layout != "replicated"
+    sharded = layout_of(context).shards(context.together)
     check_engine(student.name, settings.engine, sharded=sharded, autocast=context.autocast)
 
 

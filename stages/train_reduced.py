@@ -114,7 +114,8 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
     labelled = labelled_set(load_split(context, split), store)
     pool: Pool | None = None
     if store is not None:
-        pool = pool_set(context, store) if way == "memory" else streamed_pool(context, store)
+        made = precomputed["fingerprint"]
+        pool = pool_set(context, store, made) if way == "memory" else streamed_pool(context, store)
     seed_initialisation(context, "student")  # the same initial student for every method of a seed
     network = build_network(
         settings.model, split.class_names, recipe.data.image_size, recipe.data.mean, recipe.data.std
@@ -176,16 +177,15 @@ def labelled_set(images: "Images", store: "TargetsStore | None") -> "LabelledSet
     return LabelledSet(images.images, images.labels, torch.from_numpy(stored.distributions[order]))
 
 
-def pool_set(context: Context, store: "TargetsStore") -> "PoolSet":
-    """The selected pool, decoded, with distributions and repeats."""
+def pool_set(context: Context, store: "TargetsStore", made: str) -> "PoolSet":
+    """The selected pool, decoded, with distributions and repeats; `made` is the store's fingerprint."""
     import torch
 
     from pipeline.errors import TargetsError
     from pipeline.student_data import PoolSet
     from stages.learning import decode
 
-    made = context.run.require("precompute", "mpl precompute")["result"]
-    images = decode(context, store.samples(), "targets", made["fingerprint"])
+    images = decode(context, store.samples(), "targets", made)
     if images.skipped:
         raise TargetsError(f"{len(images.skipped)} images in targets/ do not decode; run mpl precompute --force")
     return PoolSet(images.images, torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats()))

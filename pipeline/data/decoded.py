@@ -17,8 +17,6 @@ from pipeline.data.shards import Sample
 from pipeline.errors import DataError, RunError
 from pipeline.files import remove_leftovers, whole_file
 
-__all__ = ["Images", "Skipped", "load_images"]
-
 MEMORY_LIMIT = 4 << 30  # bytes
 PIXELS, INDEX, LOCK = ".pixels", ".parquet", ".lock"
 Decoded = tuple[tuple[str, Sample], np.ndarray | None, Status, str]

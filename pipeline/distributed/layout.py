@@ -37,6 +37,10 @@ class Layout:
     sync_batch_norm: bool = False
     checkpoint_activations: bool = False
 
+    def shards(self, ranks: Ranks) -> bool:
+        """Whether a network laid out so on these ranks lies in shards."""
+        return ranks.world > 1 and self.kind != "replicated"
+
 
 def lay_out(network: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
     """The network to train, on its device and in the given layout; all ranks start from rank 0's weights.
@@ -48,10 +52,10 @@ def lay_out(network: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
         UsageError: `shard_size` does not divide the number of ranks.
     """
     prepare(network, layout, ranks)
+    if layout.shards(ranks):
+        return shard(network, layout, ranks)
     if ranks.world == 1:
         return network
-    if layout.kind != "replicated":
-        return shard(network, layout, ranks)
     device = next(network.parameters()).device
     arguments = inspect.signature(DistributedDataParallel.__init__).parameters
     flag = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"  # torch < 2.13
@@ -65,7 +69,7 @@ def lay_out(network: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
 
 def lay_out_average(average: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
     """The same for a moving average, which is never trained: only sharded, where the network is."""
-    return average if ranks.world == 1 or layout.kind == "replicated" else shard(average, layout, ranks)
+    return shard(average, layout, ranks) if layout.shards(ranks) else average
 
 
 def prepare(network: nn.Module, layout: Layout, ranks: Ranks) -> None:
