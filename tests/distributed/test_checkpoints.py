@@ -152,7 +152,7 @@ def test_a_killed_worker_of_four_changes_nothing(tmp_path: Path) -> None:
     done = subprocess.run([*torchrun, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(tmp_path / "result.pt", weights_only=True)
-    assert found["started_at"] == 4
+    assert found["started_at"] == 4, done.stderr[-3000:]
     undisturbed = results(in_ranks(4, undisturbed_run, tmp_path / "other"))[0]
     close(found["tensors"], undisturbed, rtol=1e-12)
 

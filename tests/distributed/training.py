@@ -112,6 +112,7 @@ def main(folder: Path, steps: int, dies: int) -> None:
         found = training.tensors()
         if ranks.first:
             torch.save({"tensors": found, "started_at": started_at, "launch": ranks.launch}, folder / "result.pt")
+        ranks.barrier("the end")  # as the stages do: a rank that leaves early breaks the others' connections
 
 
 if __name__ == "__main__":
