@@ -29,9 +29,9 @@ from pipeline.data.decode import decode
 from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
-from pipeline.pool.copies import CopyIndex, default_threshold
-from pipeline.pool.copy_candidates import AROUND, LOOKS, load_faiss
-from pipeline.pool.copy_thumbnails import luminance, thumbnails
+from pipeline.pool.copies.candidates import AROUND, LOOKS, load_faiss
+from pipeline.pool.copies.index import CopyIndex, default_threshold
+from pipeline.pool.copies.thumbnails import luminance, thumbnails
 
 Pixels = NDArray[np.uint8]
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]

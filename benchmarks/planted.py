@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.copy_kinds import HELD_OUT, NAMED
 from benchmarks.record import write_table
 from pipeline.data.decode import decode
-from pipeline.data.layout import Row, write_images
+from pipeline.data.get.writing import Row, write_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.record import write_table
-from pipeline.data.parquet import BATCH, ParquetShard
-from pipeline.data.raw import raw_shards
-from pipeline.data.svhn import svhn_shards
-from pipeline.data.webdataset import TarShard
+from pipeline.data.readers.parquet import BATCH, ParquetShard
+from pipeline.data.readers.raw import raw_shards
+from pipeline.data.readers.svhn import svhn_shards
+from pipeline.data.readers.webdataset import TarShard
 
 Read = Callable[[], int]  # reads a file; gives bytes, so that rivals can be seen to do the same
 

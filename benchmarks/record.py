@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.files import write_json, write_text
-from pipeline.runs import machine, now, versions
+from pipeline.storage.files import write_json, write_text
+from pipeline.storage.runs import machine, now, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.record import write_table
-from pipeline.pool.select import Selection, TopK
+from pipeline.pool.select.top_k import Selection, TopK
 
 Scores = NDArray[np.float32]
 Chunks = Iterator[tuple[NDArray[np.int64], Scores]]

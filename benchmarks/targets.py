@@ -25,7 +25,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 
 from benchmarks.record import write_table
-from pipeline.dense import fixed_binary
+from pipeline.storage.tables import fixed_binary
 from pipeline.targets import TargetsStore, labelled_schema, pool_schema, write_manifest, write_pool_file, write_targets
 from pipeline.targets.numbers import normalised
 

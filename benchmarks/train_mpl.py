@@ -30,16 +30,16 @@ from benchmarks.images import jpegs
 from benchmarks.record import write_table
 from benchmarks.usual_mpl import UsualLoop, loaders
 from pipeline.config import ModelSettings, OptimizerSettings, TrainMplSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
-from pipeline.data.settings import AugmentSettings
-from pipeline.data.shards import Sample
+from pipeline.data.readers.shard import Sample
 from pipeline.data.sources import open_split
-from pipeline.files import location
 from pipeline.lessons import ViewData
 from pipeline.methods.uda import Uda
 from pipeline.models import build_network
 from pipeline.optim import build_optimizer
+from pipeline.storage.files import location
 from pipeline.student_data import LabelledSet, PoolSet
 from pipeline.teacher_network import TeacherNetwork
 from pipeline.training import Training

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import RunError
-from pipeline.files import read_json, write_json
+from pipeline.storage.files import read_json, write_json
 
 FILE = "calibration.json"
 SAMPLE = 64  # images

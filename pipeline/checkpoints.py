@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.distributed.shards import placed_like
+from pipeline.distributed.sharded import placed_like
 from pipeline.errors import CheckpointError, UserError
-from pipeline.files import discard, read_json, sha256_file, sync_folder, whole_file, write_json
 from pipeline.named_tensors import Networks, restoring, tensors_of
+from pipeline.storage.files import discard, read_json, sha256_file, sync_folder, whole_file, write_json
 
 KEPT = 2
 CHECKPOINTS = "checkpoints"  # folder, beside the network that is trained

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.data.settings import AugmentSettings
+from pipeline.data.augment.settings import AugmentSettings
 from pipeline.errors import RecipeError
 from pipeline.methods import Method, parse_method
 
@@ -116,7 +116,7 @@ class FinetuneSettings(TrainSettings):
 
 
 class CopySettings(Settings):
-    """When a pool image counts as a copy of an evaluation image. See `pipeline.pool.copies`."""
+    """When a pool image counts as a copy of an evaluation image. See `pipeline.pool.copies.index`."""
 
     enabled: bool = True
     threshold: float | None = None  # of the similarity; None = the descriptor's measured default

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.data.augment import normalize
+from pipeline.data.augment.augment import normalize
 from pipeline.distributed import ALONE, Ranks
 
 

@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.distributed.shards import is_sharded, local, norm_over_shards, reshard
+from pipeline.distributed.sharded import is_sharded, local, norm_over_shards, reshard
 from pipeline.errors import FeedbackError
-from pipeline.tangents import FusedTangents
+from pipeline.gradient.tangents import FusedTangents
 
 Engine = Literal["exact", "central", "one_sided"]
 Tensors = dict[str, Tensor]

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import TrainMplSettings
-from pipeline.data.augment import augment, normalize
-from pipeline.data.batches import batch_indices
-from pipeline.data.draws import Draws
-from pipeline.data.settings import AugmentSettings
+from pipeline.data.augment.augment import augment, normalize
+from pipeline.data.augment.draws import Draws
+from pipeline.data.augment.settings import AugmentSettings
+from pipeline.data.order import batch_indices
 from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import DataError
 from pipeline.methods import Method, Views

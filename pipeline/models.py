@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
 from pipeline.errors import CheckpointError, RecipeError
-from pipeline.files import sha256_file, whole_file, write_json
+from pipeline.storage.files import sha256_file, whole_file, write_json
 
 SMALL_IMAGE = 64  # pixels; up to here `stem: auto` avoids early downsampling where the family allows it
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.distributed.layout import bare
-from pipeline.distributed.shards import reshard
+from pipeline.distributed.layouts import bare
+from pipeline.distributed.sharded import reshard
 from pipeline.errors import CheckpointError
 
 Networks = Mapping[str, tuple[nn.Module, Optimizer | None]]  # by a label that is kept with the checkpoint

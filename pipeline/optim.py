@@ -16,7 +16,7 @@ from timm.optim import RMSpropTF
 from torch import Tensor, nn
 
 from pipeline.config import OptimizerSettings, ScheduleSettings
-from pipeline.distributed.shards import local
+from pipeline.distributed.sharded import local
 from pipeline.errors import FeedbackError
 
 Group = dict[str, Any]  # one entry of optimizer.param_groups

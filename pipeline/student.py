@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed.layout import average_gradients, bare, running_statistics, unsynchronised
+from pipeline.distributed.layouts import average_gradients, bare, running_statistics, unsynchronised
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.distributed.shards import clip_gradients, is_sharded, local, sum_over_shards
+from pipeline.distributed.sharded import clip_gradients, is_sharded, local, sum_over_shards
 from pipeline.errors import FeedbackError
 from pipeline.feedback import (
     Engine,
@@ -39,7 +39,7 @@ class Student:
 
     Args:
         model: any classifier, images (B, 3, H, W) → logits (B, C), in the mode it shall train in; bare,
-            compiled, or laid over processes by `pipeline.distributed.layout`.
+            compiled, or laid over processes by `pipeline.distributed.layouts`.
         optimizer: SGD (momentum, Nesterov), RMSprop, timm's RMSpropTF, Adam or AdamW over its parameters.
             Another one works while no feedback is asked for.
         clip_norm: clip the gradient to this global norm, as torch does.

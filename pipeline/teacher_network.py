@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeline.config import FeedbackKind, MplFeedbackSettings, ScheduleSettings
-from pipeline.data.draws import Draws
+from pipeline.data.augment.draws import Draws
 from pipeline.distributed import ALONE, Ranks
-from pipeline.distributed.layout import average_gradients, bare, running_statistics, unsynchronised
-from pipeline.distributed.shards import clip_gradients
+from pipeline.distributed.layouts import average_gradients, bare, running_statistics, unsynchronised
+from pipeline.distributed.sharded import clip_gradients
 from pipeline.feedback import log_probabilities, random_state, replayed_random_numbers, row_parts
 from pipeline.methods import Lesson, Method, Rows
 from pipeline.named_tensors import Networks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.config import CalibratorSettings, FeedbackSettings
 from pipeline.distributed import ALONE, Ranks
-from pipeline.distributed.shards import clip_gradients
+from pipeline.distributed.sharded import clip_gradients
 from pipeline.methods import Views
 from pipeline.named_tensors import Networks
 from pipeline.optim import set_learning_rate

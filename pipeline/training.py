@@ -14,12 +14,12 @@ from torch.optim.swa_utils import AveragedModel
 from pipeline.checkpoints import CHECKPOINTS, Checkpoints
 from pipeline.config import TrainSettings
 from pipeline.distributed import ALONE, Ranks
-from pipeline.distributed.layout import Layout, bare, full_state, lay_out, lay_out_average
+from pipeline.distributed.layouts import Layout, bare, full_state, lay_out, lay_out_average
 from pipeline.errors import NonFiniteError
-from pipeline.logs import MetricsLog
 from pipeline.named_tensors import Networks
 from pipeline.optim import average_with_warmup, build_optimizer, learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
+from pipeline.storage.metrics import MetricsLog
 from pipeline.student import Student
 from pipeline.teachers import Batch, Labelled, Metrics, Teacher, Wish
 

@@ -22,7 +22,7 @@ COMMANDS = {  # name: (module:attribute, one line of help), in the order in whic
     "finetune": ("stages.finetune:command", "student + labelled images → finetuned student"),
     "evaluate": ("stages.evaluate:command", "a network + a split → top-1, top-5, NLL, ECE, per class"),
     "predict": ("stages.predict:command", "a network + any images → a table of key and distribution"),
-    "reproduce": ("stages.reproduce:group", "all of the above, over seeds, into one table"),
+    "reproduce": ("stages.reproduce.commands:group", "all of the above, over seeds, into one table"),
     "plan": ("stages.plan:command", "a recipe + a cluster → memory, layout and time, before training"),
     "report": ("stages.report:command", "a run → report.html: what was kept, what just missed, copies"),
     "status": ("stages.status:command", "where a run stands"),
@@ -84,7 +84,7 @@ def main() -> None:
         _say(f"Interrupted: {error}" if str(error) else "Interrupted", resume=True)
         status = 130
     except OSError as error:
-        from pipeline.files import is_storage_error
+        from pipeline.storage.files import is_storage_error
 
         if not is_storage_error(error):
             raise

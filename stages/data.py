@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from pipeline.data.check import SplitReport
-    from pipeline.data.importing import Imported
+    from pipeline.data.get.check import SplitReport
+    from pipeline.data.get.importing import Imported
     from pipeline.data.manifest import Manifest
-    from pipeline.files import Location
+    from pipeline.storage.files import Location
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
 
@@ -31,7 +31,7 @@ class DataFolder(click.ParamType):
             return value
         if "://" not in value:
             return click.Path(path_type=Path, exists=self.exists, file_okay=False).convert(value, param, ctx)
-        from pipeline.files import location
+        from pipeline.storage.files import location
 
         return location(value)
 
@@ -83,7 +83,7 @@ def check(manifest: str, data: "Location | None", sample: int, everything: bool,
 
     Exit status 1 if a split cannot be used.
     """
-    from pipeline.data.check import check_split
+    from pipeline.data.get.check import check_split
     from pipeline.data.manifest import load_manifest
 
     described = load_manifest(manifest, data)
@@ -116,7 +116,7 @@ def fetch(manifest: str, data: "Location | None", only: tuple[str, ...], as_json
     What is there and right is left alone; what was interrupted goes on. Exit status 1 if files remain that
     cannot be downloaded; it is told what to do.
     """
-    from pipeline.data.fetch import fetch as fetch_files
+    from pipeline.data.get.fetch import fetch as fetch_files
     from pipeline.data.manifest import load_manifest
     from pipeline.errors import UsageError
 
@@ -165,7 +165,7 @@ def import_(
     Sub-folders are the classes; what lies in a sub-folder `unlabelled` is the pool. OUT gets Parquet
     files, a manifest.yaml, and left_out.csv with what could not be used and why.
     """
-    from pipeline.data.importing import ImportSettings, import_images
+    from pipeline.data.get.importing import ImportSettings, import_images
 
     settings = ImportSettings(validation, test, seed)
     imported = import_images(source, out, name=name, unlabelled=unlabelled, settings=settings, workers=workers)

@@ -29,7 +29,7 @@ def examine(data: Path | None) -> dict[str, Any]:
     import torch
 
     from pipeline.data.manifest import list_manifests
-    from pipeline.runs import versions
+    from pipeline.storage.runs import versions
 
     problems = []
     found = versions()

@@ -46,8 +46,8 @@ def last_student(context: Context, name: str | None = None) -> Path:
 
 def plan(context: Context, network: Path | None = None, name: str | None = None) -> "Stage":
     """Plan the stage."""
-    from pipeline.files import sha256_file
     from pipeline.models import WEIGHTS, load_network
+    from pipeline.storage.files import sha256_file
     from stages.execution import Stage
     from stages.learning import split_of
 
@@ -79,8 +79,8 @@ def plan(context: Context, network: Path | None = None, name: str | None = None)
 
 def work(context: Context, folder: Path, output: Path) -> dict[str, Any]:
     """Evaluate and write the file."""
-    from pipeline.files import write_json
     from pipeline.models import load_network
+    from pipeline.storage.files import write_json
     from stages.learning import Judge, check_classes, load_split, split_of, to_device
 
     settings = context.recipe.evaluate

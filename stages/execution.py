@@ -11,8 +11,8 @@ import click
 
 import pipeline
 from pipeline.errors import DataError, RunError, UsageError
-from pipeline.files import Location, discard, fingerprint
-from pipeline.runs import NOT_DONE, Action, Decision, Stopwatch
+from pipeline.storage.files import Location, discard, fingerprint
+from pipeline.storage.runs import NOT_DONE, Action, Decision, Stopwatch
 from stages.console import Console
 from stages.options import Context
 

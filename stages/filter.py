@@ -11,12 +11,12 @@ from stages.options import Context, stage_options, with_changes
 from stages.workers import engine_options, is_elsewhere, run_shards
 
 if TYPE_CHECKING:
-    from pipeline.data.shards import Shard
-    from pipeline.engines import EngineSettings
+    from pipeline.data.readers.shard import Shard
     from pipeline.models import Network
-    from pipeline.pool.copies import CopyIndex
+    from pipeline.pool.copies.index import CopyIndex
     from pipeline.pool.filter import Rules
     from pipeline.pool.infer import Scorer
+    from pipeline.storage.workers import EngineSettings
     from stages.execution import Stage
 
 SHOWN = 20  # classes in the table at the end
@@ -73,10 +73,10 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
 
 def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings | None" = None) -> "Stage":
     """Plan the stage."""
-    from pipeline.engines import EngineSettings
-    from pipeline.files import sha256_file
     from pipeline.models import WEIGHTS
-    from pipeline.pool.copies import VERSION
+    from pipeline.pool.copies.index import VERSION
+    from pipeline.storage.files import sha256_file
+    from pipeline.storage.workers import EngineSettings
     from stages.execution import Stage
     from stages.learning import split_of
 
@@ -129,7 +129,7 @@ def evaluation_splits(context: Context) -> "list[Any]":
 
 def rules(context: Context) -> "Rules":
     """What is kept, from the recipe."""
-    from pipeline.pool.copies import default_threshold
+    from pipeline.pool.copies.index import default_threshold
     from pipeline.pool.filter import Rules
 
     settings = context.recipe.filter
@@ -181,9 +181,9 @@ def class_table(result: dict[str, Any]) -> list[str]:
 def work(context: Context, folder: Path, basis: dict[str, Any], engine: "EngineSettings") -> dict[str, Any]:
     """Score every shard that is not scored yet, then select."""
     from pipeline.errors import DataError
-    from pipeline.files import fingerprint, remove_leftovers
     from pipeline.pool.filter import filter_pool
     from pipeline.pool.scored import gone_shards, not_scored, open_scored
+    from pipeline.storage.files import fingerprint, remove_leftovers
     from stages.learning import split_of
 
     shards = split_of(context, "unlabelled").shards
@@ -309,7 +309,7 @@ def copy_index(context: Context, folder: Path) -> "CopyIndex | None":
     import numpy as np
 
     from pipeline.models import CONFIG
-    from pipeline.pool.copies import CopyIndex
+    from pipeline.pool.copies.index import CopyIndex
     from stages.learning import load_split
 
     if not context.recipe.filter.copies.enabled:

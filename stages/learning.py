@@ -19,19 +19,19 @@ from pipeline.config import (
 from pipeline.data.decode import default_workers
 from pipeline.data.decoded import Images, load_images
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
-from pipeline.data.shards import Sample
+from pipeline.data.readers.shard import Sample
 from pipeline.data.sources import Split, open_split
 from pipeline.distributed import ALONE, Ranks
 from pipeline.distributed.launch import processes_here
-from pipeline.distributed.layout import Layout, bare
+from pipeline.distributed.layouts import Layout, bare
 from pipeline.errors import DataError
 from pipeline.evaluate import Evaluation, evaluate_logits, predict_logits
 from pipeline.feedback import check_engine
-from pipeline.files import fingerprint
 from pipeline.lessons import ViewData
 from pipeline.models import CONFIG, WEIGHTS, Network, save_network
-from pipeline.runs import peak_memory_mib
 from pipeline.seeds import derive_seed
+from pipeline.storage.files import fingerprint
+from pipeline.storage.runs import peak_memory_mib
 from pipeline.student_data import StudentData
 from pipeline.teachers import Teacher
 from pipeline.training import Batches, Training

@@ -11,8 +11,8 @@ import click
 
 from pipeline.config import Recipe, load_recipe
 from pipeline.errors import RecipeError, UsageError
-from pipeline.files import Location, location, storage_errors
-from pipeline.runs import Run
+from pipeline.storage.files import Location, location, storage_errors
+from pipeline.storage.runs import Run
 from stages.console import Console
 
 if TYPE_CHECKING:

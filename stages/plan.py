@@ -77,9 +77,9 @@ def command(
     """
     from pipeline.config import load_recipe
     from pipeline.data.manifest import load_manifest
-    from pipeline.files import location
     from pipeline.plan.choose import plan
     from pipeline.plan.needs import METHODS, all_needs
+    from pipeline.storage.files import location
 
     settings = load_recipe(recipe, changes)
     manifest = load_manifest(settings.data.manifest, location(data) if data else None)

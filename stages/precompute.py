@@ -12,9 +12,9 @@ from stages.options import Context, stage_options
 from stages.workers import engine_options, run_shards
 
 if TYPE_CHECKING:
-    from pipeline.engines import EngineSettings
-    from pipeline.precompute import StoreSettings
-    from pipeline.runs import Run
+    from pipeline.storage.runs import Run
+    from pipeline.storage.workers import EngineSettings
+    from pipeline.targets.build import StoreSettings
     from stages.execution import Stage
 
 
@@ -40,8 +40,8 @@ def command(context: Context, teacher: Path | None, check: int | None, engine: "
 
 def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings | None" = None) -> "Stage":
     """Plan the stage."""
-    from pipeline.files import sha256_file
     from pipeline.models import WEIGHTS
+    from pipeline.storage.files import sha256_file
     from stages.execution import Stage
     from stages.filter import teacher_folder
     from stages.learning import split_of
@@ -101,7 +101,7 @@ def require_fresh_targets(run: "Run") -> dict[str, Any]:
 
 def store_settings(context: Context, basis: dict[str, Any]) -> "StoreSettings":
     """How the store is made."""
-    from pipeline.precompute import StoreSettings
+    from pipeline.targets.build import StoreSettings
 
     settings = context.recipe.precompute
     return StoreSettings(
@@ -118,10 +118,10 @@ def work(
     context: Context, folder: Path, basis: dict[str, Any], engine: "EngineSettings | None" = None
 ) -> dict[str, Any]:
     """Gather stored distributions where the teacher is the one that scored, else infer; then write."""
-    from pipeline.engines import EngineSettings
     from pipeline.pool.scored import open_scored
     from pipeline.pool.selection import read_selection
-    from pipeline.precompute import precompute
+    from pipeline.storage.workers import EngineSettings
+    from pipeline.targets.build import precompute
     from stages.filter import load_teacher, scorer
     from stages.learning import split_of
 
@@ -162,8 +162,8 @@ def _check(context: Context, rows: int) -> None:
     """`--check N`."""
     import json
 
-    from pipeline.precompute import check_targets
     from pipeline.targets import TargetsStore
+    from pipeline.targets.build import check_targets
     from stages.filter import load_teacher, scorer
 
     record = context.run.require("precompute", "mpl precompute")["result"]

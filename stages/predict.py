@@ -9,7 +9,7 @@ from pipeline.errors import DataError, UsageError
 from stages.options import Context, stage_options
 
 if TYPE_CHECKING:
-    from pipeline.data.shards import Shard
+    from pipeline.data.readers.shard import Shard
 
 SUFFIXES = {".csv", ".parquet"}
 
@@ -52,7 +52,7 @@ def shards_of(path: Path) -> "tuple[Shard, ...]":
     suffix = path.suffix.lower()
     reader = "folder" if path.is_dir() else {".tar": "webdataset", ".parquet": "parquet"}.get(suffix)
     if reader is None:
-        from pipeline.data.folder import FolderShard
+        from pipeline.data.readers.folder import FolderShard
 
         return (FolderShard(path.stem, path.parent, (path.name,), (), with_labels=False),)
     path = path.resolve()
@@ -77,8 +77,8 @@ def work(context: Context, shards: "list[Shard]", network: Path | None, output: 
     from pipeline.data.decode import default_workers
     from pipeline.data.decoded import load_images
     from pipeline.evaluate import predict_logits
-    from pipeline.files import whole_file
     from pipeline.models import load_network
+    from pipeline.storage.files import whole_file
     from stages.evaluate import last_student
     from stages.learning import to_device
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from pipeline.data.shards import Shard
+    from pipeline.data.readers.shard import Shard
     from stages.options import Context
 
 
@@ -28,9 +28,9 @@ def command(run: Path, data: str | None, images: int | None, shards: int, output
     Reads: the run, and the pool for pictures. Writes: report.html.
     """
     from pipeline.errors import RunError
-    from pipeline.files import location
-    from pipeline.report.page import gather, write_page
-    from pipeline.runs import Run
+    from pipeline.report.page.render import gather, write_page
+    from pipeline.storage.files import location
+    from pipeline.storage.runs import Run
     from stages.options import make_context
     from stages.status import stage_names, stage_status
 

@@ -16,7 +16,7 @@ ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "fine
 def command(run: Path, as_json: bool) -> None:
     """Show which stages of a run are done, begun or to come, and their main figures."""
     from pipeline.errors import RunError
-    from pipeline.runs import Run
+    from pipeline.storage.runs import Run
 
     here = Run(run)
     known = here.description
@@ -38,7 +38,7 @@ def stage_names(run: Any) -> list[str]:
 
     Of the two ways to train a student, Reduced MPL's is shown unless full MPL's alone was begun.
     """
-    from pipeline.runs import RECORD_FILE, STARTED_FILE
+    from pipeline.storage.runs import RECORD_FILE, STARTED_FILE
 
     found = {p.parent.name for name in (RECORD_FILE, STARTED_FILE) for p in run.root.glob(f"*/{name}")}
     full = "train-mpl" in found and "train-reduced" not in found
@@ -48,9 +48,9 @@ def stage_names(run: Any) -> list[str]:
 
 def stage_status(run: Any, stage: str) -> dict[str, Any]:
     """State of one stage, and what it left or where it is."""
-    from pipeline.files import location, names_in, read_json
-    from pipeline.logs import read_metrics
-    from pipeline.runs import STARTED_FILE
+    from pipeline.storage.files import location, names_in, read_json
+    from pipeline.storage.metrics import read_metrics
+    from pipeline.storage.runs import STARTED_FILE
 
     record = run.record(stage)
     if record is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RunError
-from pipeline.runs import STARTED_FILE
+from pipeline.storage.runs import STARTED_FILE
 from stages.options import Context
 
 if TYPE_CHECKING:

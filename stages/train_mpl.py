@@ -107,7 +107,7 @@ def method_title(settings: "TrainMplSettings") -> str:
 
 def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
     """Train: one loop; what gives the targets is a teacher network, or the method's own lessons."""
-    from pipeline.distributed.layout import bare, full_state
+    from pipeline.distributed.layouts import bare, full_state
     from pipeline.feedback import log_probabilities
     from pipeline.lessons import Lessons, ViewData
     from pipeline.models import build_network, save_network
@@ -213,7 +213,7 @@ def build_teacher(context: Context, class_names: tuple[str, ...]) -> "Network":
 
 def make_teacher(context: Context, network: "Network") -> "TeacherNetwork":
     """The teacher of the recipe around its network."""
-    from pipeline.distributed.layout import bare, lay_out
+    from pipeline.distributed.layouts import bare, lay_out
     from pipeline.optim import build_optimizer
     from pipeline.teacher_network import TeacherNetwork
     from stages.learning import layout_of

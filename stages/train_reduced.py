@@ -219,7 +219,7 @@ def save_calibrator(path: Path, calibrator: Any) -> None:
     """Write q_Ψ's weights."""
     from safetensors.torch import save_file
 
-    from pipeline.files import whole_file
+    from pipeline.storage.files import whole_file
 
     with whole_file(path) as temporary:
         save_file({k: v.contiguous() for k, v in calibrator.network.state_dict().items()}, temporary)

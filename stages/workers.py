@@ -10,7 +10,7 @@ import click
 from stages.options import Context
 
 if TYPE_CHECKING:
-    from pipeline.engines import EngineSettings, Work
+    from pipeline.storage.workers import EngineSettings, Work
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         cpus_per_worker: float | None,
         **others: Any,
     ) -> Any:
-        from pipeline.engines import EngineSettings
+        from pipeline.storage.workers import EngineSettings
 
         ray = engine == "ray"
         if not ray and (address is not None or gpus_per_worker or cpus_per_worker is not None):
@@ -79,7 +79,7 @@ def run_shards(
         WorkFailed: some items could not be done; the others are.
         KeyboardInterrupt: asked for by Ctrl-C; items that are done stay.
     """
-    from pipeline.engines import run_all
+    from pipeline.storage.workers import run_all
 
     results: list[Result] = []
     began, seen, finished = time.monotonic(), 0, 0

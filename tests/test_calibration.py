@@ -9,7 +9,7 @@ import torch
 
 from pipeline.calibration import CalibrationLog, changes, read_calibration
 from pipeline.errors import RunError
-from pipeline.report.calibrated import mean_changes, sentences
+from pipeline.report.experiments.calibrated import mean_changes, sentences
 
 TEACHER = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.5, 0.3]])
 IMAGES = [{"shard": "a", "row": row, "key": f"k{row}"} for row in range(2)]

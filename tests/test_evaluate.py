@@ -7,7 +7,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, log_loss, recall_score, top_k_accuracy_score
 
 from pipeline.evaluate import evaluate_logits
-from pipeline.report.statistics import paired_difference, summarise
+from pipeline.report.experiments.statistics import paired_difference, summarise
 
 
 def test_figures_equal_scikit_learns() -> None:

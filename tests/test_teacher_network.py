@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline import teacher_network
 from pipeline.config import MplFeedbackSettings, ScheduleSettings
-from pipeline.data.draws import Draws
+from pipeline.data.augment.draws import Draws
 from pipeline.errors import NonFiniteError
 from pipeline.methods import Views, parse_method
 from pipeline.student import Student

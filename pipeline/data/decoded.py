@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.decode import Skipped, Status, decode_stream
-from pipeline.data.shards import Sample
+from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, RunError
-from pipeline.files import remove_leftovers, whole_file
+from pipeline.storage.files import remove_leftovers, whole_file
 
 MEMORY_LIMIT = 4 << 30  # bytes
 PIXELS, INDEX, LOCK = ".pixels", ".parquet", ".lock"

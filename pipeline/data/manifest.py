@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator, model_validator
 
 from pipeline.errors import DataError
-from pipeline.files import Location, opened
+from pipeline.storage.files import Location, opened
 
 Reader = Literal["digits", "parquet", "folder", "webdataset", "cifar-binary", "svhn-mat", "tinyimages-bin"]
 SplitName = Literal["labelled", "validation", "unlabelled", "test"]

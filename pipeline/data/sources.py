@@ -9,9 +9,9 @@ from itertools import takewhile
 import numpy as np
 
 from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
-from pipeline.data.shards import NO_LABEL, Sample, Shard, Window
+from pipeline.data.readers.shard import NO_LABEL, Sample, Shard, Window
 from pipeline.errors import DataError, MissingDataError
-from pipeline.files import Location, fingerprint, storage_errors
+from pipeline.storage.files import Location, fingerprint, storage_errors
 
 LOOKING = 16  # shards at a time: in object storage each is a request
 OPEN_END = 1 << 62  # the last row of a split, when nobody has counted them
@@ -178,31 +178,31 @@ def _shards(manifest: Manifest, source: str, data: Location | None, names: tuple
     """All shards of one entry of `files`; `names` None leaves labels unread."""
     spec = manifest.files[source]
     if spec.reader == "digits":
-        from pipeline.data.digits import digits_shards
+        from pipeline.data.readers.digits import digits_shards
 
         return list(digits_shards(spec.path or "", names is not None))
     paths = find_files(manifest, spec, data)
     named = list(zip(_shard_names(paths), paths, strict=True))
     match spec.reader:
         case "parquet":
-            from pipeline.data.parquet import ParquetShard
+            from pipeline.data.readers.parquet import ParquetShard
 
             label = None if names is None else spec.label
             return [ParquetShard(name, path, spec.image, label, names or ()) for name, path in named]
         case "folder":
-            from pipeline.data.folder import folder_shards
+            from pipeline.data.readers.folder import folder_shards
 
             return [shard for name, path in named for shard in folder_shards(name, path, names, spec.shuffle)]
         case "webdataset":
-            from pipeline.data.webdataset import TarShard
+            from pipeline.data.readers.webdataset import TarShard
 
             return [TarShard(name, path, names) for name, path in named]
         case "cifar-binary" | "tinyimages-bin":
-            from pipeline.data.raw import raw_shards
+            from pipeline.data.readers.raw import raw_shards
 
             return [s for name, path in named for s in raw_shards(name, path, spec.reader, names is not None)]
         case "svhn-mat":
-            from pipeline.data.svhn import svhn_shards
+            from pipeline.data.readers.svhn import svhn_shards
 
             return [shard for name, path in named for shard in svhn_shards(name, path, names is not None)]
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import RunError
-from pipeline.files import fingerprint, opened, whole_file
 from pipeline.moons.settings import EVERY, PAPER, PLAIN, WORKING, MethodName, MoonsSettings, VariantName
+from pipeline.storage.files import fingerprint, opened, whole_file
 
 GRID = 90  # points of the decision regions' grid on each side
 X, Y = (-1.5, 2.5), (-1.0, 1.5)  # what they show
@@ -148,7 +148,7 @@ def cells(study: Sequence[Row], draws: Sequence[int]) -> list[Cell]:
 
 @dataclass(frozen=True)
 class RunCell:
-    """Trains and judges a cell; work of `pipeline.engines.run_all`. `threads`: of torch, None: as they are."""
+    """Trains and judges a cell; work of `pipeline.storage.workers.run_all`. `threads`: of torch, None: as they are."""
 
     threads: int | None = None
 
@@ -160,7 +160,7 @@ class RunCell:
         import torch
 
         from pipeline.moons.data import make_moons
-        from pipeline.moons.learning import regions, train
+        from pipeline.moons.train import regions, train
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)

@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.dense import fixed_numbers
 from pipeline.errors import DataError, UsageError
-from pipeline.files import Location, discard, names_in, whole_file
-from pipeline.files import fingerprint as fingerprint_of
 from pipeline.pool.rejected import CANDIDATE, NEEDED, Lines, Verdicts, rejected_path, write_rejected
 from pipeline.pool.repeats import Hashed, count_repeats, find_repeats, hash_texts
 from pipeline.pool.scored import ScoredPool
-from pipeline.pool.select import Assign, Selection, checked_assign, checked_k, select_top_k, upsample
+from pipeline.pool.select.top_k import Assign, Selection, checked_assign, checked_k, select_top_k, upsample
 from pipeline.pool.selection import read_selection, write_selection
+from pipeline.storage.files import Location, discard, names_in, whole_file
+from pipeline.storage.files import fingerprint as fingerprint_of
+from pipeline.storage.tables import fixed_numbers
 
 SELECTION, REJECTED = "selection.parquet", "rejected"
 

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dense import fixed_binary, open_parquet, require_absence
 from pipeline.errors import DataError
-from pipeline.files import Location
+from pipeline.storage.files import Location
+from pipeline.storage.tables import fixed_binary, open_parquet, require_absence
 
 FORMAT, VERSION = "mpl-scores", "1"
 GROUP_BYTES = 64 << 20  # of log-odds in one row group, and so in memory at a time

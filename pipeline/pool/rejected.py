@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dense import fixed_numbers
-from pipeline.files import Location
 from pipeline.pool.repeats import Repeats
 from pipeline.pool.scored import ScoredPool
-from pipeline.pool.select import Selection
+from pipeline.pool.select.top_k import Selection
+from pipeline.storage.files import Location
+from pipeline.storage.tables import fixed_numbers
 
 FORMAT, VERSION = "mpl-rejected", "1"
 REASONS = (

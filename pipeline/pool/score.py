@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.shards import Shard
+from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
-from pipeline.files import Location, whole_file
-from pipeline.files import fingerprint as fingerprint_of
-from pipeline.pool.copies import CopyIndex, Matches, descriptor
+from pipeline.pool.copies.index import CopyIndex, Matches, descriptor
 from pipeline.pool.infer import Inferred, Scorer, infer_batches
 from pipeline.pool.parts import PartWriter, Rows, part_is_done, part_path, part_schema
+from pipeline.storage.files import Location, whole_file
+from pipeline.storage.files import fingerprint as fingerprint_of
 
 ADDRESS = re.compile(r" object at 0x[0-9a-fA-F]+")  # in Pillow's messages; it differs from run to run
 

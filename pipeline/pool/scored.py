@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.shards import Shard
+from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
-from pipeline.files import Location, names_in
-from pipeline.files import fingerprint as fingerprint_of
 from pipeline.pool.parts import PartInfo, part_path, part_shard, read_info, read_part
 from pipeline.pool.score import is_scored, score_fingerprint
+from pipeline.storage.files import Location, names_in
+from pipeline.storage.files import fingerprint as fingerprint_of
 
 LOOKING = 16  # footers read at a time: each is a few requests where they lie in object storage
 

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.dense import open_parquet
 from pipeline.errors import DataError
-from pipeline.files import Location, whole_file
 from pipeline.pool.scored import ScoredPool
-from pipeline.pool.select import Selection
+from pipeline.pool.select.top_k import Selection
+from pipeline.storage.files import Location, whole_file
+from pipeline.storage.tables import open_parquet
 
 FORMAT, VERSION = "mpl-selection", "1"
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipeline.errors import TargetsError
-from pipeline.files import Location, opened, sha256_file, write_json
+from pipeline.storage.files import Location, opened, sha256_file, write_json
 from pipeline.targets.layout import FORMAT, MANIFEST, READABLE, REMEDY, VERSION, Dtype
 from pipeline.targets.tables import footer
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline.dense import fixed_numbers
+from pipeline.storage.tables import fixed_numbers
 from pipeline.targets.layout import ITEM, Dtype
 
 BLOCK = 1 << 17  # numbers that stay in the processor's cache between the passes over them

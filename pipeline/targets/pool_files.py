@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dense import open_parquet
-from pipeline.files import Location, opened
+from pipeline.storage.files import Location, opened
+from pipeline.storage.tables import open_parquet
 from pipeline.targets.layout import PoolFormat, sidecar_schema
 from pipeline.targets.tables import file_is_done, notes_of, write_targets
 from pipeline.targets.tar import TarReader, write_tar

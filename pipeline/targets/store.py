@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.shards import Sample
+from pipeline.data.readers.shard import Sample
 from pipeline.errors import TargetsError
-from pipeline.files import Location, is_local
+from pipeline.storage.files import Location, is_local
 from pipeline.targets.layout import REMEDY, Dtype
 from pipeline.targets.manifest import check_files, in_threads, read_manifest
 from pipeline.targets.numbers import normalised, stored_rows

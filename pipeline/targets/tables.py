@@ -5,8 +5,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dense import open_parquet, require_absence
-from pipeline.files import Location, whole_file
+from pipeline.storage.files import Location, whole_file
+from pipeline.storage.tables import open_parquet, require_absence
 
 GROUP = 4096  # rows of a row group, at most …
 GROUP_BYTES = 64 << 20  # … and its bytes, about: a reader holds one

@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import Location, whole_file
+from pipeline.storage.files import Location, whole_file
 
 BLOCK = tarfile.BLOCKSIZE  # bytes; a member is one block of header, then its content filled up to whole blocks
 RECORD = tarfile.RECORDSIZE

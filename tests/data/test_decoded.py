@@ -14,7 +14,7 @@ import torch
 from pipeline.data import decoded
 from pipeline.data.decode import Status
 from pipeline.data.decoded import Images, load_images
-from pipeline.data.shards import Sample
+from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, RunError
 from tests.data.made_images import encode, noise
 
@@ -139,7 +139,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def no_space(**options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.files.tempfile.mkstemp", no_space)
+    monkeypatch.setattr("pipeline.storage.files.tempfile.mkstemp", no_space)
     with pytest.raises(RunError, match=r"cannot write .*pool\.pixels: No space left on device"):
         load_images(entries(9), SIZE, place=tmp_path / "pool", memory_limit=0)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import parquet, tar
 from pipeline.data.manifest import load_manifest
-from pipeline.data.parquet import ParquetShard
+from pipeline.data.readers import parquet, tar
+from pipeline.data.readers.parquet import ParquetShard
+from pipeline.data.readers.webdataset import TarShard
 from pipeline.data.sources import open_split
-from pipeline.data.webdataset import TarShard
 from pipeline.errors import DataError
 from tests.data.made_images import encode, noise, write_parquet
-from tests.data.test_tar import pack
+from tests.data.readers.test_tar import pack
 
 IMAGE = encode(noise(4))
 
@@ -133,7 +133,7 @@ def test_ten_gigabytes_in_a_plain_tar(tmp_path: Path, name: str) -> None:
 
 def test_many_images_under_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An import reads all images of a sample: together they have the limit of one. A stage reads the first alone."""
-    monkeypatch.setattr("pipeline.data.webdataset.MEMBER_LIMIT", 10_000)
+    monkeypatch.setattr("pipeline.data.readers.webdataset.MEMBER_LIMIT", 10_000)
     path = pack(tmp_path / "shard.tar", [(f"x.{i}.png", bytes(3_000)) for i in range(9)])
     with pytest.raises(DataError, match="the images of x have more than 10,000 bytes together"):
         list(TarShard("a", path).images())

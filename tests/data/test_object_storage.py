@@ -12,16 +12,16 @@ from s3fs import S3FileSystem
 from upath import UPath
 
 from pipeline.data.manifest import Manifest, load_manifest
-from pipeline.data.parquet import ParquetShard
-from pipeline.data.shards import Shard
+from pipeline.data.readers.parquet import ParquetShard
+from pipeline.data.readers.shard import Shard
+from pipeline.data.readers.webdataset import TarShard
 from pipeline.data.sources import open_split
-from pipeline.data.webdataset import TarShard
 from pipeline.errors import DataError
 from stages.data import group
 from tests.data.made_images import encode, noise, write_parquet
-from tests.data.test_raw import pictures, write_cifar, write_tiny
-from tests.data.test_svhn import save
-from tests.data.test_tar import labelled, pack
+from tests.data.readers.test_raw import pictures, write_cifar, write_tiny
+from tests.data.readers.test_svhn import save
+from tests.data.readers.test_tar import labelled, pack
 from tests.object_storage import Storage, object_storage
 
 READERS = ("parquet", "webdataset", "compressed", "folder", "cifar-binary", "tinyimages-bin", "svhn-mat")

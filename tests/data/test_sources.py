@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import load_manifest
-from pipeline.data.parquet import ParquetShard
+from pipeline.data.readers.parquet import ParquetShard
 from pipeline.data.sources import Split, Window, open_split
 from pipeline.errors import DataError
 from tests.data.made_images import encode, noise, write_parquet

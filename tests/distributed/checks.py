@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from pipeline.config import CalibratorSettings, FeedbackSettings, MplFeedbackSettings, ScheduleSettings
-from pipeline.distributed.layout import Layout, bare, lay_out
+from pipeline.distributed.layouts import Layout, bare, lay_out
 from pipeline.distributed.ranks import Ranks
 from pipeline.methods import Views, parse_method
 from pipeline.student import Student, StudentStep

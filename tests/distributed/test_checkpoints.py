@@ -11,7 +11,7 @@ import torch
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.distributed import checkpoint
-from pipeline.distributed.layout import Layout
+from pipeline.distributed.layouts import Layout
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import CheckpointError
 from tests.distributed.training import Training

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.distributed.layout import Layout
+from pipeline.distributed.layouts import Layout
 from pipeline.distributed.ranks import ALONE
 from tests.distributed.checks import Case, train, train_all
 from tests.distributed.worlds import in_ranks, results

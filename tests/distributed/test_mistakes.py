@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pipeline import feedback, student, teacher_network
-from pipeline.distributed import shards
-from pipeline.distributed.layout import Layout
+from pipeline.distributed import sharded as shards
+from pipeline.distributed.layouts import Layout
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.distributed.shards import reshard
+from pipeline.distributed.sharded import reshard
 from pipeline.distributed.sync_batch_norm import SumOverRanks
 from pipeline.student import Student, StudentStep
 from pipeline.teacher_network import TeacherNetwork

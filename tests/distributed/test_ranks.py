@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.distributed import launch, ranks
-from pipeline.distributed.layout import Layout, lay_out, mesh_of, prepare
+from pipeline.distributed.layouts import Layout, lay_out, mesh_of, prepare
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import DataError, FeedbackError, NonFiniteError, RanksError, RunError, UsageError
 from pipeline.evaluate import predict_logits

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import CalibratorSettings, FeedbackSettings
 from pipeline.distributed.launch import joined
-from pipeline.distributed.layout import Layout, bare, lay_out, lay_out_average
+from pipeline.distributed.layouts import Layout, bare, lay_out, lay_out_average
 from pipeline.distributed.ranks import Ranks
 from pipeline.optim import average_with_warmup
 from pipeline.student import Student

@@ -13,11 +13,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_digits, load_sample_image
 
 from pipeline.errors import UsageError
-from pipeline.pool import copy_candidates
-from pipeline.pool.copies import CopyIndex, Matches, default_threshold, descriptor
-from pipeline.pool.copy_alignment import Pairs, similarity_of
-from pipeline.pool.copy_candidates import TURNS, Thumbnails, turned
-from pipeline.pool.copy_thumbnails import Window, luminance, thumbnails
+from pipeline.pool.copies import candidates as copy_candidates
+from pipeline.pool.copies.alignment import Pairs, similarity_of
+from pipeline.pool.copies.candidates import TURNS, Thumbnails, turned
+from pipeline.pool.copies.index import CopyIndex, Matches, default_threshold, descriptor
+from pipeline.pool.copies.thumbnails import Window, luminance, thumbnails
 
 BICUBIC = Image.Resampling.BICUBIC
 Picture = Image.Image

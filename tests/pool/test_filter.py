@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, UsageError
-from pipeline.pool.copies import CopyIndex
+from pipeline.pool.copies.index import CopyIndex
 from pipeline.pool.filter import Rules, filter_pool, is_filtered
 from pipeline.pool.infer import log_odds
 from pipeline.pool.parts import part_path

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.shards import Sample
+from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, UsageError
 from pipeline.pool.infer import distributions, infer_batches, log_odds
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.dense import fixed_numbers
 from pipeline.errors import DataError, RunError
-from pipeline.pool.copies import CopyIndex, default_threshold
+from pipeline.pool.copies.index import CopyIndex, default_threshold
 from pipeline.pool.infer import log_odds
 from pipeline.pool.parts import part_path, part_schema, read_info, read_part
 from pipeline.pool.score import is_scored, score_shard
+from pipeline.storage.tables import fixed_numbers
 
 
 def read_log_odds(path):

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, UsageError
-from pipeline.pool import best, scan, select
-from pipeline.pool.best import Packed, Paired
-from pipeline.pool.select import TopK, float32_floor, select_top_k, upsample
+from pipeline.pool.select import buffer as best
+from pipeline.pool.select import scan
+from pipeline.pool.select import top_k as select
+from pipeline.pool.select.buffer import Packed, Paired
+from pipeline.pool.select.top_k import TopK, float32_floor, select_top_k, upsample
 
 # The sizes at which another way is taken, so small that a few rows take all of them
 ROWWISE = {"STRETCH": 40, "LOOK": 16, "LEAST_THREADED": 1, "PENDING": 9, "PENDING_PER_CLASS": 0, "BATCH": 4}

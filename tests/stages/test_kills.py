@@ -20,7 +20,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipeline.data.layout import Row, write_images
+from pipeline.data.get.writing import Row, write_images
 from tests.data.made_images import encode
 
 ROOT = Path(__file__).parents[2]

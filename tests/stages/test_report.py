@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from pipeline.data.digits import digits_shards
+from pipeline.data.readers.digits import digits_shards
 
 IMAGES, BELOW = 9, 3
 

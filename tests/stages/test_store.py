@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.files import location
+from pipeline.storage.files import location
 from tests.data.made_images import encode, noise, write_parquet
 from tests.object_storage import Storage, object_storage
 
@@ -111,8 +111,8 @@ def test_files_that_cannot_be_reached_are_not_taken_for_unfinished(mpl, begun, s
 
 def test_a_tar_in_object_storage_is_not_read_to_be_recognised(storage, tmp_path) -> None:
     """Its ETag will do. Columns of a part are read without the others."""
-    from pipeline.data.webdataset import TarShard
-    from pipeline.dense import open_parquet
+    from pipeline.data.readers.webdataset import TarShard
+    from pipeline.storage.tables import open_parquet
 
     storage.put("large.tar", bytes(10 << 20))
     seen = len(storage.requests)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.logs import read_metrics
+from pipeline.storage.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SLOW = ["--set", "{s}.steps=400", "--set", "{s}.checkpoint_every=20"]
@@ -129,7 +129,7 @@ def test_a_full_disk_ends_with_one_message_and_can_go_on(mpl, recipe, tmp_path) 
 
 
 def test_a_run_in_use_is_refused(mpl, recipe, tmp_path) -> None:
-    from pipeline.runs import Run
+    from pipeline.storage.runs import Run
 
     with Run(tmp_path / "run").locked():
         process = start("pretrain", "--run", tmp_path / "run", "--recipe", recipe)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.logs import read_metrics
+from pipeline.storage.metrics import read_metrics
 from tests.stages.test_survival import wait_for_step
 from tests.stages.test_train_mpl import TINY
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import RunError
-from pipeline.logs import read_metrics
 from pipeline.models import load_network
+from pipeline.storage.metrics import read_metrics
 
 TINY = """
 train_mpl:
@@ -193,7 +193,7 @@ def test_label_noise_moves_that_share_of_each_class_to_the_next(mpl, mpl_recipe,
 
 def test_a_teacher_that_cannot_be_saved_costs_no_training(mpl, mpl_recipe, tmp_path, monkeypatch) -> None:
     """Checkpoints are kept until everything is written and recorded."""
-    from pipeline.distributed import layout
+    from pipeline.distributed import layouts as layout
 
     command = ["train-mpl", "--run", tmp_path / "run", "--recipe", mpl_recipe]
     with monkeypatch.context() as broken:

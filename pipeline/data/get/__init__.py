@@ -1,0 +1,1 @@
+"""Getting data: downloads, imports, checks."""

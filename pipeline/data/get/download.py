@@ -1,0 +1,231 @@
+"""One file over HTTP, with resume: what has arrived is kept, and the rest asked for by range.
+
+A resumed download is never glued together from two versions of a file: the server is told which version the kept
+bytes are of (`If-Range`), and the answer's is compared. Source: RFC 9110, sections 13.1.5 and 14.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.errors import DataError, RunError
+from pipeline.storage.files import write_json
+
+CHUNK = 1 << 16  # bytes
+RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
+REASONS = {
+    401: "it wants a password",
+    403: "it forbids this",
+    404: "there is no such file",
+    410: "the file was withdrawn",
+}
+Progress = Callable[[int, int | None], None]  # bytes that are there, bytes in all
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a download goes on trying."""
+
+    attempts: int = 6
+    """In a row that bring no further byte."""
+    first_wait: float = 1.0
+    """Seconds; doubled after every attempt, or what the server asks for."""
+    longest_wait: float = 60.0
+    timeout: tuple[float, float] = (15.0, 60.0)
+    """Seconds to connect, and between two pieces of the answer."""
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Which file the kept bytes are of."""
+
+    url: str
+    tag: str | None = None
+    """A strong ETag, else the time of the last change."""
+    total: int | None = None
+
+
+class _Passing(Exception):
+    """Trouble that may pass, and the seconds that the server asks to wait."""
+
+    def __init__(self, what: str, wait: float = 0.0) -> None:
+        super().__init__(what)
+        self.wait = wait
+
+
+def download(
+    url: str,
+    part: Path,
+    *,
+    total: int | None = None,
+    patience: Patience | None = None,
+    progress: Progress | None = None,
+) -> bool:
+    """Bring a file to `part`, going on from what lies there.
+
+    Args:
+        url: http or https.
+        part: the file; a description of what it is of lies beside it, as `<part>.json`.
+        total: its bytes, if they are known. They are trusted, and what the server says of them is not.
+        patience: how often and how long to try.
+        progress: is told of every piece.
+
+    Returns:
+        Whether any of it had been there before.
+
+    Raises:
+        DataError: the server does not have it, gives a longer one, or stays in trouble; or the disk is full.
+            What has arrived is kept.
+    """
+    import requests
+    from urllib3.exceptions import HTTPError
+
+    patience = patience or Patience()
+    failures, most = 0, _size(part)
+    resumed = most > 0
+    with requests.Session() as session:
+        while True:
+            try:
+                _attempt(session, url, part, total, patience, progress)
+                return resumed
+            except (_Passing, requests.RequestException, HTTPError, ConnectionError) as error:
+                have = _size(part)
+                resumed = resumed or have > 0
+                failures = 1 if have > most else failures + 1
+                most = max(most, have)
+                if failures >= patience.attempts:
+                    raise DataError(
+                        f"{url}: {_told(error)}, and {failures} attempts brought nothing more; {have:,} bytes are "
+                        "kept. Try again later: the same command goes on from there"
+                    ) from error
+                asked = error.wait if isinstance(error, _Passing) else 0.0
+                time.sleep(min(max(asked, patience.first_wait * 2 ** (failures - 1)), patience.longest_wait))
+            except (OSError, RunError) as error:
+                raise DataError(f"{part} cannot be written: {error}; free some space and run this again") from error
+
+
+def discard(part: Path) -> None:
+    """Remove a part and its description."""
+    part.unlink(missing_ok=True)
+    _description(part).unlink(missing_ok=True)
+
+
+def _attempt(
+    session: Any, url: str, part: Path, total: int | None, patience: Patience, progress: Progress | None
+) -> None:
+    """One request, and its answer into the file."""
+    version = _read_version(part)
+    have = _size(part) if version is not None and version.url == url else 0
+    wanted = total if total is not None or version is None else version.total
+    if have and have == wanted:
+        return
+    headers = {"Accept-Encoding": "identity"}  # ranges are of the file's own bytes
+    if have:
+        assert version is not None
+        headers["Range"] = f"bytes={have}-"
+        if version.tag:
+            headers["If-Range"] = version.tag
+    with session.get(url, headers=headers, stream=True, timeout=patience.timeout) as answer:
+        _refuse_errors(answer, url, part)
+        found = _version_of(answer, url)
+        goes_on = answer.status_code == 206 and have and _same(version, found, answer, have)
+        if answer.status_code == 206 and not goes_on:
+            discard(part)
+            raise _Passing("the file changed on the server, or it answers with other bytes than were asked for")
+        if not goes_on:
+            discard(part)
+            have = 0
+            write_json(_description(part), asdict(found))
+        end = total if total is not None else found.total
+        with part.open("ab") as file:
+            have = _receive(answer.raw, file, have, end, progress)
+        if total is not None and have > total:
+            discard(part)
+            raise DataError(
+                f"{url} gives more than the {total:,} bytes that the manifest states: it is another file. "
+                "Nothing was kept; see the data set's homepage for the right address"
+            )
+        if end is not None and have < end:
+            raise _Passing(f"the connection was closed after {have:,} of {end:,} bytes")
+
+
+def _receive(raw: Any, file: IO[bytes], have: int, end: int | None, progress: Progress | None) -> int:
+    """Append what comes, up to one byte beyond `end`. Gives the bytes that are there then."""
+    read = getattr(raw, "read1", None) or raw.read  # else a piece that is cut off would be lost
+    while end is None or have <= end:
+        if not (data := read(CHUNK)):
+            break
+        file.write(data)
+        file.flush()
+        have += len(data)
+        if progress is not None:
+            progress(have, end)
+        if have == end:
+            break
+    return have
+
+
+def _refuse_errors(answer: Any, url: str, part: Path) -> None:
+    status = answer.status_code
+    if status in (200, 206):
+        return
+    if status == 416:  # the kept bytes are more than there are
+        discard(part)
+        raise _Passing("the server's file is shorter than what was kept of it")
+    told = f"{status} {answer.reason or ''}".strip()
+    if status in RETRIED:
+        wait = answer.headers.get("Retry-After", "")
+        raise _Passing(f"the server answers {told}", float(wait) if wait.isdigit() else 0.0)
+    raise DataError(
+        f"{url}: the server answers {told}{': ' + REASONS[status] if status in REASONS else ''}. "
+        "See the data set's homepage for where it is now"
+    )
+
+
+def _version_of(answer: Any, url: str) -> _Version:
+    tag = answer.headers.get("ETag")
+    if tag is None or tag.startswith("W/"):  # a weak one says nothing of single bytes
+        tag = answer.headers.get("Last-Modified")
+    if answer.status_code == 206:
+        told = answer.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        told = answer.headers.get("Content-Length", "")
+    return _Version(url, tag, int(told) if told.isdigit() else None)
+
+
+def _same(kept: _Version | None, found: _Version, answer: Any, have: int) -> bool:
+    """Whether a partial answer is the rest of what was kept; of versions without a tag, the lengths are compared."""
+    assert kept is not None
+    begins = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    alike = kept.tag == found.tag if kept.tag or found.tag else kept.total == found.total
+    return begins == str(have) and alike
+
+
+def _read_version(part: Path) -> _Version | None:
+    try:
+        return _Version(**json.loads(_description(part).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _description(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _size(part: Path) -> int:
+    try:
+        return os.stat(part).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _told(error: Exception) -> str:
+    """The heart of an error: requests wraps urllib3's, which wraps the system's."""
+    inner: BaseException = error
+    while inner.__context__ is not None:
+        inner = inner.__context__
+    return str(inner) or type(inner).__name__

@@ -1,0 +1,1 @@
+"""One reader per format; `shard` is what they have in common."""

@@ -1,0 +1,96 @@
+"""What every reader offers: shards of samples, read in order, identified by (shard, row)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from pipeline.storage.files import fingerprint
+
+NO_LABEL = -1
+
+
+class Sample(NamedTuple):  # a tuple is made in a third of a frozen dataclass's time; there are millions
+    """One entry of a shard, whether or not its bytes are an image."""
+
+    row: int
+    """Place in the shard, from 0; entries that do not decode count too."""
+    key: str
+    """For people: the path or tar key, else `<shard>-<row>`. It may occur twice; (shard, row) does not."""
+    data: bytes
+    """The encoded image; empty where there is none."""
+    label: int = NO_LABEL
+
+
+class Shard(ABC):
+    """A unit of work: a file (or a run of files) that is read from front to back.
+
+    Shards are small descriptions that can be sent to another process; they hold no open file.
+    """
+
+    name: str
+    """Unique in its split and stable, such as `pool-00000`."""
+    knows_its_rows: ClassVar[bool] = True
+    """False where `rows()` reads the whole file, as for a tar."""
+
+    @abstractmethod
+    def rows(self) -> int:
+        """How many samples `read()` gives."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the shard's content does."""
+
+    @abstractmethod
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+        """Stream the samples from the `start`-th up to, not including, the `stop`-th.
+
+        Raises:
+            DataError: the file is missing, cut short or malformed; samples before that place are given.
+        """
+
+    def labels(self) -> np.ndarray:
+        """The labels in order, int64 (rows,); readers that can do so leave the images unread."""
+        return np.fromiter((sample.label for sample in self.read()), dtype=np.int64)
+
+    def class_names(self) -> tuple[str, ...]:
+        """The class names that the file itself states, or nothing."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Window(Shard):
+    """The samples `start` … `stop` of another shard; a sample keeps its row."""
+
+    shard: Shard
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The whole shard's name: (shard, row) is one identity, cut or not."""
+        return self.shard.name
+
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.shard.fingerprint(), self.start, self.stop])
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+        last = self.stop if stop is None else min(self.stop, self.start + stop)
+        return self.shard.read(self.start + start, last)
+
+    def labels(self) -> np.ndarray:
+        return self.shard.labels()[self.start : self.stop]
+
+    def class_names(self) -> tuple[str, ...]:
+        return self.shard.class_names()
+
+
+def between(samples: Iterator[Sample], start: int, stop: int | None) -> Iterator[Sample]:
+    """The part of a stream that `Shard.read` was asked for, for readers that cannot seek."""
+    return islice(samples, start, stop)

@@ -1,0 +1,1 @@
+"""Copies of evaluation images in a pool."""

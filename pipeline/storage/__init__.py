@@ -1,0 +1,1 @@
+"""What lies on disk or in object storage: files, tables, runs, metrics, and the workers that write them."""

@@ -1,0 +1,1 @@
+"""`mpl reproduce`: experiments over seeds, into one table each."""
