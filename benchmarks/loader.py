@@ -22,12 +22,12 @@ import pyarrow as pa
 import torch
 import webdataset as wds
 from PIL import Image
+from pipeline.student_data import PoolSet
 from torch import Tensor
 
 from benchmarks.record import write_table
 from pipeline.data.decoded import load_images
 from pipeline.storage.tables import fixed_binary
-from pipeline.student_data import PoolSet
 from pipeline.targets import TargetsStore, labelled_schema, pool_schema, write_manifest, write_pool_file, write_targets
 from pipeline.targets.stream import StreamedPool
 

@@ -31,21 +31,22 @@ from torch import Tensor, nn
 
 from benchmarks.record import write_table
 from benchmarks.step import resident_kib, synchronise
+from pipeline.batches import Batch, Labelled, TargetBatch, ViewBatch
 from pipeline.config import (
     CalibratorSettings,
     FeedbackSettings,
     ModelSettings,
     MplFeedbackSettings,
     OptimizerSettings,
-    ScheduleSettings,
 )
+from pipeline.distributed.placement import Placement
 from pipeline.methods import Views
 from pipeline.methods.uda import Uda
 from pipeline.models import resolve
 from pipeline.optim import build_optimizer
 from pipeline.student import Student
-from pipeline.teacher_network import TeacherNetwork
-from pipeline.teachers import Batch, Calibrator, Labelled, Teacher
+from pipeline.teacher_network import TeacherNetwork, TeacherRule
+from pipeline.teachers import Calibrator, Teacher
 from pipeline.training import train_step
 
 SIDES = {"wrn_28_2": 32, "resnet18": 32, "efficientnet_b0": 64}  # pixels
@@ -58,15 +59,17 @@ def make(method: str, model: str, batch: int, uda: int, device: str, precision: 
     """A step of one method, as a function."""
     torch.manual_seed(0)
     autocast = torch.bfloat16 if precision == "bf16" else None
+    placement = Placement(torch.device(device), autocast)
     learner = network(model, device)
     student = Student(learner, build_optimizer(learner, OPTIMIZER), autocast=autocast)
     labels = torch.randint(0, CLASSES, (batch,), device=device)
     labelled = Labelled(pixels(batch, model, device), labels, distributions(batch, device))
     images, every = pixels(batch, model, device), torch.ones(batch, dtype=torch.bool, device=device)
-    teacher: Teacher
+    teacher: Teacher[Any, Any]
+    seen: Batch
     if method == "reduced":
-        seen = Batch(images, distributions(batch, device), every)
-        teacher = Calibrator(CLASSES, CalibratorSettings(), FeedbackSettings(), torch.device(device))
+        seen = TargetBatch(images, distributions(batch, device), every)
+        teacher = Calibrator(CLASSES, CalibratorSettings(), FeedbackSettings(), placement)
     else:
         views = Views(
             step=0,
@@ -77,12 +80,10 @@ def make(method: str, model: str, batch: int, uda: int, device: str, precision: 
             pool=images if uda == 1 else pixels(uda * batch, model, device),
             pool_weak=pixels(uda * batch, model, device),
         )
-        seen = Batch(images, torch.empty(batch, 0, device=device), every, None, views)
+        seen = ViewBatch(images, views)
         taught = network(model, device)
-        teacher = TeacherNetwork(
-            taught, build_optimizer(taught, OPTIMIZER), Uda(), method, MplFeedbackSettings(),  # type: ignore[arg-type]
-            schedule=ScheduleSettings(), base_lr=OPTIMIZER.lr, steps=1000, seed=0, autocast=autocast,
-        )  # fmt: skip
+        rule = TeacherRule(Uda(), method, MplFeedbackSettings(), lambda step: OPTIMIZER.lr)  # type: ignore[arg-type]
+        teacher = TeacherNetwork(taught, build_optimizer(taught, OPTIMIZER), rule, placement)
     wish = teacher.wish(0)
 
     def step() -> None:

@@ -29,20 +29,21 @@ from torch import Tensor
 from benchmarks.images import jpegs
 from benchmarks.record import write_table
 from benchmarks.usual_mpl import UsualLoop, loaders
+from pipeline.batches import Batches, ImageSets, MethodViews
 from pipeline.config import ModelSettings, OptimizerSettings, TrainMplSettings
 from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.readers.shard import Sample
+from pipeline.data.sets import LabelledSet, PoolSet
 from pipeline.data.sources import open_split
-from pipeline.lessons import ViewData
+from pipeline.distributed.placement import Placement
 from pipeline.methods.uda import Uda
 from pipeline.models import build_network
-from pipeline.optim import build_optimizer
+from pipeline.optim import build_optimizer, learning_rate
 from pipeline.storage.files import location
-from pipeline.student_data import LabelledSet, PoolSet
-from pipeline.teacher_network import TeacherNetwork
-from pipeline.training import Training
+from pipeline.teacher_network import TeacherNetwork, TeacherRule
+from pipeline.training import Journal, Training
 
 SIDE, CLASSES, RATIO = 32, 10, 7
 NAMES = tuple(map(str, range(CLASSES)))
@@ -113,33 +114,17 @@ class Ours(Contender):
         super().__init__(a.device)
         device, autocast = torch.device(a.device), precision_of(a)
         student, teacher = (network(a.device) for _ in range(2))
-        views = ViewData(
-            labelled,
-            PoolSet(pool, torch.empty(len(pool), 0), torch.ones(len(pool), dtype=torch.int64)),
-            settings,
-            classes=CLASSES,
-            mean=STATISTICS[0],
-            std=STATISTICS[1],
-            seed=0,
-            device=device,
-        )
-        self.taught = TeacherNetwork(
-            teacher,
-            build_optimizer(teacher, settings.optimizer),
+        placement = Placement(device, autocast)
+        sets = ImageSets(labelled, PoolSet(pool, torch.ones(len(pool), dtype=torch.int64)), *STATISTICS)
+        rule = TeacherRule(
             settings.method,
             settings.feedback,
             settings.feedback_options,
-            schedule=settings.schedule,
-            base_lr=settings.optimizer.lr,
-            steps=settings.steps,
-            seed=0,
-            autocast=autocast,
+            lambda step: learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps),
         )
-        self.views = views
-        self.training = Training(
-            student, self.taught, self, settings, folder=folder, identity="benchmark", seed=0, observer=Silent(),
-            validate=lambda _: {}, autocast=autocast,
-        )  # fmt: skip
+        self.taught = TeacherNetwork(teacher, build_optimizer(teacher, settings.optimizer), rule, placement)
+        self.views = Batches(sets, MethodViews(settings), placement=placement)
+        self.training = Training(student, self.taught, self, settings, Journal(folder), placement=placement)
         student.train()
 
     def one_step(self) -> None:
@@ -185,17 +170,6 @@ class Usual(Contender):
         batch = self.loop.load(next(self.labelled), next(self.pool))
         self._data += self.clock() - began
         self.loop.step(*batch)
-
-
-class Silent:
-    """Watches without a word."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
-
-    def stop_requested(self) -> bool:
-        return False
 
 
 def synchronise(device: str) -> None:
@@ -247,12 +221,12 @@ def decoded(data: str | None) -> tuple[LabelledSet, Tensor]:
     if data is None:
         files = (("made", Sample(i, str(i), file, i % CLASSES)) for i, file in enumerate(jpegs(LABELLED + POOL, SIDE)))
         found = load_images(files, SIDE)
-        return LabelledSet(found.images[:LABELLED], found.labels[:LABELLED]), found.images[LABELLED:]
+        return LabelledSet(found.images[:LABELLED], found.labels[:LABELLED], CLASSES), found.images[LABELLED:]
     place = location(data)
     manifest = load_manifest("cifar10", place)
     labelled = load_images(open_split(manifest, "labelled", place, first=LABELLED).read(), SIDE)
     pool = load_images(islice(open_split(manifest, "unlabelled", place).read(), POOL), SIDE)
-    return LabelledSet(labelled.images, labelled.labels), pool.images
+    return LabelledSet(labelled.images, labelled.labels, CLASSES), pool.images
 
 
 def measured(

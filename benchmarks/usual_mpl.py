@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from pipeline.config import TrainMplSettings
-from pipeline.student_data import LabelledSet
+from pipeline.data.sets import LabelledSet
 
 GREY = (127, 127, 127)
 

@@ -6,19 +6,23 @@ Either is read by any number of processes.
 
 import json
 import pickle
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from pipeline.distributed.layouts import bare
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.distributed.sharded import placed_like
+from pipeline.distributed.sharded import placed_like, reshard
 from pipeline.errors import CheckpointError, UserError
-from pipeline.named_tensors import Networks, restoring, tensors_of
 from pipeline.storage.files import discard, read_json, sha256_file, sync_folder, whole_file, write_json
+
+Networks = Mapping[str, tuple[nn.Module, Optimizer | None]]  # by a label that is kept with the checkpoint
+Shapes = dict[str, tuple[torch.Size, torch.dtype]]
 
 KEPT = 2
 CHECKPOINTS = "checkpoints"  # folder, beside the network that is trained
@@ -60,7 +64,9 @@ class Checkpoints:
         self._first(lambda: _make_empty(temporary))
         write_shards(temporary, tensors, self.ranks)
         mine = {file.name: sha256_file(file) for file in sorted(temporary.glob(f"__{self.ranks.rank}_*"))}
-        sums = {name: found for text in self.ranks.texts(json.dumps(mine)) for name, found in json.loads(text).items()}
+        sums = {
+            name: digest for text in self.ranks.texts(json.dumps(mine)) for name, digest in json.loads(text).items()
+        }
 
         def finish() -> None:
             write_json(temporary / VALUES, values)
@@ -123,10 +129,10 @@ class Checkpoints:
                 read_shards(path, tensors, self.ranks)  # all ranks talk: none may have failed before
             return dict(read_json(path / VALUES))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found: dict[str, Tensor] = state["tensors"]
-        with restoring(networks, {name: (t.shape, t.dtype) for name, t in found.items()}) as tensors, torch.no_grad():
+        stored: dict[str, Tensor] = state["tensors"]
+        with restoring(networks, {name: (t.shape, t.dtype) for name, t in stored.items()}) as tensors, torch.no_grad():
             for name, tensor in tensors.items():
-                tensor.copy_(placed_like(found[name], tensor))
+                tensor.copy_(placed_like(stored[name], tensor))
         return dict(state["values"])
 
     def _note(self, entry: dict[str, Any]) -> None:
@@ -149,13 +155,13 @@ class Checkpoints:
 
     def _agreed_entries(self) -> list[dict[str, Any]]:
         """As rank 0 sees the index."""
-        found: list[dict[str, Any]] = []
+        entries: list[dict[str, Any]] = []
 
         def read() -> None:
-            found.extend(self._entries())
+            entries.extend(self._entries())
 
         self._first(read)
-        return json.loads(self.ranks.texts(json.dumps(found))[0])
+        return json.loads(self.ranks.texts(json.dumps(entries))[0])
 
     def _first(self, work: Callable[[], None]) -> None:
         """Done by rank 0, while the others wait; what it meets is raised on all."""
@@ -185,7 +191,7 @@ def _problem_of_share(path: Path, sha256: str | dict[str, str], ranks: Ranks) ->
     if isinstance(sha256, str):
         return _problem(path, sha256) if ranks.first else None
     files = sorted(sha256.items())[ranks.rank :: ranks.world]
-    return next((found for name, digest in files if (found := _problem(path / name, digest))), None)
+    return next((problem for name, digest in files if (problem := _problem(path / name, digest))), None)
 
 
 def _problem(path: Path, sha256: str | dict[str, str]) -> str | None:
@@ -196,3 +202,71 @@ def _problem(path: Path, sha256: str | dict[str, str]) -> str | None:
     if sha256_file(path) != sha256:
         return "its checksum differs from the one noted when it was written (cut short or edited)"
     return None
+
+
+# --- the tensors of networks and optimisers by name, whatever their layout --------------------------------------
+
+
+def tensors_of(networks: Networks) -> dict[str, Tensor]:
+    """All tensors of networks and optimisers by name; each process's view of a sharded one.
+
+    Parameters and buffers are `label/network/NAME`, an optimiser's are `label/optimizer/NAME/KEY` with the name of
+    the parameter: they do not depend on the layout, or on how the optimiser groups them. Its settings are not kept.
+    """
+    tensors: dict[str, Tensor] = {}
+    for label, (model, optimizer) in networks.items():
+        network = bare(model)
+        reshard(network)
+        tensors |= {f"{label}/network/{name}": t.detach() for name, t in network.state_dict().items()}
+        if optimizer is not None:
+            tensors |= {
+                f"{label}/optimizer/{name}/{key}": torch.as_tensor(value)
+                for name, p in network.named_parameters()
+                for key, value in optimizer.state.get(p, {}).items()
+                if value is not None
+            }
+    return tensors
+
+
+@contextmanager
+def restoring(networks: Networks, stored: Shapes) -> Iterator[dict[str, Tensor]]:
+    """Tensors to be filled with what is stored: the networks' own, and new ones for the optimisers.
+
+    On a clean exit the new ones become the optimisers' state; before it, that is as it was.
+
+    Raises:
+        CheckpointError: names or shapes differ from what is stored.
+    """
+    into: dict[str, Tensor] = {}
+    new: list[tuple[Optimizer, Tensor, str, Tensor]] = []
+    for label, (model, optimizer) in networks.items():
+        network = bare(model)
+        reshard(network)
+        into |= {f"{label}/network/{name}": t.detach() for name, t in network.state_dict().items()}
+        if optimizer is not None:
+            for name, p in network.named_parameters():
+                prefix = f"{label}/optimizer/{name}/"
+                for full in (n for n in stored if n.startswith(prefix)):
+                    shape, dtype = stored[full]
+                    if shape == p.shape:
+                        into[full] = torch.empty_like(p.detach(), dtype=dtype)
+                    else:  # a count of steps, say
+                        into[full] = torch.empty(shape, dtype=dtype)
+                    new.append((optimizer, p, full.removeprefix(prefix), into[full]))
+    _check_names(into, stored)
+    yield into
+    for _, optimizer in networks.values():
+        if optimizer is not None:
+            optimizer.state.clear()
+    for owner, parameter, key, tensor in new:
+        owner.state[parameter][key] = tensor
+
+
+def _check_names(into: dict[str, Tensor], stored: Shapes) -> None:
+    wrong = sorted(into.keys() ^ stored.keys()) or [name for name, t in into.items() if t.shape != stored[name][0]]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"it is of another network or optimiser: {', '.join(wrong[:3])}{more} differ; train with the model and "
+            "the optimiser that it was saved with, or start again with --force"
+        )

@@ -92,6 +92,11 @@ class TrainSettings(Settings):
     checkpoint_every: PositiveInt = 1000  # steps
     checkpoint_seconds: PositiveFloat = 300.0
 
+    @property
+    def wait(self) -> int:
+        """Steps that a teacher learns alone, before the student's first."""
+        return 0
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainSettings":
         if self.schedule.warmup_steps >= self.steps:
@@ -221,6 +226,10 @@ class TrainMplSettings(TrainSettings):
     feedback_options: MplFeedbackSettings = MplFeedbackSettings()
     student_wait: NonNegativeInt = 0  # steps that the teacher learns alone, before the student's first
     teacher: MplTeacherSettings = MplTeacherSettings()
+
+    @property
+    def wait(self) -> int:
+        return 0 if self.alone else self.student_wait
 
     @model_validator(mode="after")
     def _student_begins(self) -> "TrainMplSettings":

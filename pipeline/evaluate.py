@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config import EvaluateSettings
 from pipeline.data.augment.augment import normalize
+from pipeline.data.decoded import Images
 from pipeline.distributed import ALONE, Ranks
+from pipeline.models import Network
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def predict_logits(
         if ranks.world == 1:
             return own
         whole = own.new_empty(len(pixels), own.shape[1])
-        for rows, found in zip(runs, ranks.gathered(own), strict=True):
-            whole[rows] = found
+        for rows, logits in zip(runs, ranks.gathered(own), strict=True):
+            whole[rows] = logits
         return whole
     finally:
         model.train(training)
@@ -121,3 +124,37 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int) -> float:
     index = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (N,)
     gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, index, right - confidence.double())
     return float(gaps.abs().sum() / len(confidence))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates networks on images held in memory.
+
+    Attributes:
+        images: with labels.
+        network: the kind of network: its size and normalisation.
+        settings: batch size, bins.
+        device: where networks lie.
+        autocast: dtype of mixed precision, or None.
+        ranks: the processes that share the work.
+    """
+
+    images: Images
+    network: Network
+    settings: EvaluateSettings
+    device: torch.device
+    autocast: torch.dtype | None = None
+    ranks: Ranks = ALONE
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        logits = predict_logits(
+            model,
+            self.images.images,
+            self.network.mean,
+            self.network.std,
+            batch=self.settings.batch,
+            device=self.device,
+            autocast=self.autocast,
+            ranks=self.ranks,
+        )
+        return evaluate_logits(logits, self.images.labels, self.settings.bins)

@@ -21,7 +21,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from pipeline.config import ModelSettings
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CheckpointError, DataError, RecipeError
 from pipeline.storage.files import sha256_file, whole_file, write_json
 
 SMALL_IMAGE = 64  # pixels; up to here `stem: auto` avoids early downsampling where the family allows it
@@ -221,6 +221,26 @@ def build_network(
     if settings.batch_norm_momentum is not None:
         set_batch_norm_momentum(model, settings.batch_norm_momentum)
     return Network(model, name, arguments, list(class_names), image_size, mean, std)
+
+
+def to_device(network: Network, device: torch.device) -> Network:
+    """Move the weights, channels last: on CPUs convolutions are several times faster so."""
+    network.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
+def require_classes(network: Network, names: Sequence[str], where: str) -> None:
+    """Refuse a network whose class list is not the data set's.
+
+    Raises:
+        DataError: with both lists.
+    """
+    unnamed = network.class_names == [str(c) for c in range(len(names))]
+    if network.class_names != list(names) and not unnamed:
+        raise DataError(
+            f"{where} has the classes {network.class_names[:4]}… ({len(network.class_names)}), the data set has "
+            f"{list(names[:4])}… ({len(names)}); they must be the same, in the same order"
+        )
 
 
 def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:

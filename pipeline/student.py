@@ -11,27 +11,20 @@ Source: arXiv:2003.10580v1, equations 1, 2 and 8; the derivation is docs/meta-gr
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.distributed.layouts import average_gradients, bare, running_statistics, unsynchronised
 from pipeline.distributed.ranks import ALONE, Ranks
-from pipeline.distributed.sharded import clip_gradients, is_sharded, local, sum_over_shards
+from pipeline.distributed.sharded import clip_gradients, is_sharded
 from pipeline.errors import FeedbackError
-from pipeline.feedback import (
-    Engine,
-    Replay,
-    Tensors,
-    check_engine,
-    directional_derivative,
-    labelled_loss,
-    labelled_loss_gradient,
-    log_probabilities,
-    record,
-    row_parts,
-)
-from pipeline.optim import check_rule, update_derivative
+from pipeline.gradient.derivative import Engine, check_engine, directional_derivative
+from pipeline.gradient.labelled_loss import LabelledLoss
+from pipeline.gradient.micro_batches import micro_batches
+from pipeline.gradient.replay import Replay, log_probabilities, record
+from pipeline.gradient.update_rules import Update, check_rule
 
 
 class Student:
@@ -73,6 +66,11 @@ class Student:
         """The bare eager network: without the wrappers of torch.compile and DistributedDataParallel."""
         return bare(self.model)
 
+    @property
+    def labelled_loss(self) -> LabelledLoss:
+        """R at the present weights."""
+        return LabelledLoss(self.module, self.autocast, self.ranks, self.micro_batches)
+
     def learn(
         self,
         images: Tensor,
@@ -101,37 +99,34 @@ class Student:
         targets = targets.detach()
         if replay:
             check_rule(self.optimizer)
-        before = None if probe is None else self._labelled_loss(*probe)
+        before = None if probe is None else self.labelled_loss.value(*probe)
         loss, log_p, replays = self._forward_and_backward(images, targets, weight, replay)
         norm = clip_gradients(self.module, self.clip_norm, f"the student's gradient at its step {self.steps_taken + 1}")
-        derivative = self._update_derivative() if replay else {}
+        update = Update.coming(self.module, self.optimizer, self.clip_norm, norm) if replay else None
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.steps_taken += 1
         self._average_statistics()
-        step = StudentStep(self, loss, norm, lr, log_p, weight, replays, derivative)
-        if probe is not None and before is not None:
-            step.labelled_losses = before, self._labelled_loss(*probe)
-        return step
+        after = None if probe is None else self.labelled_loss.value(*probe)
+        losses = None if before is None or after is None else (before, after)
+        return StudentStep(self, loss, norm, lr, log_p, weight, losses, replays, update)
 
     def _forward_and_backward(
         self, images: Tensor, targets: Tensor, weight: Tensor | None, replay: bool
     ) -> tuple[Tensor, Tensor, list[Replay]]:
         """(loss, log p (B, C), what was recorded of each micro-batch); g is in `.grad`, averaged over ranks."""
-        parts = row_parts(len(images), self.micro_batches)
+        parts = micro_batches(len(images), self.micro_batches)
         log_ps: list[Tensor] = []
         replays: list[Replay] = []
         loss = torch.zeros((), device=images.device)
-        for number, rows in enumerate(parts):
+        for number, (rows, share) in enumerate(parts):
             last = number == len(parts) - 1
             if replay:
-                first = replays[0] if replays else None
-                replays.append(record(self.module, images[rows], self.autocast, first))
+                replays.append(record(self.module, images[rows], self.autocast, replays[0] if replays else None))
             with nullcontext() if last else unsynchronised(self.model):
                 log_p = log_probabilities(self.model, images[rows], self.autocast)  # (b, C)
                 row_loss = -(targets[rows].to(log_p.dtype) * log_p).sum(dim=1)  # (b,) nats
-                part = (row_loss if weight is None else weight[rows] * row_loss).mean()
-                part = part * ((rows.stop - rows.start) / len(images))
+                part = (row_loss if weight is None else weight[rows] * row_loss).mean() * share
                 loss = loss + part.detach()
                 if last:
                     loss = self._agreed(loss)
@@ -147,32 +142,22 @@ class Student:
         losses = self.ranks.finite(float(loss), f"the student's loss at its step {self.steps_taken + 1}")
         return loss if self.ranks.world == 1 else loss.new_tensor(sum(losses) / len(losses))
 
-    def _labelled_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """R at the present weights, the mean over all ranks' labelled images, ()."""
-        return self.ranks.mean(
-            sum(
-                (
-                    labelled_loss(self.module, images[rows], labels[rows], self.autocast)
-                    * ((rows.stop - rows.start) / len(images))
-                    for rows in row_parts(len(images), self.micro_batches)
-                ),
-                torch.zeros((), device=images.device),
-            )
-        )
-
-    def _update_derivative(self) -> dict[str, Tensor | float]:
-        """D = ∂θ'/∂g of the coming step, by parameter name."""
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        return {
-            name: update_derivative(self.optimizer, groups[id(p)], p, p.grad)
-            for name, p in self.module.named_parameters()
-            if p.grad is not None and id(p) in groups
-        }
-
     def _average_statistics(self) -> None:
         """Running statistics are the mean of the ranks': the same everywhere, and as many images in them."""
         if self.ranks.world > 1:
             self.ranks.mean_(running_statistics(self.module))
+
+
+class Feedback(NamedTuple):
+    """What labelled images say of a step.
+
+    Attributes:
+        gradient: dR/dq, (B, C), nats per unit of probability; detached.
+        labelled_loss: R after the step, nats, ().
+    """
+
+    gradient: Tensor
+    labelled_loss: Tensor
 
 
 @dataclass
@@ -184,7 +169,7 @@ class StudentStep:
         gradient_norm: before clipping, ().
         learning_rate: η of the step (of the optimiser's first group).
         log_probabilities: log p of the batch before the step, (B, C).
-        labelled_loss: R after the step, nats, (); set by `target_gradient`.
+        weight: of each row, (B,), or None.
         labelled_losses: R before and after the step, nats, ((), ()), where `learn` was given a probe.
     """
 
@@ -194,20 +179,27 @@ class StudentStep:
     learning_rate: float
     log_probabilities: Tensor
     weight: Tensor | None = None
-    _replays: list[Replay] = field(default_factory=list, repr=False)
-    _derivative: dict[str, Tensor | float] = field(default_factory=dict, repr=False)
-    labelled_loss: Tensor | None = None
     labelled_losses: tuple[Tensor, Tensor] | None = None
+    _replays: list[Replay] = field(default_factory=list, repr=False)
+    _update: Update | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._taken = self.student.steps_taken
-        clipped = self._derivative if self.student.clip_norm is not None else ()
-        parameters = dict(self.student.module.named_parameters())
-        gradients = {name: parameters[name].grad for name in clipped}  # outlive a zero_grad() of the caller
-        self._clipped = {name: local(g) for name, g in gradients.items() if g is not None}
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """For the log."""
+        return {"loss": self.loss, "gradient_norm": self.gradient_norm}
 
     def target_gradient(self, images: Tensor, labels: Tensor, *, engine: Engine = "exact") -> Tensor:
         """Gradient of the labelled loss after this step with respect to this step's targets.
+
+        As `feedback`, which also returns that loss: dR/dq, (B, C), nats per unit of probability; detached.
+        """
+        return self.feedback(images, labels, engine=engine).gradient
+
+    def feedback(self, images: Tensor, labels: Tensor, *, engine: Engine = "exact") -> Feedback:
+        """The labelled loss after this step, and its gradient with respect to this step's targets.
 
         R is the mean cross-entropy of the labelled images at the weights after the step, with the batch
         statistics of those images and without dropout or drop path. Running statistics, gradients and
@@ -219,9 +211,9 @@ class StudentStep:
             engine: "exact" (forward mode), or finite differences: "central", "one_sided".
 
         Returns:
-            dR/dq, (B, C), nats per unit of probability; detached. With several ranks: of this rank's rows,
-            with R the mean over all ranks' labelled images and B the global batch, so that a teacher's
-            objective on it, *summed* over the ranks, is that of a single process.
+            dR/dq, (B, C), and R, (). With several ranks: dR/dq of this rank's rows, with R the mean over all
+            ranks' labelled images and B the global batch, so that a teacher's objective on it, *summed* over
+            the ranks, is that of a single process.
 
         Raises:
             FeedbackError: the step kept no replay, the student has moved on since, an operation has no
@@ -229,7 +221,21 @@ class StudentStep:
 
         Source: arXiv:2003.10580v1, equations 2 and 8; one forward-mode derivative, docs/meta-gradient.md.
         """
-        if not self._replays:
+        update, student = self._replayable(engine), self.student
+        loss, gradient = student.labelled_loss.gradient(images, labels)  # ∇R at θ'
+        direction = update.pull_back(gradient)  # v = (∂θ'/∂g)ᵀ ∇R
+        recorded = self.log_probabilities.split([len(replay.images) for replay in self._replays])
+        tangents = [
+            directional_derivative(replay, direction, engine, log_p)  # d log p(x; θ) along v
+            for replay, log_p in zip(self._replays, recorded, strict=True)
+        ]
+        tangent = tangents[0] if len(tangents) == 1 else torch.cat(tangents)  # (B, C)
+        result = -tangent / (len(tangent) * student.ranks.world)
+        return Feedback(result if self.weight is None else result * self.weight[:, None], loss)
+
+    def _replayable(self, engine: Engine) -> Update:
+        """The update, of a step whose feedback can be had."""
+        if self._update is None:
             raise FeedbackError("this step was taken with replay=False; feedback needs learn(..., replay=True)")
         module = self.student.module
         check_engine(type(module).__name__, engine, sharded=is_sharded(module), autocast=self.student.autocast)
@@ -238,44 +244,4 @@ class StudentStep:
                 f"the student has taken {self.student.steps_taken - self._taken} more step(s) since this one; "
                 "ask for the gradient before the next learn()"
             )
-        gradient = self._labelled_loss_gradient(images, labels)
-        direction = self._through_the_update(gradient)
-        tangents = [
-            directional_derivative(replay, direction, engine, recorded)
-            for replay, recorded in zip(self._replays, self._recorded(), strict=True)
-        ]
-        tangent = tangents[0] if len(tangents) == 1 else torch.cat(tangents)  # (B, C)
-        result = -tangent / (len(tangent) * self.student.ranks.world)
-        return result if self.weight is None else result * self.weight[:, None]
-
-    def _recorded(self) -> tuple[Tensor, ...]:
-        """log p of each micro-batch."""
-        return self.log_probabilities.split([len(replay.images) for replay in self._replays])
-
-    def _labelled_loss_gradient(self, images: Tensor, labels: Tensor) -> Tensors:
-        """∇R at the present weights, by name: the mean over all ranks' labelled images."""
-        student, parts = self.student, row_parts(len(images), self.student.micro_batches)
-        total: Tensors = {}
-        loss = torch.zeros((), device=images.device)
-        for rows in parts:
-            part, gradient = labelled_loss_gradient(student.module, images[rows], labels[rows], student.autocast)
-            share = (rows.stop - rows.start) / len(images)
-            loss = loss + part * share
-            for name, g in gradient.items():
-                total[name] = total[name].add_(g, alpha=share) if name in total else g.mul_(share)
-        student.ranks.mean_([loss] if is_sharded(student.module) else [loss, *total.values()])
-        self.labelled_loss = loss
-        return total
-
-    def _through_the_update(self, gradient: Tensors) -> Tensors:
-        """v = (∂θ'/∂g₀)ᵀ ∇R, with g₀ the gradient before clipping. Overwrites `gradient`."""
-        v = {name: gradient[name].mul_(d) for name, d in self._derivative.items() if name in gradient}
-        clip, n = self.student.clip_norm, self.gradient_norm
-        if clip is None or clip / (n + 1e-6) >= 1:
-            return v
-        scale = clip / (n + 1e-6)
-        raw = {name: g / scale for name, g in self._clipped.items()}
-        along = sum(((v[name] * raw[name]).sum() for name in v), torch.zeros_like(n))
-        along = sum_over_shards(self.student.module, along)
-        clipped_away = along / (n * (n + 1e-6))
-        return {name: scale * (v.get(name, 0.0) - g * clipped_away) for name, g in raw.items()}
+        return self._update

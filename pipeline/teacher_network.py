@@ -3,25 +3,69 @@
 Source: arXiv:2003.10580v4, sections 2 and 3, equations 3 to 5; docs/meta-gradient.md.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.config import FeedbackKind, MplFeedbackSettings, ScheduleSettings
+from pipeline.batches import Labelled, ViewBatch
+from pipeline.checkpoints import Networks
+from pipeline.config import FeedbackKind, MplFeedbackSettings
 from pipeline.data.augment.draws import Draws
-from pipeline.distributed import ALONE, Ranks
 from pipeline.distributed.layouts import average_gradients, bare, running_statistics, unsynchronised
+from pipeline.distributed.placement import Placement
 from pipeline.distributed.sharded import clip_gradients
-from pipeline.feedback import log_probabilities, random_state, replayed_random_numbers, row_parts
-from pipeline.methods import Lesson, Method, Rows
-from pipeline.named_tensors import Networks
-from pipeline.optim import learning_rate, set_learning_rate
+from pipeline.gradient.micro_batches import micro_batches
+from pipeline.gradient.replay import log_probabilities, random_state, replayed_random_numbers
+from pipeline.methods import Lesson, Method
+from pipeline.optim import set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.student import StudentStep
-from pipeline.teachers import Batch, Labelled, Metrics, Wish, fed_back, feedback_scale, norm_over_ranks
+from pipeline.teachers import Metrics, Proposal, Wish, fed_back, feedback_scale, norm_over_ranks
+
+
+@dataclass(frozen=True)
+class TeacherRule:
+    """How a teacher network learns.
+
+    Attributes:
+        method: makes the lesson.
+        feedback: kind.
+        options: of the feedback.
+        learning_rate: of a step, counted from 0.
+        clip_norm: of its gradient, or None.
+        seed: of the sampled labels.
+    """
+
+    method: Method
+    feedback: FeedbackKind
+    options: MplFeedbackSettings
+    learning_rate: Callable[[int], float]
+    clip_norm: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NetworkProposal(Proposal):
+    """Targets of a teacher network.
+
+    Attributes:
+        step: from 0.
+        lesson: what the teacher is to learn in it.
+        forward: log T(x) of the lesson's images and of the student's.
+        lesson_log_p: log T(x) of the lesson's images, (N, C), differentiable.
+        log_p: log T(x) of the student's images, (U, C), differentiable.
+    """
+
+    step: int
+    lesson: Lesson
+    forward: "Forward"
+    lesson_log_p: Tensor
+    log_p: Tensor
 
 
 class TeacherNetwork:
@@ -38,144 +82,110 @@ class TeacherNetwork:
     Args:
         model: the network, on its device, in training mode.
         optimizer: of its parameters.
-        method: makes the lesson.
-        feedback: kind.
-        options: of the feedback.
-        schedule, base_lr, steps: of its learning rate.
-        seed: of the sampled labels.
-        clip_norm: of its gradient, or None.
-        autocast: dtype of mixed precision, or None.
-        ranks: the processes that share the batch.
-        micro_batches: parts in which the network takes its images, for memory; from 2 on each part goes forward
-            twice, and batch statistics are each part's own.
+        rule: how it learns.
+        placement: precision, the processes that share the batch, and micro-batches: with several, each goes forward
+            twice, and batch statistics are each one's own.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
-        feedback: FeedbackKind,
-        options: MplFeedbackSettings,
-        *,
-        schedule: ScheduleSettings,
-        base_lr: float,
-        steps: int,
-        seed: int,
-        clip_norm: float | None = None,
-        autocast: torch.dtype | None = None,
-        ranks: Ranks = ALONE,
-        micro_batches: int = 1,
+        self, model: nn.Module, optimizer: Optimizer, rule: TeacherRule, placement: Placement = Placement()
     ) -> None:
-        self.model, self.optimizer, self.method = model, optimizer, method
-        self.feedback, self.options = feedback, options
-        self.schedule, self.base_lr, self.steps, self.seed = schedule, base_lr, steps, seed
-        self.clip_norm, self.autocast, self.ranks, self.micro_batches = clip_norm, autocast, ranks, micro_batches
+        self.model, self.optimizer, self.rule = model, optimizer, rule
+        self.autocast, self.ranks = placement.autocast, placement.ranks
+        self.micro_batches = placement.micro_batches
         self.moving: float | None = None  # average of earlier h
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def propose(self, batch: ViewBatch) -> NetworkProposal:
         """Targets of the student's images, (U, C): T(x), differentiable, or sampled one-hot rows."""
-        assert batch.views is not None
-        lesson = self.method.lesson(batch.views, self.predict)
-        self._lesson, images = lesson, join(lesson)
+        lesson = self.rule.method.lesson(batch.views, self.predict)
+        images = lesson.images()
         appended = lesson.pool is None or lesson.pool.images is not batch.images
-        log_p = self._forward(torch.cat([images, batch.images]) if appended else images)  # (N, C), or
+        forward = self._forward(torch.cat([images, batch.images]) if appended else images)  # (N, C), or
         # (N + U, C) where the lesson does not hold the student's images
-        self._lesson_log_p, self._pool_log_p = log_p[: len(images)], log_p[-len(batch.images) :]
-        q = self._pool_log_p.exp()
-        return self._sample(q.detach(), batch.views.step) if self.feedback == "hard" else q
-
-    def _forward(self, images: Tensor) -> Tensor:
-        """log T(x), differentiable; of several micro-batches only their images and random state are kept."""
-        if self.micro_batches == 1:
-            return log_probabilities(self.model, images, self.autocast)
-        self._parts, found = [], []
-        for rows in row_parts(len(images), self.micro_batches):
-            self._parts.append((rows, images[rows], random_state(images.device)))
-            with torch.no_grad():
-                found.append(log_probabilities(self.model, images[rows], self.autocast))
-        self._log_p = torch.cat(found).requires_grad_()
-        return self._log_p
-
-    def _backward(self, objective: Tensor) -> None:
-        """Into `.grad` of the network: through log T(x) of each micro-batch, computed again, to the same masks."""
-        objective.backward()
-        if self.micro_batches == 1:
-            return
-        assert self._log_p.grad is not None
-        network = bare(self.model)
-        before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        for number, (rows, images, rng) in enumerate(self._parts):
-            last = number == len(self._parts) - 1
-            with nullcontext() if last else unsynchronised(self.model), replayed_random_numbers(rng, images.device):
-                log_probabilities(self.model, images, self.autocast).backward(self._log_p.grad[rows])
-        with torch.no_grad():
-            for name, buffer in network.named_buffers():
-                buffer.copy_(before[name])  # running statistics have moved in the first pass
-        del self._parts, self._log_p
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """T(x), (B, C), without a gradient, in training mode."""
-        network, parts = bare(self.model), row_parts(len(images), self.micro_batches)
-        return torch.cat([log_probabilities(network, images[rows], self.autocast).exp() for rows in parts])
+        log_p = forward.log_p[-len(batch.images) :]
+        q = log_p.exp()
+        targets = self._sample(q.detach(), batch.views.step) if self.rule.feedback == "hard" else q
+        return NetworkProposal(targets, batch.views.step, lesson, forward, forward.log_p[: len(images)], log_p)
 
     def wish(self, step: int) -> Wish:
-        if self.feedback == "none" or not self.options.weight or step % self.options.every:
+        options = self.rule.options
+        if self.rule.feedback == "none" or not options.weight or step % options.every:
             return "nothing"
-        return "gradient" if self.feedback == "soft" else "losses"
+        return "gradient" if self.rule.feedback == "soft" else "losses"
 
-    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+    def adapt(self, proposal: NetworkProposal, step: StudentStep | None, labelled: Labelled | None) -> Metrics:
         """One optimiser step on the lesson's loss plus the feedback; returns what to log."""
-        assert batch.views is not None
-        lesson = self._lesson
-        objective = lesson_loss(lesson, self._lesson_log_p)
+        lesson = proposal.lesson
+        objective = lesson.loss(proposal.lesson_log_p)
         metrics = {"teacher_loss": objective.detach()}
         if lesson.pool is not None and lesson.pool.weight is not None:
             metrics["teacher_pool_share"] = (lesson.pool.weight > 0).float().mean()
         if step is not None and labelled is not None:
-            term, found = self._feedback(step, targets, labelled)
-            objective, metrics = objective + term, metrics | found
+            feedback = self._soft_feedback if self.rule.feedback == "soft" else self._hard_feedback
+            term, figures = feedback(proposal, step, labelled)
+            objective, metrics = objective + term, metrics | figures
         self.ranks.finite(float(objective.detach()), "the teacher's objective")
         self.optimizer.zero_grad(set_to_none=True)
-        self._backward(objective)
+        proposal.forward.backward(objective)
         average_gradients(self.model, self.ranks)
-        clip_gradients(bare(self.model), self.clip_norm, "the teacher's gradient")
-        set_learning_rate(self.optimizer, learning_rate(self.schedule, self.base_lr, batch.views.step, self.steps))
+        clip_gradients(bare(self.model), self.rule.clip_norm, "the teacher's gradient")
+        set_learning_rate(self.optimizer, self.rule.learning_rate(proposal.step))
         self.optimizer.step()
         self.ranks.mean_(running_statistics(bare(self.model)))
-        del self._lesson, self._lesson_log_p, self._pool_log_p  # with the graph
         return metrics
 
-    def _feedback(self, step: StudentStep, targets: Tensor, labelled: Labelled) -> tuple[Tensor, Metrics]:
-        """The feedback's term of the objective."""
-        options, ranks = self.options, self.ranks
-        if self.feedback == "soft":
-            gradient = step.target_gradient(labelled.images, labelled.labels, engine=options.engine)
-            assert step.labelled_loss is not None
-            term = (targets * fed_back(gradient, step, options, ranks)).sum()
-            metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": norm_over_ranks(gradient, ranks)}
-            return options.weight * term, metrics
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """T(x), (B, C), without a gradient, in training mode."""
+        network, parts = bare(self.model), micro_batches(len(images), self.micro_batches)
+        return torch.cat([log_probabilities(network, images[rows], self.autocast).exp() for rows, _ in parts])
+
+    def _forward(self, images: Tensor) -> "Forward":
+        if self.micro_batches == 1:
+            return Forward(log_probabilities(self.model, images, self.autocast))
+        return ForwardInParts(self.model, images, self.autocast, self.micro_batches)
+
+    def _soft_feedback(
+        self, proposal: NetworkProposal, step: StudentStep, labelled: Labelled
+    ) -> tuple[Tensor, Metrics]:
+        """Equation 3 as a term of the objective: weight · Σ T(x) · dR/dq."""
+        options, ranks = self.rule.options, self.ranks
+        gradient, labelled_loss = step.feedback(labelled.images, labelled.labels, engine=options.engine)
+        term = (proposal.targets * fed_back(gradient, step, options, ranks)).sum()
+        metrics = {"feedback_loss": labelled_loss, "feedback_norm": norm_over_ranks(gradient, ranks)}
+        return options.weight * term, metrics
+
+    def _hard_feedback(
+        self, proposal: NetworkProposal, step: StudentStep, labelled: Labelled
+    ) -> tuple[Tensor, Metrics]:
+        """Weight · (h − b) · Σ CE(ŷ, T(x)), scaled."""
+        options, ranks, labels = self.rule.options, self.ranks, proposal.targets
         assert step.labelled_losses is not None
         before, after = step.labelled_losses
-        h = float(before - after)
-        advantage = h - (self.moving or 0.0) if options.baseline else h
-        if options.baseline:  # only now: the baseline must not contain the h that it is taken off
-            self.moving = h if self.moving is None else options.baseline * self.moving + (1 - options.baseline) * h
-        labels = targets
+        advantage = self._advantage(float(before - after))
         if options.control == "flipped":
             advantage = -advantage
         elif options.control == "shuffled":
-            labels = targets[torch.randperm(len(targets), device="cpu").to(targets.device)]
-        batch = len(targets) * ranks.world
+            labels = labels[torch.randperm(len(labels), device="cpu").to(labels.device)]
+        batch = len(labels) * ranks.world
         scale = feedback_scale(step, options, batch) * ranks.world / (batch if options.scale == "paper" else 1)
-        cross_entropy = -(labels * self._pool_log_p).sum()  # summed over the batch, nats
+        cross_entropy = -(labels * proposal.log_p).sum()  # summed over the batch, nats
         return options.weight * scale * advantage * cross_entropy, {"feedback_loss": after, "h": before - after}
+
+    def _advantage(self, h: float) -> float:
+        """h − b; only then b takes in h: the baseline must not contain the h that it is taken off."""
+        decay = self.rule.options.baseline
+        if not decay:
+            return h
+        advantage = h - (self.moving or 0.0)
+        self.moving = h if self.moving is None else decay * self.moving + (1 - decay) * h
+        return advantage
 
     def _sample(self, q: Tensor, step: int) -> Tensor:
         """ŷ ~ Cat(q) as one-hot rows, (U, C); the draw of a row depends on its place in the global batch."""
         u = len(q)
-        draws = Draws(derive_seed(self.seed, "pseudo labels", step), u * self.ranks.world, u * self.ranks.rank, u)
+        seed = derive_seed(self.rule.seed, "pseudo labels", step)
+        draws = Draws(seed, u * self.ranks.world, u * self.ranks.rank, u)
         chance = draws.uniform("label")[:, None].to(q)
         labels = (q.cumsum(dim=1) < chance * q.sum(dim=1, keepdim=True)).sum(dim=1).clamp(max=q.shape[1] - 1)
         return torch.nn.functional.one_hot(labels, q.shape[1]).to(q.dtype)
@@ -190,27 +200,41 @@ class TeacherNetwork:
         self.moving = values["moving"]
 
 
-def join(lesson: Lesson) -> Tensor:
-    """All images of a lesson, labelled ones first, (N, 3, S, S)."""
-    if lesson.pool is None:
-        return lesson.labelled.images
-    return torch.cat([lesson.labelled.images, lesson.pool.images])
+class Forward:
+    """log p of a batch, (N, C), with its graph."""
+
+    def __init__(self, log_p: Tensor) -> None:
+        self.log_p = log_p
+
+    def backward(self, objective: Tensor) -> None:
+        """Gradients of an objective of `log_p`, into `.grad` of the network."""
+        objective.backward()
 
 
-def lesson_rows(lesson: Lesson) -> tuple[Tensor, Tensor]:
-    """(targets (N, C), weights (N,)) with which the mean over the N rows is the lesson's loss."""
-    parts = [lesson.labelled] if lesson.pool is None else [lesson.labelled, lesson.pool]
-    n = sum(len(part.targets) for part in parts)
-    return torch.cat([part.targets for part in parts]), torch.cat([row_weights(part, n) for part in parts])
+class ForwardInParts(Forward):
+    """The same of several micro-batches, of which only images and random state are kept.
 
+    The backward pass computes each again, to the same masks.
+    """
 
-def row_weights(rows: Rows, n: int) -> Tensor:
-    """Weights that turn a mean over n rows into the mean over these."""
-    weight = torch.ones(len(rows.targets), device=rows.targets.device) if rows.weight is None else rows.weight
-    return weight * (n / len(rows.targets))
+    def __init__(self, model: nn.Module, images: Tensor, autocast: torch.dtype | None, parts: int) -> None:
+        self.model, self.autocast = model, autocast
+        self._parts, log_ps = [], []
+        for rows, _ in micro_batches(len(images), parts):
+            self._parts.append((rows, images[rows], random_state(images.device)))
+            with torch.no_grad():
+                log_ps.append(log_probabilities(model, images[rows], autocast))
+        super().__init__(torch.cat(log_ps).requires_grad_())
 
-
-def lesson_loss(lesson: Lesson, log_p: Tensor) -> Tensor:
-    """Mean of weighted cross-entropy over the labelled rows plus the same over the pool's, nats, ()."""
-    targets, weight = lesson_rows(lesson)
-    return -(weight.to(log_p.dtype) * (targets.to(log_p.dtype) * log_p).sum(dim=1)).mean()
+    def backward(self, objective: Tensor) -> None:
+        objective.backward()
+        assert self.log_p.grad is not None
+        network = bare(self.model)
+        before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        for number, (rows, images, rng) in enumerate(self._parts):
+            last = number == len(self._parts) - 1
+            with nullcontext() if last else unsynchronised(self.model), replayed_random_numbers(rng, images.device):
+                log_probabilities(self.model, images, self.autocast).backward(self.log_p.grad[rows])
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(before[name])  # running statistics have moved in the first pass

@@ -7,17 +7,18 @@ full Meta Pseudo Labels is `pipeline.teacher_network.TeacherNetwork`.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.batches import Batch, Labelled, TargetBatch
+from pipeline.checkpoints import Networks
 from pipeline.config import CalibratorSettings, FeedbackSettings
-from pipeline.distributed import ALONE, Ranks
+from pipeline.distributed.placement import Placement
+from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.sharded import clip_gradients
-from pipeline.methods import Views
-from pipeline.named_tensors import Networks
 from pipeline.optim import set_learning_rate
 from pipeline.student import StudentStep
 
@@ -26,57 +27,43 @@ Wish = Literal["nothing", "gradient", "losses"]  # what a teacher wants to know 
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What the student sees in one step.
+class Proposal:
+    """A teacher's answer to a batch, and whatever it will need again when it adapts.
 
     Attributes:
-        images: augmented and normalised, (B, 3, S, S).
-        distributions: q_large of each image, (B, C); for a labelled image that stands with its true
-            label, that label as a distribution.
-            An empty (B, 0) where none is stored: a teacher network makes its own.
-        calibrated: whether the row's target may be changed by a calibrator, (B,), bool; False for rows
-            that stand with their true label.
-        weight: of each row in the student's loss, (B,), or None for 1.
-        views: what a teacher network's method works on; its `pool` is `images`.
+        targets: (B, C), rows are distributions, differentiable in the teacher.
     """
 
-    images: Tensor
-    distributions: Tensor
-    calibrated: Tensor
-    weight: Tensor | None = None
-    views: Views | None = None
+    targets: Tensor
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Labelled images for the teacher's turn.
+class BatchProposal(Proposal):
+    """Targets with the batch that they are of."""
 
-    Attributes:
-        images: normalised, (V, 3, S, S).
-        labels: (V,), int64.
-        distributions: q_large of each, (V, C), or None where none is stored.
-    """
-
-    images: Tensor
-    labels: Tensor
-    distributions: Tensor | None = None
+    batch: TargetBatch
 
 
-class Teacher(Protocol):
-    """A source of targets."""
+B = TypeVar("B", bound=Batch, contravariant=True)
+P = TypeVar("P", bound=Proposal)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Targets (B, C), differentiable in the teacher."""
+
+class Teacher(Protocol[B, P]):
+    """A source of targets. Nothing is kept in it between `propose` and `adapt`; what they share is the proposal."""
+
+    def propose(self, batch: B) -> P:
+        """Targets of the student's images."""
         ...
 
     def wish(self, step: int) -> Wish:
         """What `adapt` will ask of the student's step `step` (from 0): dR/dq, or R before and after it."""
         ...
 
-    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+    def adapt(self, proposal: P, step: StudentStep | None, labelled: Labelled | None) -> Metrics:
         """The teacher's turn to learn, after the student's step (None while the student waits).
 
-        `labelled` is there when the teacher wished for something.
+        `labelled` is there when the teacher wished for something. What is returned, numbers by name, is logged;
+        the names are the teacher's own.
         """
         ...
 
@@ -94,13 +81,13 @@ class Teacher(Protocol):
 class FixedTargets:
     """The stored distributions as they are: NoisyStudent, and with labelled images alone, Supervised."""
 
-    def __call__(self, batch: Batch) -> Tensor:
-        return batch.distributions
+    def propose(self, batch: TargetBatch) -> Proposal:
+        return Proposal(batch.distributions)
 
     def wish(self, step: int) -> Wish:
         return "nothing"
 
-    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+    def adapt(self, proposal: Proposal, step: StudentStep | None, labelled: Labelled | None) -> Metrics:
         return {}
 
     def networks(self) -> Networks:
@@ -154,8 +141,7 @@ class Calibrator:
     Args:
         classes: C.
         settings, feedback: of the recipe.
-        device: where it lies.
-        ranks: the processes that share the batch.
+        placement: where it lies, and the processes that share the batch.
         student_lr: the student's learning rate before its schedule, for `schedule: student`.
     """
 
@@ -164,12 +150,12 @@ class Calibrator:
         classes: int,
         settings: CalibratorSettings,
         feedback: FeedbackSettings,
-        device: torch.device,
-        ranks: Ranks = ALONE,
+        placement: Placement = Placement(),
         student_lr: float = 1.0,
     ) -> None:
-        self.settings, self.feedback, self.ranks, self.student_lr = settings, feedback, ranks, student_lr
-        self.network = CalibratorNetwork(classes, settings).to(device)
+        self.settings, self.feedback, self.ranks = settings, feedback, placement.ranks
+        self.student_lr = student_lr
+        self.network = CalibratorNetwork(classes, settings).to(placement.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             lr=settings.lr,
@@ -178,25 +164,33 @@ class Calibrator:
             weight_decay=settings.weight_decay,
         )
 
-    def __call__(self, batch: Batch) -> Tensor:
-        return torch.where(batch.calibrated[:, None], self.network(batch.distributions), batch.distributions)
+    def propose(self, batch: TargetBatch) -> BatchProposal:
+        calibrated = self.network(batch.distributions)  # (B, C)
+        return BatchProposal(torch.where(batch.calibrated[:, None], calibrated, batch.distributions), batch)
 
     def wish(self, step: int) -> Wish:
         return "gradient" if step % self.feedback.every == 0 else "nothing"
 
-    def adapt(self, step: StudentStep | None, targets: Tensor, batch: Batch, labelled: Labelled | None) -> Metrics:
+    def adapt(self, proposal: BatchProposal, step: StudentStep | None, labelled: Labelled | None) -> Metrics:
         """One Adam step on the feedback and the supervised term; returns what to log."""
         if step is None or labelled is None:
             return {}
-        gradient = step.target_gradient(labelled.images, labelled.labels, engine=self.feedback.engine)
+        targets, batch = proposal.targets, proposal.batch
+        gradient, labelled_loss = step.feedback(labelled.images, labelled.labels, engine=self.feedback.engine)
         objective = self.feedback.weight * (targets * fed_back(gradient, step, self.feedback, self.ranks)).sum()
-        assert step.labelled_loss is not None
-        metrics = {"feedback_loss": step.labelled_loss, "feedback_norm": norm_over_ranks(gradient, self.ranks)}
+        metrics = {"feedback_loss": labelled_loss, "feedback_norm": norm_over_ranks(gradient, self.ranks)}
         if self.settings.supervised_weight:
             calibrated = self.network(labelled.distributions)
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()
+        self._learn(objective, step)
+        changed = targets.argmax(1) != batch.distributions.argmax(1)
+        metrics["labels_changed"] = changed[batch.calibrated].float().mean()
+        return metrics
+
+    def _learn(self, objective: Tensor, step: StudentStep) -> None:
+        """One Adam step; the gradient is the mean of the ranks'."""
         self.ranks.finite(float(objective.detach()), "the calibrator's objective")
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
@@ -205,9 +199,6 @@ class Calibrator:
         if self.settings.schedule == "student":
             set_learning_rate(self.optimizer, self.settings.lr * step.learning_rate / self.student_lr)
         self.optimizer.step()
-        changed = targets.argmax(1) != batch.distributions.argmax(1)
-        metrics["labels_changed"] = changed[batch.calibrated].float().mean()
-        return metrics
 
     def networks(self) -> Networks:
         return {"calibrator": (self.network, self.optimizer)}

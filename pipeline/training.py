@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pipeline.checkpoints import CHECKPOINTS, Checkpoints
+from pipeline.batches import Batch, Labelled
+from pipeline.checkpoints import CHECKPOINTS, Checkpoints, Networks
 from pipeline.config import TrainSettings
-from pipeline.distributed import ALONE, Ranks
-from pipeline.distributed.layouts import Layout, bare, full_state, lay_out, lay_out_average
+from pipeline.distributed.layouts import bare, full_state, lay_out, lay_out_average
+from pipeline.distributed.placement import Placement
 from pipeline.errors import NonFiniteError
-from pipeline.named_tensors import Networks
 from pipeline.optim import average_with_warmup, build_optimizer, learning_rate, set_learning_rate
 from pipeline.seeds import derive_seed
 from pipeline.storage.metrics import MetricsLog
 from pipeline.student import Student
-from pipeline.teachers import Batch, Labelled, Metrics, Teacher, Wish
+from pipeline.teachers import Metrics, Teacher, Wish
 
 
 class Observer(Protocol):
@@ -40,16 +40,46 @@ class Observer(Protocol):
         ...
 
 
-class Batches(Protocol):
-    """What a training sees, as a pure function of the step."""
+class Silent:
+    """An observer that says nothing and never stops."""
 
-    def batch(self, step: int) -> Batch:
-        """The student's batch."""
+    def note(self, text: str) -> None: ...
+
+    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
+
+    def stop_requested(self) -> bool:
+        return False
+
+
+class BatchSource(Protocol):
+    """What a training sees, as a pure function of the step; `pipeline.batches.Batches` is one."""
+
+    def batch(self, step: int) -> Any:
+        """The student's batch, a `Batch` of the kind that the teacher takes."""
         ...
 
     def feedback(self, step: int) -> Labelled:
         """Labelled images for the teacher's turn."""
         ...
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Where a training is written down, and who watches it.
+
+    Attributes:
+        folder: gets metrics.csv, tensorboard/ and checkpoints/.
+        identity: fingerprint of what is trained, kept with the checkpoints.
+        observer: told of progress.
+        validate: figures of a network for the log (validation_top1 …); never for a choice.
+        watch: told how many steps are done, at the start and after each.
+    """
+
+    folder: Path
+    identity: str = ""
+    observer: Observer = Silent()
+    validate: Callable[[nn.Module], dict[str, float]] = lambda network: {}
+    watch: Callable[[int], None] = lambda done: None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -67,19 +97,16 @@ class Progress:
 
 
 def train_step(
-    student: Student, teacher: Teacher, batch: Batch, labelled: Labelled | None, wish: Wish, *, waits: bool = False
+    student: Student, teacher: Teacher[Any, Any], batch: Batch, labelled: Labelled | None, wish: Wish
 ) -> Metrics:
     """One step of any method: the student learns from the teacher, then the teacher from the student.
 
-    `labelled` goes with a `wish` of the teacher; a student that `waits` does not learn yet.
+    `labelled` goes with a `wish` of the teacher.
     """
-    targets = teacher(batch)  # (B, C), differentiable in the teacher
-    if waits:
-        return teacher.adapt(None, targets, batch, None)
+    proposal = teacher.propose(batch)  # targets (B, C), differentiable in the teacher
     probe = (labelled.images, labelled.labels) if labelled is not None and wish == "losses" else None
-    step = student.learn(batch.images, targets.detach(), batch.weight, replay=wish == "gradient", probe=probe)
-    metrics = {"loss": step.loss, "gradient_norm": step.gradient_norm}
-    return metrics | teacher.adapt(step, targets, batch, labelled)
+    step = student.learn(batch.images, proposal.targets.detach(), batch.weight, replay=wish == "gradient", probe=probe)
+    return step.metrics | teacher.adapt(proposal, step, labelled)
 
 
 class Training:
@@ -88,56 +115,39 @@ class Training:
     Args:
         model: the student's network, on its device.
         teacher: gives targets and may adapt.
-        data: batches as a pure function of the step.
+        batches: as a pure function of the step; of several processes each gets its part.
         settings: steps, optimiser, schedule, intervals.
-        folder: gets metrics.csv, tensorboard/ and checkpoints/.
-        identity: fingerprint of what is trained, kept with the checkpoints.
+        journal: where it is written down.
         seed: of dropout and drop path.
-        observer: told of progress.
-        validate: figures of a network for the log (validation_top1 …); never for a choice.
-        autocast: dtype of mixed precision, or None.
-        ranks: the processes that train together; `data` gives each its share of a batch.
-        layout: how the network lies on them.
-        micro_batches: parts in which a share is taken.
-        wait: steps that the teacher learns alone, before the student's first.
-        watch: told how many steps are done, at the start and after each.
+        placement: precision, processes, layout, micro-batches.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher,
-        data: Batches,
+        teacher: Teacher[Any, Any],
+        batches: BatchSource,
         settings: TrainSettings,
+        journal: Journal,
         *,
-        folder: Path,
-        identity: str,
-        seed: int,
-        observer: Observer,
-        validate: Callable[[nn.Module], dict[str, float]],
-        autocast: torch.dtype | None = None,
-        wait: int = 0,
-        watch: Callable[[int], None] = lambda done: None,
-        ranks: Ranks = ALONE,
-        layout: Layout | None = None,
-        micro_batches: int = 1,
+        seed: int = 0,
+        placement: Placement = Placement(),
     ) -> None:
-        self.wait, self.watch, self.ranks, layout = wait, watch, ranks, layout or Layout()
-        self.teacher, self.data, self.settings = teacher, data, settings
-        self.folder, self.seed, self.observer, self.validate = folder, seed, observer, validate
+        self.teacher, self.batches, self.settings, self.journal, self.seed = teacher, batches, settings, journal, seed
+        self.ranks, self.observer = placement.ranks, journal.observer
         self.average = AveragedModel(model, multi_avg_fn=average_with_warmup(settings.ema_decay), use_buffers=True)
-        self.model = lay_out(model, layout, ranks)
-        lay_out_average(self.average.module, layout, ranks)
+        self.model = lay_out(model, placement.layout, self.ranks)
+        lay_out_average(self.average.module, placement.layout, self.ranks)
         self.student = Student(
             self.model,
             build_optimizer(bare(self.model), settings.optimizer),
             clip_norm=settings.optimizer.clip_norm,
-            autocast=autocast,
-            ranks=ranks,
-            micro_batches=micro_batches,
+            autocast=placement.autocast,
+            ranks=self.ranks,
+            micro_batches=placement.micro_batches,
         )
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, identity, ranks)
-        self.at = Progress()
+        self.checkpoints = Checkpoints(journal.folder / CHECKPOINTS, journal.identity, self.ranks)
+        self.progress = Progress()
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; returns figures for the record. The average is the result.
@@ -159,46 +169,50 @@ class Training:
     def _run(self) -> dict[str, Any]:
         self._restore()
         clock, saved = time.monotonic(), time.monotonic()
-        before = self.at.seconds
+        before = self.progress.seconds
         self.model.train()
-        with MetricsLog(self.folder, self.at.step) if self.ranks.first else nullcontext() as log:
-            self.watch(self.at.step)
-            while self.at.step < self.settings.steps:
+        watch = self.journal.watch if self.ranks.first else lambda done: None
+        with MetricsLog(self.journal.folder, self.progress.step) if self.ranks.first else nullcontext() as log:
+            watch(self.progress.step)
+            while self.progress.step < self.settings.steps:
                 self._one_step()
-                self.watch(self.at.step)
-                self.at.seconds = before + time.monotonic() - clock
+                watch(self.progress.step)
+                self.progress.seconds = before + time.monotonic() - clock
                 self._log(log)
                 stop, late = self._agreed(self.observer.stop_requested(), time.monotonic() - saved)
-                last = self.at.step == self.settings.steps
-                due = self.at.step % self.settings.checkpoint_every == 0
+                last = self.progress.step == self.settings.steps
+                due = self.progress.step % self.settings.checkpoint_every == 0
                 if last or stop or due or late:
                     self._save()
                     saved = time.monotonic()
                 if stop and not last:
-                    raise Interrupted(f"stopped after step {self.at.step} of {self.settings.steps}")
+                    raise Interrupted(f"stopped after step {self.progress.step} of {self.settings.steps}")
         return {
-            "steps": self.at.step,
+            "steps": self.progress.step,
             "batch": self.settings.batch,
-            "train_seconds": round(self.at.seconds, 3),
+            "train_seconds": round(self.progress.seconds, 3),
         }
 
     def _agreed(self, stop: bool, seconds: float) -> tuple[bool, bool]:
         """(whether some rank was asked to stop, whether a checkpoint is due by the clock), the same on all ranks."""
         late = seconds > self.settings.checkpoint_seconds
-        told = {int(value) for value in self.ranks.every(stop + 2 * late)}
-        return any(value & 1 for value in told), any(value & 2 for value in told)
+        flags = {int(value) for value in self.ranks.every(stop + 2 * late)}
+        return any(value & 1 for value in flags), any(value & 2 for value in flags)
 
     def _one_step(self) -> None:
-        step = self.at.step
+        step = self.progress.step
         set_learning_rate(self.student.optimizer, self._learning_rate(step))
         own = (self.ranks.rank,) if self.ranks.rank else ()
         torch.manual_seed(derive_seed(self.seed, "masks", step, *own))  # dropout, drop path: a function of the step
-        waits = step < self.wait
+        waits = step < self.settings.wait
         wish: Wish = "nothing" if waits else self.teacher.wish(step)
-        batch = self.data.batch(step)
-        labelled = None if wish == "nothing" else self.data.feedback(step)
+        batch = self.batches.batch(step)
+        labelled = None if wish == "nothing" else self.batches.feedback(step)
         try:
-            metrics = train_step(self.student, self.teacher, batch, labelled, wish, waits=waits)
+            if waits:
+                metrics = self.teacher.adapt(self.teacher.propose(batch), None, None)
+            else:
+                metrics = train_step(self.student, self.teacher, batch, labelled, wish)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"{error}; training stopped before that update (step {step + 1} of {self.settings.steps}). "
@@ -208,41 +222,41 @@ class Training:
         if not waits:
             self.average.update_parameters(bare(self.model))
         for name, value in metrics.items():
-            self.at.sums[name] = self.at.sums.get(name, 0.0) + float(value)
-            self.at.counts[name] = self.at.counts.get(name, 0) + 1
-        self.at.step = step + 1
+            self.progress.sums[name] = self.progress.sums.get(name, 0.0) + float(torch.as_tensor(value).detach())
+            self.progress.counts[name] = self.progress.counts.get(name, 0) + 1
+        self.progress.step = step + 1
 
     def _log(self, log: MetricsLog | None) -> None:
         """A row of means since the last row, at the interval, at a validation and at the end."""
-        step, last = self.at.step, self.at.step == self.settings.steps
+        step, last = self.progress.step, self.progress.step == self.settings.steps
         look = last or (self.settings.evaluate_every and step % self.settings.evaluate_every == 0)
         if not (look or step % self.settings.log_every == 0):
             self.observer.progress(step, self.settings.steps, {})
             return
         self._share_sums()
-        values = {name: total / self.at.counts[name] for name, total in self.at.sums.items()}
-        values["learning_rate"] = self._learning_rate(step - 1)
-        values["images_per_second"] = step * self.settings.batch / max(self.at.seconds, 1e-9)
+        values = {"learning_rate": self._learning_rate(step - 1)}
+        values |= {name: total / self.progress.counts[name] for name, total in self.progress.sums.items()}
+        values["images_per_second"] = step * self.settings.batch / max(self.progress.seconds, 1e-9)
         if look:
-            values |= self.validate(self.average.module)
-        self.at.sums, self.at.counts = {}, {}
+            values |= self.journal.validate(self.average.module)
+        self.progress.sums, self.progress.counts = {}, {}
         if log is not None:
             log.write(step, values)
         self.observer.progress(step, self.settings.steps, values)
 
     def _share_sums(self) -> None:
         """Every rank's sums become their mean over the ranks."""
-        if self.ranks.world > 1 and self.at.sums:
+        if self.ranks.world > 1 and self.progress.sums:
             device = next(self.model.parameters()).device
-            sums = [torch.tensor(list(self.at.sums.values()), dtype=torch.float64, device=device)]
+            sums = [torch.tensor(list(self.progress.sums.values()), dtype=torch.float64, device=device)]
             self.ranks.mean_(sums)
-            self.at.sums = dict(zip(self.at.sums, sums[0].tolist(), strict=True))
+            self.progress.sums = dict(zip(self.progress.sums, sums[0].tolist(), strict=True))
 
     def _learning_rate(self, step: int) -> float:
-        settings = self.settings
-        if step < self.wait:
+        settings, wait = self.settings, self.settings.wait
+        if step < wait:
             return 0.0
-        return learning_rate(settings.schedule, settings.optimizer.lr, step - self.wait, settings.steps - self.wait)
+        return learning_rate(settings.schedule, settings.optimizer.lr, step - wait, settings.steps - wait)
 
     def _networks(self) -> Networks:
         own: Networks = {"student": (self.model, self.student.optimizer), "average": (self.average, None)}
@@ -250,18 +264,18 @@ class Training:
 
     def _save(self) -> None:
         self._share_sums()
-        progress = {"seconds": self.at.seconds, "sums": self.at.sums, "counts": self.at.counts}
+        progress = {"seconds": self.progress.seconds, "sums": self.progress.sums, "counts": self.progress.counts}
         values = {"progress": progress, "teacher": self.teacher.values()}
-        self.checkpoints.save_networks(self.at.step, self._networks(), values)
+        self.checkpoints.save_networks(self.progress.step, self._networks(), values)
 
     def _restore(self) -> None:
-        found = self.checkpoints.restore_networks(self._networks())
-        if found is None:
+        checkpoint = self.checkpoints.restore_networks(self._networks())
+        if checkpoint is None:
             return
-        step, values, warnings = found
+        step, values, warnings = checkpoint
         for warning in warnings:
             self.observer.note(warning)
         self.teacher.load_values(values["teacher"])
-        self.student.steps_taken = max(0, step - self.wait)
-        self.at = Progress(step=step, **values["progress"])
+        self.student.steps_taken = max(0, step - self.settings.wait)
+        self.progress = Progress(step=step, **values["progress"])
         self.observer.note(f"goes on from step {step} of {self.settings.steps}")

@@ -1,14 +1,15 @@
 """`mpl evaluate`: a network + a split → evaluation.json."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from pipeline.models import WEIGHTS, load_network, require_classes, to_device
+from pipeline.storage.files import sha256_file, write_json
+from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
-
-if TYPE_CHECKING:
-    from stages.execution import Stage
+from stages.students import stage_name, student_folder, trained
 
 
 @click.command()
@@ -22,8 +23,6 @@ def command(context: Context, network: Path | None, split: str | None, name: str
 
     Reads: a network and a split. Writes: evaluation.json.
     """
-    from stages.execution import execute
-
     context = with_changes(context, evaluate__split=split)
     execute(context, lambda c: plan(c, network, name))
 
@@ -34,8 +33,6 @@ def last_student(context: Context, name: str | None = None) -> Path:
     Raises:
         RunError: there is no student yet.
     """
-    from stages.students import stage_name, student_folder, trained
-
     record = trained(context, name)
     folder = student_folder(context, name)
     finetuned = context.run.record(stage_name("finetune", name))
@@ -44,13 +41,8 @@ def last_student(context: Context, name: str | None = None) -> Path:
     return folder
 
 
-def plan(context: Context, network: Path | None = None, name: str | None = None) -> "Stage":
+def plan(context: Context, network: Path | None = None, name: str | None = None) -> Stage:
     """Plan the stage."""
-    from pipeline.models import WEIGHTS, load_network
-    from pipeline.storage.files import sha256_file
-    from stages.execution import Stage
-    from stages.learning import split_of
-
     folder = network if network is not None else last_student(context, name)
     if not (folder / WEIGHTS).is_file():
         load_network(folder)  # for its message
@@ -58,7 +50,7 @@ def plan(context: Context, network: Path | None = None, name: str | None = None)
     basis = {
         "settings": settings.model_dump(mode="json"),
         "network": sha256_file(folder / WEIGHTS),
-        "split": split_of(context, settings.split).fingerprint(),
+        "split": context.data_set.split(settings.split).fingerprint(),
         "precision": context.precision,
     }
     output = context.run / (f"evaluation-{name}.json" if name else "evaluation.json")
@@ -79,22 +71,18 @@ def plan(context: Context, network: Path | None = None, name: str | None = None)
 
 def work(context: Context, folder: Path, output: Path) -> dict[str, Any]:
     """Evaluate and write the file."""
-    from pipeline.models import load_network
-    from pipeline.storage.files import write_json
-    from stages.learning import Judge, check_classes, load_split, split_of, to_device
-
     settings = context.recipe.evaluate
     network = to_device(load_network(folder), context.device)
-    split = split_of(context, settings.split)
-    check_classes(network, split.class_names, str(folder))
-    images = load_split(context, split, network.image_size)
-    found = Judge(images, network, settings, context.device, context.autocast)(network.model)
+    split = context.data_set.split(settings.split)
+    require_classes(network, split.class_names, str(folder))
+    images = context.data_set.images(split, network.image_size)
+    evaluation = context.assembly.judge(images, network)(network.model)
     result = {
         "format": 1,
         "network": str(folder),
         "split": settings.split,
         "skipped": len(images.skipped),
-        **found.as_json(list(split.class_names)),
+        **evaluation.as_json(list(split.class_names)),
     }
     write_json(output, result)
     return result

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import pipeline
+from pipeline.distributed.launch import joined
 from pipeline.errors import DataError, RunError, UsageError
 from pipeline.storage.files import Location, discard, fingerprint
 from pipeline.storage.runs import NOT_DONE, Action, Decision, Stopwatch
@@ -68,8 +69,6 @@ def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any
 
 def _execute_together(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any]:
     """The same under torchrun: the first process holds the lock, decides and records; all of them work."""
-    from pipeline.distributed.launch import joined
-
     with joined(context.device, context.recipe.distributed.timeout_seconds) as ranks, ExitStack() as held:
         context = replace(context, ranks=ranks)
         if not ranks.first:
@@ -95,14 +94,12 @@ def _execute_together(context: Context, plan: Callable[[Context], Stage]) -> dic
 
 def _the_same(context: Context, stage: Stage) -> dict[str, Any]:
     """What all processes must have in common, by its name; some of it changes no result, but who waits for whom."""
-    from stages.learning import split_of
-
     return {
         "the version of mpl": pipeline.__version__,
         "--run": str(context.run.root.resolve()),
         "the recipe": context.recipe.model_dump(mode="json"),
         "the options": [stage.name, str(context.store), context.seed, context.precision, context.device.type],
-        "the data": [stage.basis, split_of(context, "validation").fingerprint()],
+        "the data": [stage.basis, context.data_set.split("validation").fingerprint()],
     }
 
 

@@ -256,12 +256,8 @@ def scorer(
     """The teacher as the pool's scorer: here on its device, for workers elsewhere on the CPU until it gets there."""
     from pipeline.pool.infer import Scorer
 
-    return Scorer(
-        network.model,
-        tuple(network.class_names),
-        network.image_size,
-        network.mean,
-        network.std,
+    return Scorer.of(
+        network,
         batch=batch or context.recipe.filter.batch,
         device=device_of(context, engine),
         precision={"float32": "float32", "bf16": "bfloat16"}[context.precision],

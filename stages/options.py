@@ -18,7 +18,10 @@ from stages.console import Console
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.assembly import Assembly
+    from pipeline.data.dataset import DataSet
     from pipeline.distributed import Ranks
+    from pipeline.distributed.placement import Placement
 
 DEFAULT_RECIPE = "digits"
 DEFAULT_RUN = Path("runs/default")
@@ -76,11 +79,35 @@ class Context:
         return device
 
     @property
-    def autocast(self) -> "torch.dtype | None":
-        """dtype of mixed precision, or None."""
+    def placement(self) -> "Placement":
+        """Where and how networks run."""
         import torch
 
-        return torch.bfloat16 if self.precision == "bf16" else None
+        from pipeline.distributed.layouts import Layout
+        from pipeline.distributed.placement import Placement
+
+        settings = self.recipe.distributed
+        return Placement(
+            self.device,
+            torch.bfloat16 if self.precision == "bf16" else None,
+            self.together,
+            Layout(settings.layout, settings.shard_size, settings.sync_batch_norm, settings.checkpoint_activations),
+            settings.micro_batches,
+        )
+
+    @property
+    def data_set(self) -> "DataSet":
+        """The recipe's images."""
+        from pipeline.data.dataset import DataSet
+
+        return DataSet(self.recipe.data, self.data, self.run.decoded, self.console.note)
+
+    @property
+    def assembly(self) -> "Assembly":
+        """What a training of the recipe is put together from."""
+        from pipeline.assembly import Assembly
+
+        return Assembly(self.recipe, self.seed, self.data_set, self.placement, self.console)
 
 
 def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -77,10 +77,9 @@ def work(context: Context, shards: "list[Shard]", network: Path | None, output: 
     from pipeline.data.decode import default_workers
     from pipeline.data.decoded import load_images
     from pipeline.evaluate import predict_logits
-    from pipeline.models import load_network
+    from pipeline.models import load_network, to_device
     from pipeline.storage.files import whole_file
     from stages.evaluate import last_student
-    from stages.learning import to_device
 
     folder = network if network is not None else last_student(context)
     loaded = to_device(load_network(folder), context.device)
@@ -88,7 +87,7 @@ def work(context: Context, shards: "list[Shard]", network: Path | None, output: 
     images = load_images(samples, loaded.image_size, workers=default_workers(loaded.image_size))
     logits = predict_logits(
         loaded.model, images.images, loaded.mean, loaded.std,
-        batch=context.recipe.evaluate.batch, device=context.device, autocast=context.autocast,
+        batch=context.recipe.evaluate.batch, device=context.device, autocast=context.placement.autocast,
     )  # fmt: skip
     p = logits.double().softmax(dim=1).numpy()  # (N, C)
     absent = [None] * len(images.skipped)

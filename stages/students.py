@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import RunError
 from pipeline.storage.runs import STARTED_FILE
+from stages.execution import Stage
 from stages.options import Context
-
-if TYPE_CHECKING:
-    from stages.execution import Stage
 
 MAKERS = ("train-reduced", "train-mpl")
 NAME_HELP = "Keep this student beside others: student-NAME/ instead of student/."
@@ -32,8 +30,8 @@ def trained(context: Context, name: str | None) -> dict[str, Any]:
         RunError: there is none; names the commands that make one.
     """
     for maker in MAKERS:
-        if (found := context.run.record(stage_name(maker, name))) is not None:
-            return found
+        if (record := context.run.record(stage_name(maker, name))) is not None:
+            return record
     named = f" --name {name}" if name else ""
     raise RunError(
         f"{context.run.root} has no trained student{f' {name!r}' if name else ''}. Run first: "
@@ -41,7 +39,7 @@ def trained(context: Context, name: str | None) -> dict[str, Any]:
     )
 
 
-def own_student(context: Context, stage: "Stage", maker: str, name: str | None) -> "Stage":
+def own_student(context: Context, stage: Stage, maker: str, name: str | None) -> Stage:
     """The stage, which may not overwrite a student that the other method trained, unless told to.
 
     Raises:

@@ -5,8 +5,13 @@ import shlex
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import torch
 
+from pipeline.config import ModelSettings
+from pipeline.models import build_network, save_network
+from pipeline.storage.metrics import read_metrics
 from stages.cli import COMMANDS, LazyGroup
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +28,26 @@ def test_the_loop_of_the_meta_gradient_page_runs() -> None:
     exec(code, names)
     assert names["gradient"].shape == (32, 10)
     assert float(names["gradient"].abs().max()) > 0
+
+
+def test_the_programs_of_the_library_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A selection with a teacher of ours, a full sort as oracle; a training with a teacher that nobody here wrote."""
+    selecting, training = blocks(ROOT / "docs/library.md", "python")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    network = build_network(ModelSettings(name="wrn_10_1"), list("0123456789"), 8, (0.5,) * 3, (0.5,) * 3)
+    save_network(tmp_path / "runs/default/teacher", network, network.model.state_dict())
+    names: dict = {}
+    exec(selecting, names)
+    scores = np.concatenate([log_odds for _, log_odds in names["chunks"]()])
+    for c, rows in enumerate(names["best"].rows):
+        assert rows.tolist() == np.lexsort((np.arange(len(scores)), -scores[:, c]))[:20].tolist()
+    names = {}
+    exec(training, names)
+    rows = read_metrics(tmp_path / "runs/library/metrics.csv")
+    assert [row["step"] for row in rows] == ["5", "10", "15", "20"]
+    assert {"loss", "labelled_loss", "trust"} < rows[0].keys()
+    assert float(rows[-1]["trust"]) != float(rows[0]["trust"])
 
 
 def commands() -> list[str]:

@@ -8,7 +8,6 @@ from torch import Tensor
 from pipeline.config import load_recipe
 from pipeline.errors import RecipeError
 from pipeline.methods import Lesson, Method, Views, method_names, parse_method
-from pipeline.teacher_network import join, lesson_loss, lesson_rows
 
 C = 4
 
@@ -103,10 +102,10 @@ def test_the_loss_is_the_mean_over_each_kind() -> None:
     log_p = torch.randn(6, C).log_softmax(1)
     labelled = -(found.labelled.targets * log_p[:3]).sum(1).mean()
     pool = -(found.pool.targets * log_p[3:]).sum(1)[[0, 2]].sum() / 3
-    torch.testing.assert_close(lesson_loss(found, log_p), labelled + 3 * pool)
-    targets, weight = lesson_rows(found)
+    torch.testing.assert_close(found.loss(log_p), labelled + 3 * pool)
+    targets, weight = found.rows()
     torch.testing.assert_close((weight * -(targets * log_p).sum(1)).mean(), labelled + 3 * pool)
-    assert len(join(found)) == 6
+    assert len(found.images()) == 6
 
 
 @pytest.mark.parametrize(

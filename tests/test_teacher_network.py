@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import teacher_network
-from pipeline.config import MplFeedbackSettings, ScheduleSettings
+from pipeline.batches import Labelled, ViewBatch
+from pipeline.config import MplFeedbackSettings
 from pipeline.data.augment.draws import Draws
+from pipeline.distributed.placement import Placement
 from pipeline.errors import NonFiniteError
 from pipeline.methods import Views, parse_method
 from pipeline.student import Student
-from pipeline.teacher_network import TeacherNetwork
-from pipeline.teachers import Batch, Labelled
+from pipeline.teacher_network import Forward, ForwardInParts, TeacherNetwork, TeacherRule
+from pipeline.training import train_step
 from tests.oracles.double_backward import step_and_loss, teacher_gradient
 from tests.problems import optimizer_of, relative_error
 
@@ -35,9 +38,15 @@ class World:
     """A teacher and a student before one step; every call begins from the same state."""
 
     def __init__(
-        self, rule: str = "rmsprop_tf", method: str = "uda", *, dropout: float = 0.0, **options: float
+        self,
+        rule: str = "rmsprop_tf",
+        method: str = "uda",
+        *,
+        dropout: float = 0.0,
+        micro_batches: int = 1,
+        **options: float,
     ) -> None:
-        self.rule, self.method, self.dropout = rule, method, dropout
+        self.rule, self.method, self.dropout, self.micro_batches = rule, method, dropout, micro_batches
         self.options = MplFeedbackSettings(**{"scale": "raw", **options})
         torch.manual_seed(5)
         images = torch.randn(4, POOL, 3, 8, 8, dtype=torch.float64)
@@ -52,18 +61,17 @@ class World:
         student.learn(self.warm_images, self.warm_targets, replay=False)  # moments that are not fresh
         return student
 
-    def teacher(self, feedback: str, **changed: float) -> TeacherNetwork:
+    def teacher(self, feedback: str, *, clip_norm: float | None = None, **changed: float) -> TeacherNetwork:
         model = network(2, self.dropout)
-        return TeacherNetwork(
-            model, torch.optim.SGD(model.parameters(), lr=1e-3), parse_method(self.method), feedback,
-            self.options.model_copy(update=changed),
-            schedule=ScheduleSettings(kind="constant"), base_lr=1e-3, steps=10, seed=0,
-        )  # fmt: skip
+        options = self.options.model_copy(update=changed)
+        rule = TeacherRule(parse_method(self.method), feedback, options, lambda step: 1e-3, clip_norm)
+        placement = Placement(micro_batches=self.micro_batches)
+        return TeacherNetwork(model, torch.optim.SGD(model.parameters(), lr=1e-3), rule, placement)
 
-    def batch(self) -> Batch:
+    def batch(self) -> ViewBatch:
         targets = F.one_hot(self.labels, CLASSES).double()
         views = Views(0, self.labelled[0], targets, None, torch.rand(LABELLED), self.pool, self.weak)
-        return Batch(self.pool, torch.empty(POOL, 0), torch.ones(POOL, dtype=torch.bool), None, views)
+        return ViewBatch(self.pool, views)
 
     def one_step(self, feedback: str, **changed: float) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The teacher's gradient after one step of the loop, and its metrics."""
@@ -71,10 +79,7 @@ class World:
         labelled = Labelled(self.labelled[1], self.labels)
         wish = teacher.wish(0)
         torch.manual_seed(9)
-        targets = teacher(batch)
-        probe = (labelled.images, labelled.labels) if wish == "losses" else None
-        step = student.learn(batch.images, targets.detach(), replay=wish == "gradient", probe=probe)
-        metrics = teacher.adapt(step, targets, batch, labelled if wish != "nothing" else None)
+        metrics = train_step(student, teacher, batch, labelled if wish != "nothing" else None, wish)
         return [p.grad.clone() for p in teacher.model.parameters()], metrics
 
     def feedback_gradient(self, feedback: str, **changed: float) -> list[Tensor]:
@@ -162,14 +167,12 @@ def flipped(patch: Patch) -> None:
 
 
 def another_view(patch: Patch) -> None:
-    original = TeacherNetwork.__call__
+    original = TeacherNetwork.propose
 
-    def call(self, batch):
-        targets = original(self, batch)
-        self._pool_log_p = self.model(batch.views.pool_weak).log_softmax(1)
-        return targets
+    def propose(self, batch):
+        return replace(original(self, batch), log_p=self.model(batch.views.pool_weak).log_softmax(1))
 
-    patch.setattr(TeacherNetwork, "__call__", call)
+    patch.setattr(TeacherNetwork, "propose", propose)
 
 
 def argmax(patch: Patch) -> None:
@@ -177,12 +180,12 @@ def argmax(patch: Patch) -> None:
 
 
 def own_soft_labels(patch: Patch) -> None:
-    original = TeacherNetwork._feedback
+    original = TeacherNetwork._hard_feedback
 
-    def feedback(self, step, targets, labelled):
-        return original(self, step, self._pool_log_p.exp().detach(), labelled)
+    def feedback(self, proposal, step, labelled):
+        return original(self, replace(proposal, targets=proposal.log_p.exp().detach()), step, labelled)
 
-    patch.setattr(TeacherNetwork, "_feedback", feedback)
+    patch.setattr(TeacherNetwork, "_hard_feedback", feedback)
 
 
 def mean_over_the_batch(patch: Patch) -> None:
@@ -229,9 +232,8 @@ def test_the_moving_baseline_excludes_the_present_h() -> None:
     student, batch, labelled = world.student(), world.batch(), Labelled(world.labelled[1], world.labels)
     seen = []
     for _ in range(3):
-        targets = teacher(batch)
-        step = student.learn(batch.images, targets, replay=False, probe=(labelled.images, labelled.labels))
-        seen.append((teacher.moving, float(teacher.adapt(step, targets, batch, labelled)["h"])))
+        moving = teacher.moving
+        seen.append((moving, float(train_step(student, teacher, batch, labelled, "losses")["h"])))
     (start, h0), (first, h1), (second, _) = seen
     assert start is None
     assert first == h0
@@ -257,8 +259,7 @@ def test_the_papers_scale_takes_the_mean_of_hard_labels_over_the_batch() -> None
 def test_a_waiting_student_gives_no_feedback() -> None:
     world = World()
     teacher, batch = world.teacher("soft"), world.batch()
-    targets = teacher(batch)
-    metrics = teacher.adapt(None, targets, batch, None)
+    metrics = teacher.adapt(teacher.propose(batch), None, None)
     assert set(metrics) == {"teacher_loss", "teacher_pool_share"}
 
 
@@ -268,42 +269,28 @@ def test_micro_batches_give_the_same_gradient(feedback: str, monkeypatch: Patch)
     monkeypatch.setattr(
         nn.BatchNorm2d, "forward", lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
     )
-    world = World("rmsprop_tf", dropout=0.0)
-    whole, _ = world.one_step(feedback)
-    original = TeacherNetwork.__init__
-    monkeypatch.setattr(TeacherNetwork, "__init__", lambda *a, **k: original(*a, **k, micro_batches=3))
-    parts, _ = world.one_step(feedback)
+    whole, _ = World("rmsprop_tf").one_step(feedback)
+    parts, _ = World("rmsprop_tf", micro_batches=3).one_step(feedback)
     assert relative_error(flat(parts), flat(whole)) < 1e-12
 
 
 def test_micro_batches_replay_masks_and_leave_running_statistics_alone() -> None:
     """One part that is computed twice equals the plain way, dropout and batch statistics included."""
-    found = []
-    for parts in (1, 2):
-        world = World("sgd", dropout=0.5)
-        teacher, batch, student = world.teacher("soft"), world.batch(), world.student()
-        teacher.micro_batches = parts
-        if parts == 2:
-            teacher._forward = lambda images, teacher=teacher: one_part(teacher, images)
-            teacher.predict = lambda images, teacher=teacher: teacher.model(images).softmax(1).detach()
+    results = []
+    torch.manual_seed(5)
+    images, targets = torch.randn(6, 3, 8, 8).double(), torch.randn(6, CLASSES).double().softmax(1)
+    for parts in (0, 1):
+        model = network(2, dropout=0.5)
         torch.manual_seed(4)
-        targets = teacher(batch)
-        step = student.learn(batch.images, targets.detach())
-        teacher.adapt(step, targets, batch, Labelled(world.labelled[1], world.labels))
-        statistics = [b.clone() for b in teacher.model.buffers()]
-        found.append((flat([p.grad for p in teacher.model.parameters()]), statistics))
-    (whole, before), (again, after) = found
+        forward = ForwardInParts(model, images, None, 1) if parts else Forward(model(images).log_softmax(1))
+        after_forward = torch.get_rng_state()
+        forward.backward(-(targets * forward.log_p).sum())
+        assert torch.equal(torch.get_rng_state(), after_forward)
+        statistics = [b.clone() for b in model.buffers()]
+        results.append((flat([p.grad for p in model.parameters()]), statistics))
+    (whole, before), (again, after) = results
     assert relative_error(again, whole) < 1e-12
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def one_part(teacher: TeacherNetwork, images: Tensor) -> Tensor:
-    """What `_forward` does of two micro-batches, for a single one."""
-    state = torch.get_rng_state(), None
-    teacher._parts = [(slice(0, len(images)), images, state)]
-    with torch.no_grad():
-        teacher._log_p = teacher.model(images).log_softmax(1)
-    return teacher._log_p.requires_grad_()
 
 
 def test_state_goes_round() -> None:
@@ -320,12 +307,11 @@ def test_state_goes_round() -> None:
 def test_a_gradient_that_is_not_finite_stops_before_the_update(clip_norm: float | None) -> None:
     """The objective may be finite where its gradient is not."""
     world = World()
-    teacher, batch = world.teacher("none"), world.batch()
-    teacher.clip_norm = clip_norm
+    teacher, batch = world.teacher("none", clip_norm=clip_norm), world.batch()
     first = next(teacher.model.parameters())
     before = first.detach().clone()
     first.register_hook(lambda g: g * float("inf"))
-    targets = teacher(batch)
+    proposal = teacher.propose(batch)
     with pytest.raises(NonFiniteError, match="the teacher's gradient is"):
-        teacher.adapt(None, targets, batch, None)
+        teacher.adapt(proposal, None, None)
     assert torch.equal(first.detach(), before)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.batches import Batches, ImageSets, Labelled, Mixture, TargetBatch
 from pipeline.config import (
     AugmentSettings,
     CalibratorSettings,
@@ -17,12 +18,13 @@ from pipeline.config import (
 )
 from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
+from pipeline.data.sets import LabelledSet, PoolSet
 from pipeline.data.sources import open_split
 from pipeline.evaluate import evaluate_logits, predict_logits
 from pipeline.models import build_network
-from pipeline.student_data import LabelledSet, Mixture, PoolSet, StudentData
-from pipeline.teachers import Batch, Calibrator, CalibratorNetwork, FixedTargets, Labelled
-from pipeline.training import Training
+from pipeline.student import Feedback
+from pipeline.teachers import Calibrator, CalibratorNetwork, FixedTargets
+from pipeline.training import Journal, Training
 
 CPU = torch.device("cpu")
 HALF = (0.5, 0.5, 0.5)
@@ -50,22 +52,20 @@ def test_a_plain_perceptron_has_five_linear_layers() -> None:
 class GivenStep:
     """A step whose gradient in the targets is known."""
 
-    labelled_loss = torch.tensor(1.0)
-
     def __init__(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
 
-    def target_gradient(self, images: object, labels: object, engine: str) -> torch.Tensor:
-        return torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+    def feedback(self, images: object, labels: object, engine: str) -> Feedback:
+        return Feedback(torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize(("schedule", "share"), [("constant", 1.0), ("student", 0.25)])
 def test_the_calibrators_rate_may_fall_as_the_students_does(schedule: str, share: float) -> None:
     """Adam's first step moves a parameter by its learning rate; the output biases start at zero, without decay."""
     settings = CalibratorSettings(schedule=schedule)
-    calibrator = Calibrator(3, settings, FeedbackSettings(), CPU, student_lr=0.4)
-    batch = Batch(torch.zeros(3, 1), torch.eye(3), torch.ones(3, dtype=torch.bool))
-    calibrator.adapt(GivenStep(0.1), calibrator(batch), batch, Labelled(torch.zeros(1), torch.zeros(1)))
+    calibrator = Calibrator(3, settings, FeedbackSettings(), student_lr=0.4)
+    batch = TargetBatch(torch.zeros(3, 1), torch.eye(3), torch.ones(3, dtype=torch.bool))
+    calibrator.adapt(calibrator.propose(batch), GivenStep(0.1), Labelled(torch.zeros(1), torch.zeros(1)))
     bias = calibrator.network.layers[-1].bias.detach()
     torch.testing.assert_close(bias.abs(), torch.full((3,), settings.lr * share), rtol=1e-3, atol=0)
 
@@ -85,10 +85,9 @@ def test_rows_of_the_calibrator_are_distributions(kind: str, classes: int) -> No
 
 def test_rows_with_their_true_label_are_not_calibrated() -> None:
     torch.manual_seed(0)
-    calibrator = Calibrator(4, CalibratorSettings(), FeedbackSettings(), CPU)
+    calibrator = Calibrator(4, CalibratorSettings(), FeedbackSettings())
     q = torch.eye(4)
-    batch = Batch(torch.zeros(4, 3, 2, 2), q, torch.tensor([True, False, True, False]))
-    out = calibrator(batch)
+    out = calibrator.propose(TargetBatch(torch.zeros(4, 3, 2, 2), q, torch.tensor([True, False, True, False]))).targets
     assert torch.equal(out[[1, 3]], q[[1, 3]])
     assert out[0, 0].item() < 1
 
@@ -115,37 +114,19 @@ def student_accuracy(tmp_path, *, swapped: bool, feedback: FeedbackSettings | No
         schedule=ScheduleSettings(warmup_steps=20),
         augment=AugmentSettings(rotate=10, translate=0.1, border="zero"),
     )
-    data = StudentData(
-        LabelledSet(x, y, smooth[y]),
-        PoolSet(pixels, smooth[labels], torch.ones(len(labels), dtype=torch.long)),
-        Mixture(0, 64, true_labels=True),
-        settings,
-        classes=10, mean=HALF, std=HALF, seed=0, device=CPU,
-    )  # fmt: skip
+    pool = PoolSet(pixels, torch.ones(len(labels), dtype=torch.long), smooth[labels])
+    sets = ImageSets(LabelledSet(x, y, 10, smooth[y]), pool, HALF, HALF)
+    batches = Batches(sets, Mixture(0, 64, augment=settings.augment))
     torch.manual_seed(0)
     network = build_network(ModelSettings(name="wrn_10_1"), list("0123456789"), 8, HALF, HALF)
     network.model.to(memory_format=torch.channels_last)
     torch.manual_seed(1)
-    teacher = FixedTargets() if feedback is None else Calibrator(10, CalibratorSettings(lr=1e-3), feedback, CPU)
-    training = Training(
-        network.model, teacher, data, settings,
-        folder=tmp_path / "student", identity="test", seed=0, observer=Silent(), validate=lambda model: {},
-    )  # fmt: skip
+    teacher = FixedTargets() if feedback is None else Calibrator(10, CalibratorSettings(lr=1e-3), feedback)
+    training = Training(network.model, teacher, batches, settings, Journal(tmp_path / "student", "test"))
     training.run()
     images, truth = digits("test")
     logits = predict_logits(training.average.module, images, HALF, HALF, batch=500, device=CPU)
     return evaluate_logits(logits, truth).top1
-
-
-class Silent:
-    """An observer that says nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None: ...
-
-    def stop_requested(self) -> bool:
-        return False
 
 
 def test_feedback_alone_undoes_a_swap_and_its_controls_do_not(tmp_path) -> None:

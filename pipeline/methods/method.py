@@ -66,6 +66,34 @@ class Lesson:
     labelled: Rows
     pool: Rows | None = None
 
+    @property
+    def kinds(self) -> tuple[Rows, ...]:
+        """The labelled rows, and the pool's where there are any."""
+        return (self.labelled,) if self.pool is None else (self.labelled, self.pool)
+
+    def images(self) -> "Tensor":
+        """All images, labelled ones first, (N, 3, S, S)."""
+        import torch
+
+        return self.labelled.images if self.pool is None else torch.cat([rows.images for rows in self.kinds])
+
+    def rows(self) -> "tuple[Tensor, Tensor]":
+        """(targets (N, C), weights (N,)) with which the mean over the N rows is the lesson's loss."""
+        import torch
+
+        n = sum(len(rows.targets) for rows in self.kinds)
+        weights = [
+            (torch.ones(len(rows.targets), device=rows.targets.device) if rows.weight is None else rows.weight)
+            * (n / len(rows.targets))
+            for rows in self.kinds
+        ]
+        return torch.cat([rows.targets for rows in self.kinds]), torch.cat(weights)
+
+    def loss(self, log_p: "Tensor") -> "Tensor":
+        """Mean of weighted cross-entropy over the labelled rows plus the same over the pool's, nats, (); of (N, C)."""
+        targets, weight = self.rows()
+        return -(weight.to(log_p.dtype) * (targets.to(log_p.dtype) * log_p).sum(dim=1)).mean()
+
 
 class Method(BaseModel):
     """Settings of one method, and how it makes a lesson. A subclass is a module of this package.

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorExc
 from pipeline.config import ModelSettings, OptimizerSettings
 from pipeline.distributed.blocks import blocks_of, checkpoint_block
 from pipeline.errors import FeedbackError, RecipeError
-from pipeline.feedback import Replay, Tensors, forward_mode, labelled_loss_gradient, log_probabilities
+from pipeline.gradient.derivative import forward_mode
+from pipeline.gradient.labelled_loss import labelled_loss_gradient
+from pipeline.gradient.replay import Replay, Tensors, log_probabilities
 from pipeline.models import resolve
 from pipeline.plan.live import LiveBytes, Pass, PlanError, follow
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.data.decode import decode
 from pipeline.errors import DataError, UsageError
+from pipeline.models import Network
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HASH_BYTES = 16  # of BLAKE2b, of an image's pixels
@@ -102,6 +103,13 @@ class Scorer:
     device: str = "cpu"
     precision: str = "float32"
     threads: int | None = None
+
+    @classmethod
+    def of(cls, network: Network, **options: Any) -> "Scorer":
+        """Of a saved or built network, in evaluation mode; `options` are further fields."""
+        network.model.eval()
+        size, names = network.image_size, tuple(network.class_names)
+        return cls(network.model, names, size, network.mean, network.std, **options)
 
     @property
     def lanes(self) -> int:

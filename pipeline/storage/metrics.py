@@ -7,29 +7,11 @@ from types import TracebackType
 
 from pipeline.storage.files import write_text
 
-COLUMNS = (
-    "step",
-    "learning_rate",
-    "loss",
-    "gradient_norm",
-    "feedback_loss",
-    "feedback_norm",
-    "supervised_loss",
-    "labels_changed",
-    "h",
-    "teacher_loss",
-    "teacher_pool_share",
-    "train_top1",
-    "teacher_train_top1",
-    "teacher_validation_top1",
-    "validation_top1",
-    "validation_nll",
-    "images_per_second",
-)
-
 
 class MetricsLog:
     """Appends rows by step; rows after `step`, left by a run that was killed, are dropped first.
+
+    Columns are what the rows hold, in the order in which they first occur; a name that is new widens the table.
 
     Args:
         folder: gets metrics.csv and tensorboard/.
@@ -40,22 +22,31 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where it is used
 
         self.path = folder / "metrics.csv"
-        rows = [row for row in read_metrics(self.path) if int(row["step"]) <= step]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
-        self._file = self.path.open("a", encoding="utf-8", newline="")
-        self._csv = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+        self.columns = column_names(self.path) if step else ["step"]
+        self._rewrite([row for row in read_metrics(self.path) if int(row["step"]) <= step])
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row; a column without a value stays empty."""
-        self._csv.writerow({"step": step} | {name: f"{value:.6g}" for name, value in values.items()})
+        new = [name for name in values if name not in self.columns]
+        if new:
+            self._file.close()
+            self.columns += new
+            self._rewrite(read_metrics(self.path))
+        self._csv.writerow({name: f"{value:.6g}" for name, value in values.items()} | {"step": step})
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        """The table of these rows, whole or not at all; then open it to append."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+        self._file = self.path.open("a", encoding="utf-8", newline="")
+        self._csv = csv.DictWriter(self._file, self.columns, lineterminator="\n")
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -65,6 +56,14 @@ class MetricsLog:
     ) -> None:
         self._file.close()
         self._board.close()
+
+
+def column_names(path: Path) -> list[str]:
+    """The header of a metrics.csv; `step` alone where there is none."""
+    if not path.exists():
+        return ["step"]
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), ["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

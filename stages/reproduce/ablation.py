@@ -13,12 +13,12 @@ from pipeline.report.experiments.calibrated import draw_calibrated, mean_changes
 from pipeline.report.experiments.curves import Curve, draw_curves, read_curve
 from pipeline.report.experiments.statistics import paired_difference
 from pipeline.report.experiments.with_mpl import BLUE, ORANGE
+from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.commands import SEEDS_CHANGE, comparison_basis, seed_run, seeds_text, upstream
 from stages.reproduce.parts import Part, Records, finetuned, results, run_parts, trained
 from stages.reproduce.table1 import METHODS, changes
-from stages.train_mpl import settings_of
 
 SEEDS = 10
 LOOKS = 20  # at the accuracies, in a training
@@ -65,7 +65,7 @@ def plan(context: Context, seeds: range, jobs: int | None, stem: str, feedback: 
 
 def full_variants(context: Context, feedback: str) -> dict[str, tuple[str, ...]]:
     """Name of a student → changes of the recipe; full MPL, and its method and Supervised alone."""
-    settings = settings_of(context)
+    settings = mpl_settings(context.recipe)
     looks = f"train_mpl.evaluate_every={max(1, settings.steps // LOOKS)}"
     with_feedback = ("train_mpl.alone=false", f"train_mpl.feedback={feedback}", looks)
     found = {
@@ -80,7 +80,7 @@ def full_variants(context: Context, feedback: str) -> dict[str, tuple[str, ...]]
 
 def reduced_variants(context: Context) -> dict[str, tuple[str, ...]]:
     """The same for Reduced MPL, and NoisyStudent on its data."""
-    from pipeline.student_data import mixture
+    from pipeline.batches import mixture
 
     own = mixture(context.recipe.train_reduced, "calibrator")
     adapts = ("train_reduced.teacher=calibrator",)
@@ -160,12 +160,12 @@ def reduced_group(found: dict[str, list[Records]]) -> Group:
 
 def method_alone(context: Context) -> str:
     """The teacher's method by itself, for people."""
-    return f"{METHODS[settings_of(context).method.name]}, {ALONE}"
+    return f"{METHODS[mpl_settings(context.recipe).method.name]}, {ALONE}"
 
 
 def training_section(context: Context, runs: list[Path], stem: str) -> tuple[str, dict[str, list[Curve]]]:
     """Figure 9: Markdown, and the curves by panel."""
-    supervised = settings_of(context).method.name == "supervised"
+    supervised = mpl_settings(context.recipe).method.name == "supervised"
 
     def curves(kind: str) -> list[Curve]:
         def of(name: str, column: str, text: str, colour: str, style: str = "-") -> Curve:
@@ -215,7 +215,7 @@ def _curves(curves: list[Curve]) -> list[dict[str, Any]]:
 
 def _notes(context: Context, found: dict[str, list[Records]], reduced: bool) -> list[str]:
     """What was done, in sentences."""
-    settings, of = settings_of(context), context.recipe.train_reduced
+    settings, of = mpl_settings(context.recipe), context.recipe.train_reduced
     everyone = [r for name, records in found.items() if name != "teacher" for r in results(records)]
     seconds = sum(r["seconds"] for r in everyone)
     notes = [

@@ -199,7 +199,7 @@ def seed_run(context: Context, seed: int) -> Path:
 
 def table2_methods(context: Context) -> dict[str, tuple[str, ...]]:
     """Changes of the recipe that make each method; the second NoisyStudent only where the data differ."""
-    from pipeline.student_data import mixture
+    from pipeline.batches import mixture
 
     settings = context.recipe.train_reduced
     methods: dict[str, tuple[str, ...]] = {SUPERVISED: ("train_reduced.teacher=none",)}

@@ -12,11 +12,11 @@ from pipeline.data.manifest import load_manifest
 from pipeline.errors import UsageError
 from pipeline.methods import parse_method
 from pipeline.report.experiments.with_mpl import Row, WithMpl
+from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.commands import SEEDS_CHANGE, comparison_basis, seed_run, seeds_text, upstream
 from stages.reproduce.parts import Part, Records, finetuned, results, run_parts, trained
-from stages.train_mpl import settings_of
 
 NOISY = "noisystudent"
 METHODS = {  # name: for people
@@ -40,7 +40,7 @@ def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
         UsageError: the recipe has no feedback.
         RecipeError: it has no train_mpl section.
     """
-    settings = settings_of(context)
+    settings = mpl_settings(context.recipe)
     if settings.feedback == "none":
         raise UsageError("table1 compares methods with feedback: set train_mpl.feedback to soft or hard")
     outputs = [context.run / f"table1.{suffix}" for suffix in ("md", "csv", "json", "png")]
@@ -90,7 +90,7 @@ def _alone(name: str, alone: bool) -> tuple[str, ...]:
 
 def changes(context: Context, name: str) -> tuple[str, ...]:
     """Changes of the recipe that make a method: its settings, and the same network, steps and batch for all."""
-    settings = settings_of(context)
+    settings = mpl_settings(context.recipe)
     if name == NOISY:
         model = json.dumps(settings.model.model_dump(mode="json"))
         return (
@@ -107,7 +107,7 @@ def changes(context: Context, name: str) -> tuple[str, ...]:
 
 def method_settings(context: Context, name: str) -> dict[str, Any]:
     """The recipe's settings of a method: train_mpl.method, reproduce.methods, else the method's defaults."""
-    known = [settings_of(context).method, *context.recipe.reproduce.methods]
+    known = [mpl_settings(context.recipe).method, *context.recipe.reproduce.methods]
     method = next((method for method in known if method.name == name), None) or parse_method(name)
     return method.model_dump(mode="json")
 
@@ -128,7 +128,7 @@ def table_of(context: Context, seeds: range, rows: list[Row], teachers: list[Rec
     """The table with its sentences."""
     from stages.learning import manifest_of
 
-    recipe, settings = context.recipe, settings_of(context)
+    recipe, settings = context.recipe, mpl_settings(context.recipe)
     command = f"mpl reproduce table1 --recipe {recipe.name} {seeds_text(seeds)}"
     if context.data is not None:
         command += " --data DATA"

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from pipeline.batches import Labelled, TargetBatch, ViewBatch
 from pipeline.config import CalibratorSettings, FeedbackSettings, MplFeedbackSettings, ScheduleSettings
 from pipeline.distributed.layouts import Layout, bare, lay_out
+from pipeline.distributed.placement import Placement
 from pipeline.distributed.ranks import Ranks
 from pipeline.methods import Views, parse_method
+from pipeline.optim import learning_rate
 from pipeline.student import Student, StudentStep
-from pipeline.teacher_network import TeacherNetwork
-from pipeline.teachers import Batch, Calibrator, Labelled
+from pipeline.teacher_network import TeacherNetwork, TeacherRule
+from pipeline.teachers import Calibrator
 from pipeline.training import train_step
 from tests.problems import optimizer_of
 
@@ -123,15 +126,14 @@ class Reduced:
         torch.manual_seed(4)
         settings = CalibratorSettings(lr=1e-2, supervised_weight=0.5, hidden=16)
         options = FeedbackSettings(engine=case.engine)
-        self.calibrator = Calibrator(CLASSES, settings, options, torch.device("cpu"), ranks)
+        self.calibrator = Calibrator(CLASSES, settings, options, Placement(ranks=ranks))
         self.network = self.calibrator.network.double()
 
     def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, w: Any) -> Any:
-        batch = Batch(x, q, torch.ones(len(q), dtype=torch.bool))
-        targets = self.calibrator(batch)
-        taken = student.learn(x, targets.detach(), w, probe=(xl, yl))
+        proposal = self.calibrator.propose(TargetBatch(x, q, torch.ones(len(q), dtype=torch.bool)))
+        taken = student.learn(x, proposal.targets.detach(), w, probe=(xl, yl))
         own = 0.9 * F.one_hot(yl, CLASSES).double() + 0.02
-        metrics = self.calibrator.adapt(taken, targets, batch, Labelled(xl, yl, own))
+        metrics = self.calibrator.adapt(proposal, taken, Labelled(xl, yl, own))
         return losses(taken) | {"R": metrics["feedback_loss"]}
 
 
@@ -143,16 +145,20 @@ class Full:
         self.ranks, self.at = ranks, 0
         self.network = lay_out(NETWORKS[case.network]().double().train(), case.layout, ranks)
         assert case.method != "reduced"
-        self.teacher = TeacherNetwork(
-            self.network, optimizer_of("adamw", bare(self.network), 1e-2), parse_method("uda"), case.method,
+        rule = TeacherRule(
+            parse_method("uda"),
+            case.method,
             MplFeedbackSettings(scale="per_image", engine=case.engine, baseline=case.baseline),
-            schedule=ScheduleSettings(), base_lr=0.05, steps=STEPS, seed=0,
-            clip_norm=0.1 if case.clip else None, ranks=ranks, micro_batches=case.micro_batches,
-        )  # fmt: skip
+            learning_rate=lambda step: learning_rate(ScheduleSettings(), 0.05, step, STEPS),
+            clip_norm=0.1 if case.clip else None,
+        )
+        placement = Placement(ranks=ranks, micro_batches=case.micro_batches)
+        optimizer = optimizer_of("adamw", bare(self.network), 1e-2)
+        self.teacher = TeacherNetwork(self.network, optimizer, rule, placement)
 
     def step(self, student: Student, x: Tensor, q: Tensor, xl: Tensor, yl: Tensor, w: Any) -> Any:
         views = Views(self.at, xl, F.one_hot(yl, CLASSES).double(), None, torch.zeros(len(xl)), x, x.flip(3))
-        batch = Batch(x, torch.empty(len(x), 0), torch.ones(len(x), dtype=torch.bool), w, views)
+        batch = ViewBatch(x, views, weight=w)
         metrics = train_step(student, self.teacher, batch, Labelled(xl, yl), self.teacher.wish(self.at))
         self.at += 1
         return metrics | {name: self.ranks.mean(metrics[name]) for name in ("teacher_loss", "teacher_pool_share")}

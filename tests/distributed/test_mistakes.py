@@ -1,5 +1,6 @@
 """Each way to get the gradients of several processes wrong must be noticed by the comparison with one process."""
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import feedback, student, teacher_network
-from pipeline.distributed import sharded as shards
+from pipeline import teacher_network
+from pipeline.distributed import sharded
 from pipeline.distributed.layouts import Layout
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.distributed.sharded import reshard
 from pipeline.distributed.sync_batch_norm import SumOverRanks
-from pipeline.student import Student, StudentStep
+from pipeline.gradient import derivative, labelled_loss, replay, update_rules
+from pipeline.gradient.labelled_loss import LabelledLoss
+from pipeline.student import Feedback, Student, StudentStep
 from pipeline.teacher_network import TeacherNetwork
 from tests.distributed.checks import Case, train
 from tests.distributed.test_layouts import difference
@@ -33,16 +36,21 @@ def nothing(patch: Patch) -> None:
 
 
 def divided_by_the_local_batch(patch: Patch) -> None:
-    original = StudentStep.target_gradient
-    patch.setattr(StudentStep, "target_gradient", lambda s, *a, **k: original(s, *a, **k) * s.student.ranks.world)
+    original = StudentStep.feedback
+
+    def feedback(self, *arguments, **options):
+        gradient, labelled_loss = original(self, *arguments, **options)
+        return Feedback(gradient * self.student.ranks.world, labelled_loss)
+
+    patch.setattr(StudentStep, "feedback", feedback)
 
 
 def own_gradient_of_the_labelled_loss(patch: Patch) -> None:
-    alone(patch, StudentStep, "_labelled_loss_gradient")
+    alone(patch, LabelledLoss, "gradient")
 
 
 def own_labelled_losses(patch: Patch) -> None:
-    alone(patch, Student, "_labelled_loss")
+    alone(patch, LabelledLoss, "value")
 
 
 def own_loss(patch: Patch) -> None:
@@ -50,15 +58,15 @@ def own_loss(patch: Patch) -> None:
 
 
 def norm_of_the_own_shard(patch: Patch) -> None:
-    patch.setattr(shards, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
+    patch.setattr(sharded, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
 
 
 def clipping_term_of_the_own_shard(patch: Patch) -> None:
-    patch.setattr(student, "sum_over_shards", lambda module, value: value)
+    patch.setattr(update_rules, "sum_over_shards", lambda module, value: value)
 
 
 def step_of_the_own_shard(patch: Patch) -> None:
-    patch.setattr(feedback, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
+    patch.setattr(derivative, "norm_over_shards", lambda module, tensors: torch.nn.utils.get_total_norm(list(tensors)))
 
 
 def what_was_gathered_is_kept(patch: Patch) -> None:
@@ -68,7 +76,8 @@ def what_was_gathered_is_kept(patch: Patch) -> None:
         if torch.is_grad_enabled():
             reshard(module)
 
-    patch.setattr(feedback, "reshard", only_once)
+    patch.setattr(replay, "reshard", only_once)
+    patch.setattr(labelled_loss, "reshard", only_once)
 
 
 def own_tangents_of_statistics(patch: Patch) -> None:
@@ -108,12 +117,9 @@ def alone(patch: Patch, owner: type, method: str) -> None:
 
     @functools.wraps(original)
     def run(self, *arguments):
-        learner = self if owner is Student else self.student
-        ranks, learner.ranks = learner.ranks, ALONE
-        try:
-            return original(self, *arguments)
-        finally:
-            learner.ranks = ranks
+        lonely = copy.copy(self)
+        object.__setattr__(lonely, "ranks", ALONE)
+        return original(lonely, *arguments)
 
     patch.setattr(owner, method, run)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pipeline.lessons import require_batch
 from torch import nn
 
 from pipeline.distributed import launch, ranks
@@ -14,7 +15,6 @@ from pipeline.distributed.layouts import Layout, lay_out, mesh_of, prepare
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.errors import DataError, FeedbackError, NonFiniteError, RanksError, RunError, UsageError
 from pipeline.evaluate import predict_logits
-from pipeline.lessons import require_batch
 from pipeline.student import Student
 from tests.distributed.checks import Case, train
 from tests.distributed.worlds import CPU, in_ranks, results

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline.batches import Labelled, TargetBatch
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import CalibratorSettings, FeedbackSettings
 from pipeline.distributed.launch import joined
 from pipeline.distributed.layouts import Layout, bare, lay_out, lay_out_average
+from pipeline.distributed.placement import Placement
 from pipeline.distributed.ranks import Ranks
 from pipeline.optim import average_with_warmup
 from pipeline.student import Student
-from pipeline.teachers import Batch, Calibrator, Labelled
+from pipeline.teachers import Calibrator
+from pipeline.training import train_step
 from tests.distributed.checks import CLASSES, NETWORKS, whole
 from tests.problems import optimizer_of
 
@@ -39,7 +42,7 @@ class Training:
         self.ranks, self.student, self.average = ranks, Student(model, optimizer, clip_norm=0.1, ranks=ranks), average
         engine = "exact" if layout.kind == "replicated" or ranks.world == 1 else "central"
         settings = CalibratorSettings(lr=1e-2, hidden=16)
-        self.calibrator = Calibrator(CLASSES, settings, FeedbackSettings(engine=engine), torch.device("cpu"), ranks)
+        self.calibrator = Calibrator(CLASSES, settings, FeedbackSettings(engine=engine), Placement(ranks=ranks))
         self.calibrator.network.double()
         self.checkpoints = Checkpoints(folder, identity, ranks)
         self.networks = {
@@ -72,11 +75,9 @@ class Training:
         labels = torch.randint(CLASSES, (BATCH,), generator=draws)
         n = self.ranks.share(BATCH, "batch")
         rows = slice(self.ranks.rank * n, (self.ranks.rank + 1) * n)
-        batch = Batch(images[rows], q[rows], torch.ones(n, dtype=torch.bool))
-        targets = self.calibrator(batch)
-        step = self.student.learn(batch.images, targets.detach())
+        batch = TargetBatch(images[rows], q[rows], torch.ones(n, dtype=torch.bool))
         own = F.one_hot(labels[rows], CLASSES).double()
-        self.calibrator.adapt(step, targets, batch, Labelled(labelled[rows], labels[rows], own))
+        train_step(self.student, self.calibrator, batch, Labelled(labelled[rows], labels[rows], own), "gradient")
         self.average.update_parameters(bare(self.student.model))
         self.at += 1
 

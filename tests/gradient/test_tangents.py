@@ -156,5 +156,5 @@ def test_the_rules_act_in_the_student_and_change_nothing(network: str, used: set
     step = problem.learn()
     fused = step.target_gradient(problem.labelled, problem.labels)
     assert used <= called
-    monkeypatch.setattr("pipeline.feedback.FusedTangents", nullcontext)
+    monkeypatch.setattr("pipeline.gradient.derivative.FusedTangents", nullcontext)
     assert relative_error(fused, step.target_gradient(problem.labelled, problem.labels)) < 1e-12

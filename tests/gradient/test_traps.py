@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from timm.optim import RMSpropTF
 from torch import nn
 
-from pipeline import feedback, optim, student
+from pipeline import student
 from pipeline.errors import FeedbackError
+from pipeline.gradient import derivative, labelled_loss, replay, update_rules
+from pipeline.gradient.replay import Replay
+from pipeline.gradient.update_rules import Update
 from pipeline.student import Student, StudentStep
 from tests.problems import Problem, make_problem, relative_error
 
@@ -57,11 +60,11 @@ def test_nothing_is_broken_without_a_mistake() -> None:
 
 
 def other_masks(patch: Patch) -> None:
-    patch.setattr(feedback, "replayed_random_numbers", lambda rng, device: nullcontext())
+    patch.setattr(replay, "replayed_random_numbers", lambda rng, device: nullcontext())
 
 
 def without_guard(patch: Patch) -> None:
-    patch.setattr(feedback, "check_replay", lambda *_: None)
+    patch.setattr(derivative, "check_replay", lambda *_: None)
 
 
 def other_masks_unguarded(patch: Patch) -> None:
@@ -72,11 +75,11 @@ def other_masks_unguarded(patch: Patch) -> None:
             yield
 
     without_guard(patch)
-    patch.setattr(feedback, "replayed_random_numbers", reseeded)
+    patch.setattr(replay, "replayed_random_numbers", reseeded)
 
 
-def changed_record(patch: Patch, change: Callable[[feedback.Replay], feedback.Replay]) -> None:
-    original = feedback.record
+def changed_record(patch: Patch, change: Callable[[Replay], Replay]) -> None:
+    original = replay.record
     patch.setattr(student, "record", lambda *a: change(original(*a)))
 
 
@@ -94,10 +97,10 @@ def replay_at_the_new_weights(patch: Patch) -> None:
 
 
 def labelled_gradient_at_the_old_weights(patch: Patch) -> None:
-    kept: list[feedback.Replay] = []
-    original = feedback.labelled_loss_gradient
+    kept: list[Replay] = []
+    original = labelled_loss.labelled_loss_gradient
 
-    def keep(r: feedback.Replay) -> feedback.Replay:
+    def keep(r: Replay) -> Replay:
         kept.append(r)
         return r
 
@@ -113,11 +116,11 @@ def labelled_gradient_at_the_old_weights(patch: Patch) -> None:
         return result
 
     changed_record(patch, keep)
-    patch.setattr(student, "labelled_loss_gradient", at_old)
+    patch.setattr(labelled_loss, "labelled_loss_gradient", at_old)
 
 
 def sgd_derivative_on_rmsprop(patch: Patch) -> None:
-    patch.setitem(optim.DERIVATIVES, RMSpropTF, lambda group, state, g: -group["lr"])
+    patch.setitem(update_rules.DERIVATIVES, RMSpropTF, lambda group, state, g: -group["lr"])
 
 
 def denominator_taken_as_constant(patch: Patch) -> None:
@@ -125,52 +128,52 @@ def denominator_taken_as_constant(patch: Patch) -> None:
         square = group["alpha"] * state["square_avg"] + (1 - group["alpha"]) * g**2
         return -group["lr"] / (square + group["eps"]).sqrt()
 
-    patch.setitem(optim.DERIVATIVES, RMSpropTF, constant)
+    patch.setitem(update_rules.DERIVATIVES, RMSpropTF, constant)
 
 
 def last_layer_only(patch: Patch) -> None:
-    original = StudentStep._through_the_update
+    original = Update.pull_back
     patch.setattr(
-        StudentStep,
-        "_through_the_update",
+        Update,
+        "pull_back",
         lambda self, g: {n: v for n, v in original(self, g).items() if "classifier" in n},
     )
 
 
 def clipping_term_ignored(patch: Patch) -> None:
-    patch.setattr(
-        StudentStep, "_through_the_update", lambda self, g: {n: g[n] * d for n, d in self._derivative.items()}
-    )
+    patch.setattr(Update, "pull_back", lambda self, g: {n: g[n] * d for n, d in self.derivative.items()})
 
 
 def labelled_loss_with_dropout(patch: Patch) -> None:
-    patch.setattr(feedback, "labelled_loss_modes", lambda module: {n: m.training for n, m in module.named_modules()})
+    patch.setattr(
+        labelled_loss, "labelled_loss_modes", lambda module: {n: m.training for n, m in module.named_modules()}
+    )
 
 
 def labelled_loss_in_eval_mode(patch: Patch) -> None:
-    patch.setattr(feedback, "labelled_loss_modes", lambda module: {n: False for n, m in module.named_modules()})
+    patch.setattr(labelled_loss, "labelled_loss_modes", lambda module: {n: False for n, m in module.named_modules()})
 
 
 def labelled_loss_by_the_model_itself(patch: Patch) -> None:
     def directly(module, images, labels, autocast):
-        with feedback.training_modes(module, feedback.labelled_loss_modes(module)):
+        with replay.training_modes(module, labelled_loss.labelled_loss_modes(module)):
             loss = F.cross_entropy(module(images), labels)
         named = dict(module.named_parameters())
         return loss.detach(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
-    patch.setattr(student, "labelled_loss_gradient", directly)
+    patch.setattr(labelled_loss, "labelled_loss_gradient", directly)
 
 
 def labelled_loss_by_backward(patch: Patch) -> None:
     def backward(module, images, labels, autocast):
         buffers = {n: b.clone() for n, b in module.named_buffers()}
-        with feedback.training_modes(module, feedback.labelled_loss_modes(module)):
+        with replay.training_modes(module, labelled_loss.labelled_loss_modes(module)):
             loss = F.cross_entropy(torch.func.functional_call(module, buffers, (images,)), labels)
         module.zero_grad()
         loss.backward()
         return loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters()}
 
-    patch.setattr(student, "labelled_loss_gradient", backward)
+    patch.setattr(labelled_loss, "labelled_loss_gradient", backward)
 
 
 def replay_updates_running_statistics(patch: Patch) -> None:
@@ -219,9 +222,9 @@ def test_every_mistake_is_noticed(mutant: Callable[[Patch], None], monkeypatch: 
 @pytest.mark.parametrize("mutant", [batch_norm_in_eval_mode, replay_at_the_new_weights])
 def test_the_guard_sees_wrong_modes_and_weights(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     problem = the_problem()
-    guard = feedback.check_replay
+    guard = derivative.check_replay
     mutant(monkeypatch)
-    monkeypatch.setattr(feedback, "check_replay", guard)
+    monkeypatch.setattr(derivative, "check_replay", guard)
     assert str(broken(problem)).startswith(GUARD)
 
 
@@ -240,12 +243,11 @@ def test_the_labelled_loss_is_free_of_dropout() -> None:
     """R of one step, asked for twice under other seeds, is one number."""
     problem = the_problem()
     step = problem.learn()
-    found = []
+    losses = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        step.target_gradient(problem.labelled, problem.labels)
-        found.append(float(step.labelled_loss))
-    assert found[0] == found[1]
+        losses.append(float(step.feedback(problem.labelled, problem.labels).labelled_loss))
+    assert losses[0] == losses[1]
 
 
 def test_clearing_the_gradients_before_asking_does_no_harm() -> None:

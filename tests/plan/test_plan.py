@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from pipeline.feedback import forward_mode, labelled_loss_gradient, log_probabilities, record
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import DistributedSettings, ModelSettings, OptimizerSettings, load_recipe
 from pipeline.errors import RecipeError, UsageError
-from pipeline.feedback import forward_mode, labelled_loss_gradient, log_probabilities, record
 from pipeline.models import resolve
 from pipeline.optim import build_optimizer
 from pipeline.plan.choose import plan, predict

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import trainings
+from pipeline.data.sets import LabelledSet, with_wrong_labels
 from pipeline.errors import RunError
 from pipeline.models import load_network
 from pipeline.storage.metrics import read_metrics
@@ -173,15 +175,14 @@ def test_a_recipe_without_the_section_is_explained(mpl, recipe, tmp_path) -> Non
 
 
 def test_label_noise_moves_that_share_of_each_class_to_the_next(mpl, mpl_recipe, tmp_path) -> None:
-    from pipeline.lessons import wrong_labels
-
     labels = torch.arange(10).repeat(5)
-    noisy = wrong_labels(labels, 0.4, 10, seed=3)
+    labelled = LabelledSet(torch.zeros(50, 3, 1, 1), labels, 10)
+    noisy = with_wrong_labels(labelled, 0.4, seed=3).labels
     changed = noisy != labels
     assert [int(changed[labels == c].sum()) for c in range(10)] == [2] * 10
     assert torch.equal(noisy[changed], (labels[changed] + 1) % 10)
-    assert torch.equal(noisy, wrong_labels(labels, 0.4, 10, seed=3))
-    assert not torch.equal(noisy, wrong_labels(labels, 0.4, 10, seed=4))
+    assert torch.equal(noisy, with_wrong_labels(labelled, 0.4, seed=3).labels)
+    assert not torch.equal(noisy, with_wrong_labels(labelled, 0.4, seed=4).labels)
     copy = Path(shutil.copy(mpl_recipe, tmp_path / "noisy.yaml"))
     tops = []
     for noise in (0, 0.8):
@@ -193,11 +194,9 @@ def test_label_noise_moves_that_share_of_each_class_to_the_next(mpl, mpl_recipe,
 
 def test_a_teacher_that_cannot_be_saved_costs_no_training(mpl, mpl_recipe, tmp_path, monkeypatch) -> None:
     """Checkpoints are kept until everything is written and recorded."""
-    from pipeline.distributed import layouts as layout
-
     command = ["train-mpl", "--run", tmp_path / "run", "--recipe", mpl_recipe]
     with monkeypatch.context() as broken:
-        broken.setattr(layout, "full_state", Mock(side_effect=RunError("No space left on device")))
+        broken.setattr(trainings, "full_state", Mock(side_effect=RunError("No space left on device")))
         failed = mpl(*command)
     assert failed.status == 1
     assert "No space left" in failed.err

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from upath import UPath
 
+from pipeline.batches import Batches, ImageSets, Mixture
 from pipeline.config import ModelSettings, OptimizerSettings, TrainSettings
+from pipeline.data.sets import LabelledSet, PoolSet
 from pipeline.data.stream import StreamOrder, file_order
 from pipeline.errors import DataError, TargetsError
 from pipeline.models import build_network
 from pipeline.seeds import permutation
 from pipeline.storage.tables import fixed_binary
-from pipeline.student_data import LabelledSet, Mixture, PoolSet, StudentData
 from pipeline.targets import (
     TargetsStore,
     labelled_schema,
@@ -32,7 +33,7 @@ from pipeline.targets import (
 from pipeline.targets import shards as shards_module
 from pipeline.targets.stream import StreamedPool
 from pipeline.teachers import FixedTargets
-from pipeline.training import Interrupted, Training
+from pipeline.training import Interrupted, Journal, Training
 
 SIZE = 4
 FORMATS = ("parquet", "webdataset")
@@ -311,18 +312,13 @@ class Observer:
 def train(folder, store, observer):
     """Six steps of a small student on pool and labelled images; its weights."""
     options = TrainSettings(steps=6, batch=8, optimizer=OptimizerSettings(lr=0.05), ema_decay=0.5)
-    labelled = LabelledSet(torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    labelled = LabelledSet(torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]), 2)
     with StreamedPool(store, SIZE, workers=1) as pool:
-        data = StudentData(
-            labelled, pool, Mixture(2, 6, true_labels=True), options,
-            classes=2, mean=HALF, std=HALF, seed=1, device=CPU,
-        )  # fmt: skip
+        batches = Batches(ImageSets(labelled, pool, HALF, HALF), Mixture(2, 6), seed=1)
         torch.manual_seed(0)
         network = build_network(ModelSettings(name="wrn_10_1"), ["a", "b"], SIZE, HALF, HALF)
-        training = Training(
-            network.model, FixedTargets(), data, options,
-            folder=folder, identity="test", seed=0, observer=observer, validate=lambda model: {},
-        )  # fmt: skip
+        journal = Journal(folder, "test", observer)
+        training = Training(network.model, FixedTargets(), batches, options, journal)
         training.run()
     return training.averaged_state()
 
@@ -342,7 +338,7 @@ def test_in_memory_and_streamed_pools_answer_alike(store):
     """The other implementation of the protocol: same uses, slices too, in an order of its own."""
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(data)))) for data in store.images()])
     whole = PoolSet(
-        pixels.permute(0, 3, 1, 2), torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats())
+        pixels.permute(0, 3, 1, 2), torch.from_numpy(store.repeats()), torch.from_numpy(store.distributions())
     )
     length = int(store.uses().sum())
     with StreamedPool(store, SIZE, workers=0) as streamed:

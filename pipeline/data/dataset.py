@@ -1,0 +1,68 @@
+"""The data set of a recipe: its splits, opened, and decoded to the recipe's size."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import DataSettings
+from pipeline.data.decode import default_workers
+from pipeline.data.decoded import Images, load_images
+from pipeline.data.manifest import Manifest, SplitName, load_manifest
+from pipeline.data.readers.shard import Sample
+from pipeline.data.sources import Split, open_split
+from pipeline.distributed.launch import processes_here
+from pipeline.storage.files import Location, fingerprint
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images of a recipe.
+
+    Attributes:
+        settings: which, and how large.
+        folder: the data folder, or None for what is embedded.
+        scratch: gets what does not fit into `settings.memory_gib`, decoded.
+        note: told what could not be used.
+    """
+
+    settings: DataSettings
+    folder: Location | None
+    scratch: Path
+    note: Callable[[str], None] = lambda text: None
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the data set consists of."""
+        return load_manifest(self.settings.manifest, self.folder)
+
+    def split(self, name: SplitName) -> Split:
+        """A split; the labelled one cut as the recipe says."""
+        first = self.settings.labelled if name == "labelled" else None
+        return open_split(self.manifest, name, self.folder, first=first)
+
+    def images(self, split: Split, size: int | None = None) -> Images:
+        """Decode a split; what did not decode is told."""
+        images = self.decoded(split.read(), split.name, split.fingerprint(), size)
+        if images.skipped:
+            first = images.skipped[0]
+            self.note(
+                f"{split.name}: {len(images.skipped)} of {split.count()} images cannot be used "
+                f"(first: {first.shard} row {first.row}, {first.key}: {first.status}, {first.detail})"
+            )
+        return images
+
+    def decoded(
+        self, samples: Iterable[tuple[str, Sample]], name: str, identity: str, size: int | None = None
+    ) -> Images:
+        """Decode to the recipe's size, or another; beyond `memory_gib` into a file that all processes share.
+
+        `identity` changes when the samples do.
+        """
+        size = size or self.settings.image_size
+        return load_images(
+            samples,
+            size,
+            place=self.scratch / f"{name}-{fingerprint([identity, size])[:16]}",
+            memory_limit=int(self.settings.memory_gib * 2**30) // processes_here(),
+            workers=default_workers(size),
+        )
