@@ -15,7 +15,7 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.config import ModelSettings, OptimizerSettings, TrainSettings
-from pipeline.data.stream import StreamOrder, file_order
+from pipeline.data.order import StreamOrder, file_order
 from pipeline.errors import DataError, TargetsError
 from pipeline.models import build_network
 from pipeline.seeds import permutation

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from pipeline.data.get.download import Patience, discard, download
 from pipeline.data.manifest import Archive, FileSpec, Manifest, suggestion
 from pipeline.data.readers.tar import open_tar
@@ -49,7 +51,7 @@ class _Download:
 
     @property
     def checksum(self) -> str | None:
-        """`<algorithm>:<hexadecimal>`, as pooch has it."""
+        """`<algorithm>:<hexadecimal>`."""
         for kind in ("sha256", "md5"):
             if value := getattr(self.source, kind):
                 return f"{kind}:{value}"
@@ -169,10 +171,9 @@ def _get(job: _Download, patience: Patience | None, tell: Callable[[int, int | N
 
 
 def _hash(path: Path, checksum: str) -> str:
-    import pooch  # type: ignore[import-untyped]
-
-    kind = checksum.partition(":")[0]
-    return f"{kind}:{pooch.file_hash(str(path), alg=kind)}"
+    algorithm = checksum.partition(":")[0]
+    with path.open("rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def _place(part: Path, target: Path) -> Path:
@@ -267,8 +268,6 @@ def _telling(progress: Progress, name: str) -> Callable[[int, int | None], None]
 @contextmanager
 def _alone(data: Path) -> Iterator[None]:
     """One fetch at a time into a folder: two would write the same parts."""
-    from filelock import FileLock, Timeout
-
     try:
         (data / WORK).mkdir(parents=True, exist_ok=True)
         with FileLock(data / WORK / "lock", timeout=0):
