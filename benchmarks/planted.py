@@ -28,7 +28,7 @@ PLANTED = "pool-planted"
 
 
 def rows(data: Path, copies: int) -> Iterator[Row]:
-    """Copies of each kind as PNG files; their keys tell kind and original."""
+    """Copies of each kind as PNG files; their keys state kind and original."""
     test = open_split(load_manifest("cifar10", data), "test", data)
     originals = [(sample.row, decode(sample.data, 32)[0]) for _, sample in islice(test.read(), copies)]
     for kind, make in KINDS.items():

@@ -2,7 +2,7 @@
 
 Each as fast as it could be made without leaving the library. A rival over a stream takes chunks of (row ids (n,),
 scores (n, C)); one in memory takes what `prepare` makes of all rows, in its own format and outside the clock. All
-give row ids per class, best first where they can tell.
+give row ids per class, best first where they can order them.
 """
 
 import heapq

@@ -53,7 +53,7 @@ USUAL, USUAL_FORMAT = "usual loop", "usual loop, channels last"
 
 
 class Contender:
-    """Something that trains, one step after another, and tells where the time went.
+    """Something that trains, one step after another, and records where the time went.
 
     Attributes:
         wall: seconds of each turn.

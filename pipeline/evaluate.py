@@ -81,17 +81,17 @@ def predict_logits(
     training = model.training
     model.eval()
     try:
-        parts = []
+        batches = []
         for chunk in pixels[runs[ranks.rank]].split(batch):
             images = normalize(chunk.to(device).float() / 255, mean, std)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                parts.append(model(images).float().cpu())
-        own = torch.cat(parts)
+                batches.append(model(images).float().cpu())
+        own = torch.cat(batches)
         if ranks.world == 1:
             return own
         whole = own.new_empty(len(pixels), own.shape[1])
-        for rows, found in zip(runs, ranks.gathered(own), strict=True):
-            whole[rows] = found
+        for rows, logits in zip(runs, ranks.gathered(own), strict=True):
+            whole[rows] = logits
         return whole
     finally:
         model.train(training)

@@ -206,7 +206,7 @@ def _refuse_empty(splits: dict[SplitName, list[Accepted]], settings: ImportSetti
     for split, share in shares.items():
         if share and not splits[split]:
             raise DataError(
-                f"the {split} split would be empty: no class has the three images that it takes. "
+                f"the {split} split would be empty: no class has three images or more. "
                 f"Add images, or set --{split} to 0"
             )
 
