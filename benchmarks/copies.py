@@ -49,15 +49,15 @@ def split(data: Path, name: str, count: int | None = None) -> Pixels:
 
 def similarities(index: CopyIndex, images: Pixels) -> Found:
     """Best similarity and match of each image."""
-    found = [index.find(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-    return np.concatenate([f.similarity for f in found]), np.concatenate([f.index for f in found])
+    matches = [index.find(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    return np.concatenate([match.similarity for match in matches]), np.concatenate([match.index for match in matches])
 
 
 def copies(originals: Pixels, kind: Kind) -> Pixels:
     """A copy of each image, as the decode stage sees it."""
     made = []
-    for at, pixels in enumerate(originals):
-        picture = kind(Image.fromarray(pixels), np.random.default_rng(at))
+    for seed, pixels in enumerate(originals):
+        picture = kind(Image.fromarray(pixels), np.random.default_rng(seed))
         file = io.BytesIO()
         picture.convert("RGB").save(file, "PNG")  # the kind itself went through a format
         made.append(decode(file.getvalue(), SIZE)[0])
@@ -122,11 +122,11 @@ def sheet(
     order = order[(similarity[order] < 0.95) & (similarity[order] >= 0.6)][:144]
     picture = Image.new("RGB", (12 * 112, 12 * 70), "white")
     draw = ImageDraw.Draw(picture)
-    for place, at in enumerate(order):
+    for place, image in enumerate(order):
         x, y = place % 12 * 112, place // 12 * 70
-        for which, pixels in enumerate((images[at], originals[match[at]])):
+        for which, pixels in enumerate((images[image], originals[match[image]])):
             picture.paste(Image.fromarray(pixels).resize((54, 54), Image.Resampling.NEAREST), (x + 55 * which, y + 12))
-        draw.text((x, y), f"{similarity[at]:.3f}", "black")
+        draw.text((x, y), f"{similarity[image]:.3f}", "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
 
@@ -143,10 +143,10 @@ def draw(curves: dict[str, NDArray[np.float32]], groups: Iterable[str]) -> None:
     chosen = default_threshold(SIZE)
     removed = np.array([100 * np.mean(curves["pool"] >= t) for t in steps])
     for group in groups:
-        found = np.array([100 * np.mean(curves[group] >= t) for t in steps])
-        (line,) = axes.plot(np.maximum(removed, 3e-3), found, label=group)
-        at = int(np.argmin(np.abs(steps - chosen)))
-        axes.plot(max(removed[at], 3e-3), found[at], "o", color=line.get_color())
+        shares = np.array([100 * np.mean(curves[group] >= t) for t in steps])
+        (line,) = axes.plot(np.maximum(removed, 3e-3), shares, label=group)
+        chosen_step = int(np.argmin(np.abs(steps - chosen)))
+        axes.plot(max(removed[chosen_step], 3e-3), shares[chosen_step], "o", color=line.get_color())
     axes.axvline(0.3, color="grey", lw=0.8, ls=":")
     axes.axhline(98, color="grey", lw=0.8, ls=":")
     axes.set(xscale="log", xlim=(3e-3, 10), ylim=(85, 100.3), xlabel="honest pool images removed, %")

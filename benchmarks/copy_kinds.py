@@ -20,7 +20,7 @@ BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
 
 def saved(image: Picture, kind: str = "JPEG", **options: object) -> Picture:
-    """Through a file format and back; JPEG of quality 85 unless told."""
+    """Through a file format and back; JPEG of quality 85 unless given another."""
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 85} | options if kind == "JPEG" else options))
     again = Image.open(file)

@@ -104,12 +104,12 @@ def contenders(side: int, folder: Path) -> dict[str, Callable[[], Iterator[Tenso
     store = stores["parquet"]
     decoded = load_images(store.samples(), side).images
     pool = PoolSet(decoded, torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats()))
-    found: dict[str, Callable[[], Iterator[Tensor]]] = {"in memory, random access": partial(from_memory, pool, batch)}
+    readers: dict[str, Callable[[], Iterator[Tensor]]] = {"in memory, random access": partial(from_memory, pool, batch)}
     for workers in WORKERS:
         for format in stores:
-            found[f"streamed {format}, {workers} threads"] = partial(streamed, stores[format], side, batch, workers)
-        found[f"plain webdataset, {workers} processes"] = partial(plain, folder / "webdataset", batch, workers)
-    return found
+            readers[f"streamed {format}, {workers} threads"] = partial(streamed, stores[format], side, batch, workers)
+        readers[f"plain webdataset, {workers} processes"] = partial(plain, folder / "webdataset", batch, workers)
+    return readers
 
 
 def rates_of(epoch: Iterator[Tensor]) -> tuple[float, float]:
@@ -137,11 +137,11 @@ def main() -> None:
     for side in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             made = contenders(side, Path(folder))
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+            measured: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
             for _ in range(arguments.rounds):
                 for name, epoch in made.items():
-                    found[name].append(rates_of(epoch()))
-        for name, values in found.items():
+                    measured[name].append(rates_of(epoch()))
+        for name, values in measured.items():
             rates.setdefault(name, []).extend(f"{statistics.median(v):,.0f}" for v in zip(*values, strict=True))
     units = ("images/s", "images per processor second")
     write_table(

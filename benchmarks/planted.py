@@ -28,7 +28,7 @@ PLANTED = "pool-planted"
 
 
 def rows(data: Path, copies: int) -> Iterator[Row]:
-    """Copies of each kind as PNG files; their keys tell kind and original."""
+    """Copies of each kind as PNG files; their keys state kind and original."""
     test = open_split(load_manifest("cifar10", data), "test", data)
     originals = [(sample.row, decode(sample.data, 32)[0]) for _, sample in islice(test.read(), copies)]
     for kind, make in KINDS.items():
@@ -53,8 +53,8 @@ def count(run: Path) -> None:
     fate: dict[str, list[str]] = defaultdict(list)
     for row in pq.read_table(run / "rejected" / f"part-{PLANTED}.parquet").to_pylist():
         kind, original = row["key"].split("|")
-        own = row["reason"] == "eval_copy" and row["match"].rsplit("/", 1)[1] == original
-        fate[kind].append("own" if own else row["reason"])
+        right = row["reason"] == "eval_copy" and row["match"].rsplit("/", 1)[1] == original
+        fate[kind].append("own" if right else row["reason"])
     chosen = pq.read_table(run / "selection.parquet", columns=["key", "shard", "row"]).to_pylist()
     for key in {row["key"] for row in chosen if row["shard"] == PLANTED}:
         fate[key.split("|")[0]].append("kept")
@@ -66,14 +66,14 @@ def count(run: Path) -> None:
             fate[kind].count("own"),
             fate[kind].count("eval_copy"),
             fate[kind].count("repeat_of"),
-            len([told for told in fate[kind] if told not in ("own", "eval_copy", "repeat_of")]),
+            len([reason for reason in fate[kind] if reason not in ("own", "eval_copy", "repeat_of")]),
         ]
         for kind in KINDS
     ]
     for group, kinds in (("named", NAMED), ("held out", HELD_OUT)):
         lines = [line for line in table if line[0] in kinds]
         table.append(
-            [f"**all {len(kinds)} kinds**", group, *(sum(int(line[at]) for line in lines) for at in range(2, 7))]
+            [f"**all {len(kinds)} kinds**", group, *(sum(int(line[i]) for line in lines) for i in range(2, 7))]
         )
     head = ["kind", "group", "planted", "removed as a copy of their original", "… of another", "repeats", "missed"]
     write_table("planted", head, table, "python -m benchmarks.planted count --run RUN")

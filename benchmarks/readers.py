@@ -95,10 +95,10 @@ def measured(what: str, ours: Read, theirs: Read, images: int, rounds: int) -> l
     assert ours() == theirs(), what
     times = max(1, round(0.3 / seconds(ours, 1)))  # a round of a few milliseconds would measure the machine's mood
     rounds_taken = [(seconds(ours, times), seconds(theirs, times)) for _ in range(rounds)]
-    mine, other = (times * images / statistics.median(column) for column in zip(*rounds_taken, strict=True))
-    ratios = [rival / own for own, rival in rounds_taken]
+    our_rate, rival_rate = (times * images / statistics.median(column) for column in zip(*rounds_taken, strict=True))
+    ratios = [rival / ours for ours, rival in rounds_taken]
     shown = (f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}")
-    return [what, f"{mine:,.0f}", f"{other:,.0f}", *shown]
+    return [what, f"{our_rate:,.0f}", f"{rival_rate:,.0f}", *shown]
 
 
 def seconds(read: Read, times: int) -> float:

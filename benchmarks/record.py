@@ -14,8 +14,8 @@ def write_table(name: str, head: Sequence[str], rows: Sequence[Sequence[object]]
     """Print the table and write results/NAME.md and NAME.json."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
     facts = versions() | {key: str(value) for key, value in machine().items()}
-    told = ", ".join(f"{key} {value}" for key, value in facts.items() if key in ("torch", "timm", "processor", "cores"))
-    text = "\n".join([*lines, "", *([note, ""] if note else []), f"Made by `{command}` ({told}).", ""])
+    made_on = ", ".join(f"{key} {facts[key]}" for key in ("torch", "timm", "processor", "cores"))
+    text = "\n".join([*lines, "", *([note, ""] if note else []), f"Made by `{command}` ({made_on}).", ""])
     sys.stdout.write(text)
     write_text(RESULTS / f"{name}.md", text)
     write_json(

@@ -144,14 +144,14 @@ def interleaved(
     steps: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; a first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
         for name, step in steps.items():
             began = clock()
             step()
             if round_:
-                found[name].append(clock() - began)
-    return found
+                seconds[name].append(clock() - began)
+    return seconds
 
 
 def passes(method: str, uda: int) -> int:
@@ -216,7 +216,7 @@ def main() -> None:
 
 def against(seconds: dict[str, list[float]], method: str) -> str:
     """Median ratio of Reduced MPL's time to a method's in the same round, with least and most."""
-    ratios = [own / other for own, other in zip(seconds["reduced"], seconds[method], strict=True)]
+    ratios = [reduced / other for reduced, other in zip(seconds["reduced"], seconds[method], strict=True)]
     return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f}–{max(ratios):.2f})"
 
 

@@ -2,7 +2,7 @@
 
 Each as fast as it could be made without leaving the library. A rival over a stream takes chunks of (row ids (n,),
 scores (n, C)); one in memory takes what `prepare` makes of all rows, in its own format and outside the clock. All
-give row ids per class, best first where they can tell.
+give row ids per class, best first where they can order them.
 """
 
 import heapq
@@ -32,8 +32,8 @@ def merged_argpartition(chunks: Chunks, k: int, threads: int) -> Rows:
         for c, column in zip(classes, columns, strict=True):
             s, r = np.concatenate([scores[c], column]), np.concatenate([rows[c], ids])
             if s.size > k:
-                at = np.argpartition(s, s.size - k)[s.size - k :]
-                s, r = s[at], r[at]
+                i = np.argpartition(s, s.size - k)[s.size - k :]
+                s, r = s[i], r[i]
             scores[c], rows[c] = s, r
 
     with ThreadPoolExecutor(threads) as pool:
@@ -41,9 +41,9 @@ def merged_argpartition(chunks: Chunks, k: int, threads: int) -> Rows:
             count = chunk.shape[1]
             if not scores:
                 scores, rows = [np.empty(0, np.float32)] * count, [np.empty(0, np.int64)] * count
-            edges = [count * at // threads for at in range(threads + 1)]
-            parts = [range(a, b) for a, b in pairwise(edges)]
-            list(pool.map(take, parts, [ids] * threads, [chunk] * threads))
+            edges = [count * i // threads for i in range(threads + 1)]
+            runs = [range(a, b) for a, b in pairwise(edges)]
+            list(pool.map(take, runs, [ids] * threads, [chunk] * threads))
     return [r[np.lexsort((r, -s))] for s, r in zip(scores, rows, strict=True)]
 
 
@@ -56,10 +56,10 @@ def merged_topk(chunks: Chunks, k: int, threads: int) -> Rows:
         numbers = torch.from_numpy(ids).expand(columns.shape)
         if scores is not None:
             columns, numbers = torch.cat([scores, columns], 1), torch.cat([rows, numbers], 1)
-        scores, at = columns.topk(min(k, columns.shape[1]), 1, sorted=False)
-        rows = numbers.gather(1, at)
-    at = scores.sort(dim=1, descending=True).indices
-    return list(rows.gather(1, at).numpy())
+        scores, places = columns.topk(min(k, columns.shape[1]), 1, sorted=False)
+        rows = numbers.gather(1, places)
+    places = scores.sort(dim=1, descending=True).indices
+    return list(rows.gather(1, places).numpy())
 
 
 def columns_of(scores: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -70,12 +70,12 @@ def columns_of(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 def argpartition(columns: NDArray[np.float32], k: int, threads: int) -> Rows:
     """np.argpartition of every class's column, all in memory, columns spread over threads."""
 
-    def best(column: NDArray[np.float32]) -> NDArray[np.int64]:
-        at = np.argpartition(column, column.size - k)[column.size - k :]
-        return at[np.lexsort((at, -column[at]))]
+    def best_rows(column: NDArray[np.float32]) -> NDArray[np.int64]:
+        places = np.argpartition(column, column.size - k)[column.size - k :]
+        return places[np.lexsort((places, -column[places]))]
 
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(best, columns))
+        return list(pool.map(best_rows, columns))
 
 
 def frame_of(scores: NDArray[np.float32]) -> polars.DataFrame:
@@ -110,8 +110,8 @@ def duckdb_arg_max(connection: duckdb.DuckDBPyConnection, k: int, threads: int) 
     connection.execute(f"SET threads = {threads}")
     count = len(connection.execute("DESCRIBE scores").fetchall()) - 1
     chosen = ", ".join(f"arg_max(row, c{c}, {k})" for c in range(count))
-    found = connection.sql(f"SELECT {chosen} FROM scores").to_arrow_table()
-    return [column.chunk(0).values.to_numpy() for column in found.columns]
+    table = connection.sql(f"SELECT {chosen} FROM scores").to_arrow_table()
+    return [column.chunk(0).values.to_numpy() for column in table.columns]
 
 
 def long_table(scores: NDArray[np.float32]) -> duckdb.DuckDBPyConnection:
@@ -131,21 +131,21 @@ def long_table(scores: NDArray[np.float32]) -> duckdb.DuckDBPyConnection:
 def duckdb_window(connection: duckdb.DuckDBPyConnection, k: int, threads: int) -> Rows:
     """row_number() over a window with QUALIFY: the one query that can state the rule for ties."""
     connection.execute(f"SET threads = {threads}")
-    found = connection.execute(
+    rows = connection.execute(
         'SELECT class, row, row_number() OVER (PARTITION BY class ORDER BY score DESC, "row") AS place '
         f"FROM scores QUALIFY place <= {k} ORDER BY class, place"
     ).fetchnumpy()
-    edges = np.flatnonzero(np.diff(found["class"])) + 1
-    return np.split(found["row"], edges)
+    edges = np.flatnonzero(np.diff(rows["class"])) + 1
+    return np.split(rows["row"], edges)
 
 
 def heaps(columns: NDArray[np.float32], k: int, threads: int) -> Rows:
     """heapq.nlargest of every class."""
-    found = []
+    classes = []
     for column in columns:
-        best = heapq.nlargest(k, zip(column.tolist(), range(0, -column.size, -1), strict=True))
-        found.append(-np.array([row for _, row in best]))
-    return found
+        pairs = heapq.nlargest(k, zip(column.tolist(), range(0, -column.size, -1), strict=True))
+        classes.append(-np.array([row for _, row in pairs]))
+    return classes
 
 
 STREAMED: dict[str, Callable[[Chunks, int, int], Rows]] = {

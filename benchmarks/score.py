@@ -56,21 +56,21 @@ def measure(scorer: Scorer, shard: TarShard, index: CopyIndex, folder: Path, rou
     """One row of the table: medians of ratios over interleaved rounds; a first one warms up."""
     samples, cores = list(shard.read()), len(os.sched_getaffinity(0))
     batches = [
-        torch.from_numpy(decode_batch(samples[at : at + scorer.batch], scorer.size).pixels).permute(0, 3, 1, 2).float()
-        for at in range(0, len(samples), scorer.batch)
+        torch.from_numpy(decode_batch(samples[i : i + scorer.batch], scorer.size).pixels).permute(0, 3, 1, 2).float()
+        for i in range(0, len(samples), scorer.batch)
     ]
-    found: list[dict[str, float]] = []
+    rounds_taken: list[dict[str, float]] = []
     for number in range(rounds + 1):
         torch.set_num_threads(cores)
-        one, each = (seconds(bare(scorer, batches, lanes)) for lanes in (1, cores))
+        on_all_cores, on_each_core = (seconds(bare(scorer, batches, lanes)) for lanes in (1, cores))
         plain = score_shard(shard, scorer, folder / f"plain-{number}", fingerprint="f")
         whole = score_shard(shard, scorer, folder / f"whole-{number}", fingerprint="f", copies=index)
-        times = {"bare": min(one, each), "plain": plain.seconds, "whole": whole.seconds}
-        found.append(times | {"waiting": whole.waiting / whole.seconds})
-    found = found[1:]
+        times = {"bare": min(on_all_cores, on_each_core), "plain": plain.seconds, "whole": whole.seconds}
+        rounds_taken.append(times | {"waiting": whole.waiting / whole.seconds})
+    rounds_taken = rounds_taken[1:]
 
     def median(value: Callable[[dict[str, float]], float]) -> float:
-        return statistics.median(value(times) for times in found)
+        return statistics.median(value(times) for times in rounds_taken)
 
     return [
         f"{len(samples) / median(lambda t: t['bare']):,.0f}",
@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     half, rows = (0.5, 0.5, 0.5), []
     pixels = np.random.default_rng(0).integers(0, 256, (14_000, arguments.size, arguments.size, 3), np.uint8)
-    index = CopyIndex(pixels, [str(at) for at in range(len(pixels))])
+    index = CopyIndex(pixels, [str(i) for i in range(len(pixels))])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shard = TarShard("pool-00000", write_tar(folder / "pool-00000.tar", arguments.images, arguments.size))

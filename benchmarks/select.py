@@ -162,17 +162,17 @@ def read(chunks: Chunks, threads: int) -> float:
     highest = -math.inf
     with ThreadPoolExecutor(threads) as pool:
         for _, scores in chunks:
-            edges = [len(scores) * at // threads for at in range(threads + 1)]
-            parts = [scores[a:b].reshape(-1) for a, b in pairwise(edges)]
-            highest = max(highest, *(map(np.max, parts) if threads == 1 else pool.map(np.max, parts)))
+            edges = [len(scores) * i // threads for i in range(threads + 1)]
+            blocks = [scores[a:b].reshape(-1) for a, b in pairwise(edges)]
+            highest = max(highest, *(map(np.max, blocks) if threads == 1 else pool.map(np.max, blocks)))
     return highest
 
 
-def agreement(found: list[NDArray[np.int64]], truth: Selection) -> str:
+def agreement(result: list[NDArray[np.int64]], truth: Selection) -> str:
     """How far a rival's rows are the selection's; anything but ties is an error."""
-    if all(np.array_equal(a, b) for a, b in zip(found, truth.rows, strict=True)):
+    if all(np.array_equal(a, b) for a, b in zip(result, truth.rows, strict=True)):
         return "same rows and order"
-    for rows, right, scores in zip(found, truth.rows, truth.scores, strict=True):
+    for rows, right, scores in zip(result, truth.rows, truth.scores, strict=True):
         sure = right[scores > scores[-1]]
         if len(rows) != len(right) or not np.isin(sure, rows).all():
             raise AssertionError("a rival keeps other rows")
@@ -187,7 +187,7 @@ class Contest:
         self.between = max(1, (1 << 27) // (case.chunk * case.classes * 4))
         self.blocks = log_odds(case.classes, case.chunk, 4)
         self.best: dict[tuple[str, int, int], float] = {}
-        self.told: dict[str, str] = {}
+        self.agreements: dict[str, str] = {}
         self.truths: dict[int, Selection] = {}
 
     def round(self) -> None:
@@ -226,7 +226,7 @@ class Contest:
                     f"{speed / 1e6:.4g} M",
                     *(["", ""] if name in FIRST else [f"{ratio:.1f}×" for ratio in ours]),
                     f"{speed / rate['reading', count, self.case.rows]:.1%}",
-                    self.told.get(name, ""),
+                    self.agreements.get(name, ""),
                 ]
             )
         return rows_of_table
@@ -238,11 +238,11 @@ class Contest:
         sys.stderr.write(f"C = {self.case.classes}: {name}, {count} threads, {rows:,} rows: {spent:.2f} s\n")
         return rows, result
 
-    def _check(self, name: str, found: tuple[int, list[NDArray[np.int64]]]) -> None:
-        rows, result = found
+    def _check(self, name: str, outcome: tuple[int, list[NDArray[np.int64]]]) -> None:
+        rows, result = outcome
         if rows not in self.truths:
             self.truths[rows] = selected(stream(self.blocks, rows, 0), self.case.k, self.threads)
-        self.told[name] = agreement(result, self.truths[rows])
+        self.agreements[name] = agreement(result, self.truths[rows])
 
 
 def compared(case: Case, threads: int) -> list[list[object]]:
@@ -271,9 +271,9 @@ def in_fresh_process(arguments: list[Any]) -> dict[str, float]:
     """`streamed` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.select", "--stream", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    sys.stderr.write(f"{arguments}: {found}\n")
-    return found
+    figures: dict[str, float] = json.loads(done.stdout)
+    sys.stderr.write(f"{arguments}: {figures}\n")
+    return figures
 
 
 def memory(streams: list[Any], threads: int) -> tuple[list[list[object]], list[str]]:
@@ -283,18 +283,18 @@ def memory(streams: list[Any], threads: int) -> tuple[list[list[object]], list[s
     for classes, k, chunk, sizes, rising in streams:
         times = []
         for rows, rise in [*((size, 0.0) for size in sizes), (rising, RISE)]:
-            found = in_fresh_process([classes, k, chunk, rows, rise, threads])
+            figures = in_fresh_process([classes, k, chunk, rows, rise, threads])
             if not rise:
-                times.append(found["seconds"])
+                times.append(figures["seconds"])
             table.append(
                 [
                     f"C = {classes}, K = {k:,}",
                     "each chunk beats all before" if rise else "random",
                     f"{rows:,}",
-                    f"{found['seconds']:.2f} s",
-                    f"{rows / found['seconds'] / 1e6:.3g} M",
-                    f"{found['peak']:.0f} MiB",
-                    f"{found['imports']:.0f} MiB",
+                    f"{figures['seconds']:.2f} s",
+                    f"{rows / figures['seconds'] / 1e6:.3g} M",
+                    f"{figures['peak']:.0f} MiB",
+                    f"{figures['imports']:.0f} MiB",
                 ]
             )
         slope = np.polyfit(np.log(sizes), np.log(times), 1)[0]

@@ -89,7 +89,7 @@ def synchronise(device: str) -> None:
 
 def timed(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each variant, interleaved; of the slow one the first few rounds."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
         for name, step in steps.items():
             if name == "double" and round_ > SLOW_ROUNDS:
@@ -99,8 +99,8 @@ def timed(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dic
             step()
             synchronise(device)
             if round_:  # the first round warms up
-                found[name].append(time.perf_counter() - began)
-    return found
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def peak_memory(variant: str, case: tuple[str, int], batch: int, device: str, precision: str) -> float:

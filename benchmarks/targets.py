@@ -127,11 +127,11 @@ def nested(kind: str) -> tuple[Callable[[Path, Pool], None], Callable[[Path, Poo
 def write_tar(folder: Path, pool: Pool, *, more: bool = False) -> None:
     """WebDataset: one .npy a row; `more` adds the row's other columns as .json."""
     with wds.TarWriter(str(folder / "rows.tar")) as tar:
-        for at, q in enumerate(pool.q):
-            sample: dict[str, Any] = {"__key__": f"{at:09d}", "npy": q}
+        for i, q in enumerate(pool.q):
+            sample: dict[str, Any] = {"__key__": f"{i:09d}", "npy": q}
             if more:
-                place = {"shard": f"pool-{pool.shard[at]:05d}", "row": int(pool.row[at])}
-                sample["json"] = place | {"classes": [int(pool.best[at])], "repeat": 1}
+                place = {"shard": f"pool-{pool.shard[i]:05d}", "row": int(pool.row[i])}
+                sample["json"] = place | {"classes": [int(pool.best[i])], "repeat": 1}
             tar.write(sample)
 
 
@@ -141,8 +141,8 @@ def read_tar(folder: Path, pool: Pool) -> NDArray[np.float32]:
 
 
 def write_files(folder: Path, pool: Pool) -> None:
-    for at, q in enumerate(pool.q):
-        torch.save(torch.from_numpy(q), folder / f"{at:09d}.pt")
+    for i, q in enumerate(pool.q):
+        torch.save(torch.from_numpy(q), folder / f"{i:09d}.pt")
 
 
 def read_files(folder: Path, pool: Pool) -> NDArray[np.float32]:
@@ -181,11 +181,11 @@ def measure(folder: Path, q: Rows, rounds: int) -> list[list[object]]:
             count = len(pool.q)
             figures[name].append((size / count, count / written, count / took, count / used))
     lines: list[list[object]] = []
-    for name, found in figures.items():
-        size, *rates = (statistics.median(values) for values in zip(*found, strict=True))
+    for name, rounds_taken in figures.items():
+        size, *rates = (statistics.median(values) for values in zip(*rounds_taken, strict=True))
         rows = len(pools[contenders()[name][2]].q)
-        told = ["" if np.isnan(rate) else f"{rate / 1e6:.4f}" for rate in rates]
-        lines.append([q.shape[1], name, f"{rows:,}", f"{size:,.1f}", *told])
+        shown = ["" if np.isnan(rate) else f"{rate / 1e6:.4f}" for rate in rates]
+        lines.append([q.shape[1], name, f"{rows:,}", f"{size:,.1f}", *shown])
     return lines
 
 

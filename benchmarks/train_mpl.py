@@ -54,7 +54,7 @@ USUAL, USUAL_FORMAT = "usual loop", "usual loop, channels last"
 
 
 class Contender:
-    """Something that trains, one step after another, and tells where the time went.
+    """Something that trains, one step after another, and records where the time went.
 
     Attributes:
         wall: seconds of each turn.
@@ -78,16 +78,16 @@ class Contender:
         """Take `steps` steps alone; the first turn, which warms up, does not count."""
         self.signal_workers(signal.SIGCONT)
         synchronise(self.device)
-        self._data, began, at, used = 0.0, time.perf_counter(), self.clock(), self._processor()
+        self._data, began, clock, used = 0.0, time.perf_counter(), self.clock(), self._processor()
         for _ in range(steps):
             self.one_step()
         synchronise(self.device)
-        wall, own, used = time.perf_counter() - began, self.clock() - at, self._processor() - used
+        wall, elapsed, used = time.perf_counter() - began, self.clock() - clock, self._processor() - used
         self.signal_workers(signal.SIGSTOP)
         if counts:
             self.wall.append(wall)
             self.used.append(used)
-            self.network.append(own - self._data)
+            self.network.append(elapsed - self._data)
 
     def clock(self) -> float:
         """Processor seconds of this process; with an accelerator, seconds after it has finished."""
@@ -220,8 +220,8 @@ def decoded(data: str | None) -> tuple[LabelledSet, Tensor]:
     """Labelled images and the pool's pixels, decoded as `mpl train-mpl` does."""
     if data is None:
         files = (("made", Sample(i, str(i), file, i % CLASSES)) for i, file in enumerate(jpegs(LABELLED + POOL, SIDE)))
-        found = load_images(files, SIDE)
-        return LabelledSet(found.images[:LABELLED], found.labels[:LABELLED], CLASSES), found.images[LABELLED:]
+        made = load_images(files, SIDE)
+        return LabelledSet(made.images[:LABELLED], made.labels[:LABELLED], CLASSES), made.images[LABELLED:]
     place = location(data)
     manifest = load_manifest("cifar10", place)
     labelled = load_images(open_split(manifest, "labelled", place, first=LABELLED).read(), SIDE)
@@ -250,23 +250,23 @@ def measured(
     yield from contenders.items()
 
 
-def row(size: int, name: str, one: Contender, ours: Contender, steps: int) -> list[str]:
+def row(size: int, name: str, contender: Contender, ours: Contender, steps: int) -> list[str]:
     """A line of the table."""
     images = (1 + RATIO) * size * steps
-    ratios = [theirs / own for theirs, own in zip(one.wall, ours.wall, strict=True)]
-    by_processor = statistics.median(theirs / own for theirs, own in zip(one.used, ours.used, strict=True))
-    whole = one.used if one.device == "cpu" else one.wall
-    data = statistics.median(1 - network / all_ for network, all_ in zip(one.network, whole, strict=True))
+    ratios = [theirs / own for theirs, own in zip(contender.wall, ours.wall, strict=True)]
+    by_processor = statistics.median(theirs / own for theirs, own in zip(contender.used, ours.used, strict=True))
+    whole = contender.used if contender.device == "cpu" else contender.wall
+    data = statistics.median(1 - network / all_ for network, all_ in zip(contender.network, whole, strict=True))
     spread = f"{statistics.median(ratios):.2f}× ({min(ratios):.2f}–{max(ratios):.2f})"
     return [
         f"{size} + {RATIO} × {size}",
         name,
-        f"{images / statistics.median(one.wall):.1f}",
-        f"{images / statistics.median(one.used):.1f}",
-        f"{1000 * statistics.median(one.network) / steps:,.0f} ms",
+        f"{images / statistics.median(contender.wall):.1f}",
+        f"{images / statistics.median(contender.used):.1f}",
+        f"{1000 * statistics.median(contender.network) / steps:,.0f} ms",
         f"{100 * data:.1f}%",
-        "" if one is ours else spread,
-        "" if one is ours else f"{by_processor:.2f}×",
+        "" if contender is ours else spread,
+        "" if contender is ours else f"{by_processor:.2f}×",
     ]
 
 
@@ -290,9 +290,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for size in a.batches:
-            found = dict(measured(labelled, pool, size, a, Path(folder)))
-            rows += [row(size, name, one, found[OURS], a.steps) for name, one in found.items()]
-            del found
+            contenders = dict(measured(labelled, pool, size, a, Path(folder)))
+            rows += [row(size, name, contender, contenders[OURS], a.steps) for name, contender in contenders.items()]
+            del contenders
     columns = [
         "batch",
         "",

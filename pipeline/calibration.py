@@ -18,7 +18,7 @@ from pipeline.storage.files import read_json, write_json
 
 FILE = "calibration.json"
 SAMPLE = 64  # images
-PARTS = 4
+QUARTERS = 4
 CHANGE = 0.01  # nats of entropy: less counts as none
 
 
@@ -64,7 +64,7 @@ class CalibrationLog:
     ) -> None:
         self.path, self.network, self.teacher, self.steps = path, network, teacher, steps
         self.images, self.class_names = list(images), list(class_names)
-        self.quarters = [round(steps * part / PARTS) for part in range(PARTS + 1)]
+        self.quarters = [round(steps * quarter / QUARTERS) for quarter in range(QUARTERS + 1)]
 
     def __call__(self, step: int) -> None:
         """Note q_Ψ where `step` is a quarter; quarters before it are kept, later ones (of a killed run) dropped."""
@@ -95,16 +95,16 @@ def read_calibration(path: Path) -> Calibration:
     Raises:
         RunError: there is no such file, or it is not one of these.
     """
-    found = read_json(path)
+    content = read_json(path)
     try:
-        if found["format"] != 1:
-            raise RunError(f"{path} has format {found['format']}; this version reads format 1")
+        if content["format"] != 1:
+            raise RunError(f"{path} has format {content['format']}; this version reads format 1")
         return Calibration(
-            found["images"],
-            found["class_names"],
-            [entry["step"] for entry in found["quarters"]],
-            np.array(found["teacher"]),
-            np.array([entry["calibrated"] for entry in found["quarters"]]),
+            content["images"],
+            content["class_names"],
+            [entry["step"] for entry in content["quarters"]],
+            np.array(content["teacher"]),
+            np.array([entry["calibrated"] for entry in content["quarters"]]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is not a calibration file: {error!r}") from error
@@ -126,10 +126,10 @@ def changes(calibration: Calibration) -> dict[str, Any]:
     """
     h = entropy(calibration.calibrated)  # (5, n)
     difference = np.diff(h, axis=0)  # (4, n)
-    other = calibration.calibrated.argmax(-1) != calibration.teacher.argmax(-1)
+    changed = calibration.calibrated.argmax(-1) != calibration.teacher.argmax(-1)
     return {
         "steps": calibration.steps,
-        "argmax_changed": other.mean(1).tolist(),
+        "argmax_changed": changed.mean(1).tolist(),
         "teacher_entropy": float(entropy(calibration.teacher).mean()),
         "entropy": h.mean(1).tolist(),
         "entropy_change": difference.mean(1).tolist(),

@@ -8,10 +8,10 @@ from typing import Self
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong and the person can mend it.
+    """Something outside the program is wrong and the person can fix it.
 
     Attributes:
-        shared: whether all processes of a training raise it together, so that one of them may speak for all.
+        shared: whether all processes of a training raise it together, so that one of them prints it for all.
     """
 
     shared = False
@@ -57,7 +57,7 @@ class NonFiniteError(UserError):
 
 
 class FeedbackError(UserError):
-    """The gradient of the labelled loss in the targets cannot be had at this step."""
+    """The gradient of the labelled loss in the targets cannot be computed at this step."""
 
 
 class RanksError(UserError):

@@ -84,12 +84,12 @@ def predict_logits(
     training = model.training
     model.eval()
     try:
-        parts = []
+        batches = []
         for chunk in pixels[runs[ranks.rank]].split(batch):
             images = normalize(chunk.to(device).float() / 255, mean, std)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                parts.append(model(images).float().cpu())
-        own = torch.cat(parts)
+                batches.append(model(images).float().cpu())
+        own = torch.cat(batches)
         if ranks.world == 1:
             return own
         whole = own.new_empty(len(pixels), own.shape[1])

@@ -16,11 +16,12 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def permutation(n: int, seed: int, *purpose: str | int) -> np.ndarray:
-    """A random order of range(n), int64 (n,), a pure function of its arguments.
-
-    `RandomState` is used because NumPy froze its stream (NEP 19); `Generator` may change its own.
-    """
+def random_stream(seed: int, *purpose: str | int) -> np.random.RandomState:
+    """Random numbers for one purpose; `RandomState`, since NumPy froze its stream (NEP 19), not `Generator`'s."""
     derived = derive_seed(seed, *purpose)
-    random = np.random.RandomState([derived & 0xFFFFFFFF, derived >> 32])
-    return random.permutation(n).astype(np.int64, copy=False)
+    return np.random.RandomState([derived & 0xFFFFFFFF, derived >> 32])
+
+
+def permutation(n: int, seed: int, *purpose: str | int) -> np.ndarray:
+    """A random order of range(n), int64 (n,), a pure function of its arguments."""
+    return random_stream(seed, *purpose).permutation(n).astype(np.int64, copy=False)

@@ -1,5 +1,6 @@
 """`mpl`: a lazy group in pipeline order. Showing help imports neither torch nor any stage."""
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -51,8 +52,6 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            import difflib
-
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             ctx.fail(f"no command {args[0]!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         return super().resolve_command(ctx, args)
@@ -70,7 +69,10 @@ def mpl() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted.
+
+    `pipeline` is imported only after the check that it is ours.
+    """
     _refuse_shadowed_package()
     silence_torch()
     try:
@@ -96,14 +98,14 @@ def main() -> None:
         if not isinstance(error, UserError):
             raise
         usage = isinstance(error, UsageError)
-        if not (error.shared and int(os.environ.get("RANK", "0"))):  # the first process says it for all
+        if not (error.shared and int(os.environ.get("RANK", "0"))):  # the first process prints it for all
             _say(f"Error: {error}", resume=not usage)
         status = 2 if usage else 1
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def silence_torch() -> None:
-    """torch's forward-mode rules call its own deprecated torch.jit.script; nobody here can mend that."""
+    """torch's forward-mode rules call its own deprecated torch.jit.script, which nothing here can change."""
     warnings.filterwarnings("ignore", message="`torch.jit.script", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
 
@@ -121,9 +123,9 @@ def _say(text: str, *, resume: bool) -> None:
 
 def _refuse_shadowed_package() -> None:
     """`pipeline` is a common name: make sure that the one Python finds is ours."""
-    found = importlib.util.find_spec("pipeline")
+    spec = importlib.util.find_spec("pipeline")
     ours = Path(__file__).resolve().parent.parent / "pipeline" / "__init__.py"
-    origin = getattr(found, "origin", None)
+    origin = getattr(spec, "origin", None)
     if origin is None or Path(origin).resolve() != ours:
         sys.exit(
             f"mpl: Python finds another package named 'pipeline', {origin}, before ours, {ours}. "

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ class Console:
     Args:
         quiet: only notes.
         prefix: of every line.
-        silent: not even notes; for a process beside others that speaks for none.
+        silent: not even notes; for every process of a training but the first.
     """
 
     def __init__(self, *, quiet: bool = False, prefix: str = "", silent: bool = False) -> None:
@@ -70,8 +71,6 @@ class Console:
     @contextmanager
     def graceful_stop(self) -> Iterator[None]:
         """First Ctrl-C: save and stop at the next step. Second: at once."""
-        import threading
-
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -86,8 +85,8 @@ class Console:
         try:
             yield
         finally:
-            for number, old in before.items():
-                signal.signal(number, old)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _figures(values: dict[str, float]) -> str:

@@ -5,15 +5,18 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from pipeline.data.get.check import SplitReport
-    from pipeline.data.get.importing import Imported
-    from pipeline.data.manifest import Manifest
-    from pipeline.storage.files import Location
+from pipeline.data.get.check import SplitReport, check_split
+from pipeline.data.get.fetch import fetch as fetch_files
+from pipeline.data.get.importing import Imported, ImportSettings, import_images
+from pipeline.data.manifest import Manifest, list_manifests, load_manifest
+from pipeline.data.sources import find_files
+from pipeline.errors import DataError, UsageError
+from pipeline.storage.files import Location, location
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
 
@@ -26,13 +29,11 @@ class DataFolder(click.ParamType):
     def __init__(self, *, exists: bool = True) -> None:
         self.exists = exists
 
-    def convert(self, value: "str | Location", param: click.Parameter | None, ctx: click.Context | None) -> "Location":
+    def convert(self, value: str | Location, param: click.Parameter | None, ctx: click.Context | None) -> Location:
         if not isinstance(value, str):
             return value
         if "://" not in value:
             return click.Path(path_type=Path, exists=self.exists, file_okay=False).convert(value, param, ctx)
-        from pipeline.storage.files import location
-
         return location(value)
 
 
@@ -55,18 +56,16 @@ def group() -> None:
 @group.command("list")
 @data_option
 @json_option
-def list_(data: "Location | None", as_json: bool) -> None:
+def list_(data: Location | None, as_json: bool) -> None:
     """List the data sets whose manifests are known, and whether their files are there."""
-    from pipeline.data.manifest import list_manifests
-
-    found = [(manifest, _missing(manifest, data)) for manifest in list_manifests(data)]
-    for manifest, missing in found:
+    manifests = [(manifest, _missing(manifest, data)) for manifest in list_manifests(data)]
+    for manifest, missing in manifests:
         state = f"needs {missing}" if missing else "ready"
         click.echo(f"{manifest.name:<20} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True)
     if as_json:
         rows = [
             {"name": manifest.name, "title": manifest.title, "classes": manifest.classes, "missing": missing}
-            for manifest, missing in found
+            for manifest, missing in manifests
         ]
         click.echo(json.dumps({"manifests": rows}, ensure_ascii=False))
 
@@ -78,14 +77,11 @@ def list_(data: "Location | None", as_json: bool) -> None:
 @click.option("--all", "everything", is_flag=True, help="Decode every entry.")
 @workers_option
 @json_option
-def check(manifest: str, data: "Location | None", sample: int, everything: bool, workers: int, as_json: bool) -> None:
+def check(manifest: str, data: Location | None, sample: int, everything: bool, workers: int, as_json: bool) -> None:
     """Open each split of MANIFEST (a name or a YAML file), count it and decode a sample.
 
     Exit status 1 if a split cannot be used.
     """
-    from pipeline.data.get.check import check_split
-    from pipeline.data.manifest import load_manifest
-
     described = load_manifest(manifest, data)
     reports = {}
     for split in described.splits:
@@ -110,28 +106,24 @@ def check(manifest: str, data: "Location | None", sample: int, everything: bool,
 )
 @click.option("--only", multiple=True, metavar="FILE", help="An entry of the manifest's `files`; may be repeated.")
 @json_option
-def fetch(manifest: str, data: "Location | None", only: tuple[str, ...], as_json: bool) -> None:
+def fetch(manifest: str, data: Location | None, only: tuple[str, ...], as_json: bool) -> None:
     """Download the files of MANIFEST (a name or a YAML file) into the data folder, and verify them.
 
     What is there and right is left alone; what was interrupted goes on. Exit status 1 if files remain that
-    cannot be downloaded; it is told what to do.
+    cannot be downloaded; for each it says what to do.
     """
-    from pipeline.data.get.fetch import fetch as fetch_files
-    from pipeline.data.manifest import load_manifest
-    from pipeline.errors import UsageError
-
     if not isinstance(data, Path):
         raise UsageError("mpl data fetch needs a folder on disk for what it downloads: use --data DIR or set MPL_DATA")
     described = load_manifest(manifest, data)
-    done = []
+    files = []
     with _Bars() as bars:
         for fetched in fetch_files(described, data, only=only, progress=bars.show):
             bars.close()
             click.echo(f"{fetched.name}: {fetched.state}{': ' if fetched.detail else ''}{fetched.detail}", err=True)
-            done.append(fetched)
-    complete = all(fetched.state != "missing" for fetched in done)
+            files.append(fetched)
+    complete = all(fetched.state != "missing" for fetched in files)
     if as_json:
-        result = {"manifest": described.name, "complete": complete, "files": [asdict(fetched) for fetched in done]}
+        result = {"manifest": described.name, "complete": complete, "files": [asdict(fetched) for fetched in files]}
         click.echo(json.dumps(result, ensure_ascii=False))
     if not complete:
         raise click.exceptions.Exit(1)
@@ -165,8 +157,6 @@ def import_(
     Sub-folders are the classes; what lies in a sub-folder `unlabelled` is the pool. OUT gets Parquet
     files, a manifest.yaml, and left_out.csv with what could not be used and why.
     """
-    from pipeline.data.get.importing import ImportSettings, import_images
-
     settings = ImportSettings(validation, test, seed)
     imported = import_images(source, out, name=name, unlabelled=unlabelled, settings=settings, workers=workers)
     _say_imported(imported, out)
@@ -177,7 +167,7 @@ def import_(
             "classes": imported.manifest.class_names,
             "counts": imported.counts,
             "per_class": imported.per_class,
-            "left_out": [left._asdict() for left in imported.left_out],
+            "left_out": [entry._asdict() for entry in imported.left_out],
         }
         click.echo(json.dumps(result, ensure_ascii=False))
 
@@ -189,8 +179,6 @@ class _Bars:
         self._bar: Any = None
 
     def show(self, name: str, done: int, total: int | None) -> None:
-        from tqdm import tqdm
-
         if self._bar is None:
             self._bar = tqdm(
                 desc=name,
@@ -217,11 +205,8 @@ class _Bars:
         self.close()
 
 
-def _missing(manifest: "Manifest", data: "Location | None") -> str | None:
+def _missing(manifest: Manifest, data: Location | None) -> str | None:
     """The first file of a manifest that is not in the data folder."""
-    from pipeline.data.sources import find_files
-    from pipeline.errors import DataError
-
     for spec in manifest.files.values():
         try:
             find_files(manifest, spec, data)
@@ -230,7 +215,7 @@ def _missing(manifest: "Manifest", data: "Location | None") -> str | None:
     return None
 
 
-def _say_report(split: str, report: "SplitReport") -> None:
+def _say_report(split: str, report: SplitReport) -> None:
     if report.problem is not None:
         click.echo(f"{split}: cannot be used: {report.problem}", err=True)
         return
@@ -252,10 +237,10 @@ def _say_some(what: str, items: list[str]) -> None:
         click.echo(f"  {len(items):,} {what}: {', '.join(items[:SHOWN])}{more}", err=True)
 
 
-def _say_imported(imported: "Imported", out: Path) -> None:
+def _say_imported(imported: Imported, out: Path) -> None:
     for split, count in imported.counts.items():
         click.echo(f"{split}: {count:,} images", err=True)
-    reasons: dict[str, Any] = Counter(left.reason for left in imported.left_out)
+    reasons: dict[str, Any] = Counter(entry.reason for entry in imported.left_out)
     for reason, count in reasons.items():
         click.echo(f"left out, {reason}: {count:,} (see {out / 'left_out.csv'})", err=True)
     if "unlabelled" not in imported.counts:

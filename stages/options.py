@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import Recipe, apply_changes, load_recipe, parse_recipe
 from pipeline.errors import RecipeError, UsageError
 from pipeline.storage.files import Location, location, storage_errors
 from pipeline.storage.runs import Run
@@ -46,7 +46,7 @@ class Context:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks: the only one, or the first of several."""
+        """Whether this process writes files and prints: the only one, or the first of several."""
         return self.ranks is None or self.ranks.first
 
     @property
@@ -110,38 +110,30 @@ class Context:
         return Assembly(self.recipe, self.seed, self.data_set, self.placement, self.console)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The values of the common options; None: as the run knows it, else the default."""
+
+    run: Path = DEFAULT_RUN
+    recipe: str | None = None
+    changes: tuple[str, ...] = ()
+    data: str | Location | None = None
+    store: str | Location | None = None
+    seed: int | None = None
+    device: str = "auto"
+    precision: str = "float32"
+    dry_run: bool = False
+    force: bool = False
+    as_json: bool = False
+
+
 def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the common options to a command; it receives a `Context` first."""
 
     @functools.wraps(function)
-    def command(
-        run: Path,
-        recipe: str | None,
-        changes: tuple[str, ...],
-        data: str | None,
-        store: str | None,
-        seed: int | None,
-        device: str,
-        precision: str,
-        dry_run: bool,
-        force: bool,
-        as_json: bool,
-        **others: Any,
-    ) -> Any:
-        context = make_context(
-            run,
-            recipe,
-            changes,
-            location(data) if data else None,
-            seed,
-            device,
-            precision,
-            store=location(store) if store else None,
-            dry_run=dry_run,
-            force=force,
-            as_json=as_json,
-        )
-        return function(context, **others)
+    def command(**values: Any) -> Any:
+        options = Options(**{field.name: values.pop(field.name) for field in fields(Options)})
+        return function(make_context(options), **values)
 
     for option in reversed(OPTIONS):
         command = option(command)
@@ -172,60 +164,48 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def make_context(
-    run: Path,
-    recipe: str | None,
-    changes: tuple[str, ...] = (),
-    data: Location | None = None,
-    seed: int | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-    *,
-    store: Location | None = None,
-    dry_run: bool = False,
-    force: bool = False,
-    as_json: bool = False,
-    console: Console | None = None,
-    parsed: Recipe | None = None,
-) -> Context:
+def make_context(options: Options, *, console: Console | None = None, parsed: Recipe | None = None) -> Context:
     """Resolve options against what the run already knows: its recipe, seed and data folder.
 
-    `parsed` is a recipe that is resolved already, and goes before all.
+    `parsed` is a recipe that is resolved already, and takes precedence.
     """
-    here = Run(run)
-    known = here.description
+    directory = Run(options.run)
+    description = directory.description
     if parsed is not None:
-        resolved = parsed
-    elif recipe is None and known is not None:
-        resolved = changed(known["recipe"], changes, str(here / "run.json"))
+        recipe = parsed
+    elif options.recipe is None and description is not None:
+        recipe = changed(description["recipe"], options.changes, str(directory / "run.json"))
     else:
-        resolved = load_recipe(recipe or DEFAULT_RECIPE, changes)
+        recipe = load_recipe(options.recipe or DEFAULT_RECIPE, options.changes)
+    known = description or {}
+    data = location(options.data) if options.data else None
+    store = location(options.store) if options.store else None
     if data is not None:
         with storage_errors_as_usage("--data", data):
             if not data.is_dir():
                 raise UsageError(f"--data {data} is not a directory")
-    if data is None and known is not None and known["data"] is not None:
+    elif known.get("data") is not None:
         data = location(known["data"])
-    if store is None and known is not None and known.get("store") is not None:
+    if store is None and known.get("store") is not None:
         store = location(known["store"])
     return Context(
-        run=here,
-        recipe=resolved,
-        seed=seed if seed is not None else (known["seed"] if known is not None else 0),
+        run=directory,
+        recipe=recipe,
+        seed=known.get("seed", 0) if options.seed is None else options.seed,
         data=data.resolve() if data is not None else None,
-        store=store.resolve() if store is not None else here.root,
-        device_name=device,
-        precision=precision,
+        store=store.resolve() if store is not None else directory.root,
+        device_name=options.device,
+        precision=options.precision,
         console=console or Console(),
-        force=force,
-        dry_run=dry_run,
-        as_json=as_json,
+        force=options.force,
+        dry_run=options.dry_run,
+        as_json=options.as_json,
     )
 
 
 @contextmanager
 def storage_errors_as_usage(option: str, place: Location) -> Iterator[None]:
-    """What object storage says when it is asked the first time: wrong credentials, no such bucket, no network."""
+    """Errors of object storage at the first request: wrong credentials, no such bucket, no network."""
     try:
         with storage_errors():
             yield
@@ -235,15 +215,11 @@ def storage_errors_as_usage(option: str, place: Location) -> Iterator[None]:
 
 def changed(tree: dict[str, Any], changes: tuple[str, ...], origin: str) -> Recipe:
     """A kept recipe with `a.b=value` changes applied."""
-    from pipeline.config import apply_changes, parse_recipe
-
     return parse_recipe(apply_changes(tree, changes), origin)
 
 
 def with_changes(context: Context, **changes: Any) -> Context:
     """The context with settings of its recipe replaced, `filter__k=5` for filter.k; None leaves one alone."""
-    from dataclasses import replace
-
     texts = tuple(f"{key.replace('__', '.')}={value}" for key, value in changes.items() if value is not None)
     if not texts:
         return context

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stages.console import Console
-from stages.options import DEFAULT_RUN
 
 if TYPE_CHECKING:
     import torch
@@ -157,9 +156,9 @@ def _cluster(
 
 def _device(name: str) -> "torch.device":
     """As `Context.device`, which needs a run."""
-    from stages.options import make_context
+    from stages.options import Options, make_context
 
-    return make_context(DEFAULT_RUN, "digits", device=name).device
+    return make_context(Options(recipe="digits", device=name)).device
 
 
 def _first(*values: float | None) -> float:

@@ -1,15 +1,27 @@
 """`mpl predict`: a network + any images → a table of key and distribution."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
+from pipeline.data.decode import default_workers
+from pipeline.data.decoded import load_images
+from pipeline.data.manifest import FileSpec, ImageSpec, Manifest, SplitSpec
+from pipeline.data.readers.folder import FolderShard
+from pipeline.data.readers.shard import Shard
+from pipeline.data.sources import open_split
 from pipeline.errors import DataError, UsageError
+from pipeline.evaluate import predict_logits
+from pipeline.models import load_network, to_device
+from pipeline.storage.files import whole_file
+from stages.evaluate import last_student
 from stages.options import Context, stage_options
-
-if TYPE_CHECKING:
-    from pipeline.data.readers.shard import Shard
 
 SUFFIXES = {".csv", ".parquet"}
 
@@ -26,8 +38,6 @@ def command(context: Context, inputs: tuple[Path, ...], network: Path | None, ou
 
     Writes one row per image: key, status, the predicted class and the probability of every class.
     """
-    import json
-
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--output {output}: expected a name that ends in .csv or .parquet")
     shards = [shard for path in inputs for shard in shards_of(path)]
@@ -42,18 +52,13 @@ def command(context: Context, inputs: tuple[Path, ...], network: Path | None, ou
         click.echo(json.dumps(result))
 
 
-def shards_of(path: Path) -> "tuple[Shard, ...]":
+def shards_of(path: Path) -> tuple[Shard, ...]:
     """Any images as shards: one file, a folder, a tar or a Parquet file."""
-    from pipeline.data.manifest import FileSpec, ImageSpec, Manifest, SplitSpec
-    from pipeline.data.sources import open_split
-
     if not path.exists():
         raise DataError(f"{path} does not exist")
     suffix = path.suffix.lower()
     reader = "folder" if path.is_dir() else {".tar": "webdataset", ".parquet": "parquet"}.get(suffix)
     if reader is None:
-        from pipeline.data.readers.folder import FolderShard
-
         return (FolderShard(path.stem, path.parent, (path.name,), (), with_labels=False),)
     path = path.resolve()
     manifest = Manifest.model_validate(
@@ -68,19 +73,8 @@ def shards_of(path: Path) -> "tuple[Shard, ...]":
     return open_split(manifest, "unlabelled", path.parent).shards
 
 
-def work(context: Context, shards: "list[Shard]", network: Path | None, output: Path) -> dict[str, Any]:
+def work(context: Context, shards: Sequence[Shard], network: Path | None, output: Path) -> dict[str, Any]:
     """Classify and write the table."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
-
-    from pipeline.data.decode import default_workers
-    from pipeline.data.decoded import load_images
-    from pipeline.evaluate import predict_logits
-    from pipeline.models import load_network, to_device
-    from pipeline.storage.files import whole_file
-    from stages.evaluate import last_student
-
     folder = network if network is not None else last_student(context)
     loaded = to_device(load_network(folder), context.device)
     samples = ((shard.name, sample) for shard in shards for sample in shard.read())

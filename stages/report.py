@@ -3,13 +3,18 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from pipeline.data.readers.shard import Shard
-    from stages.options import Context
+from pipeline.data.manifest import SPLITS, load_manifest
+from pipeline.data.readers.shard import Shard
+from pipeline.data.sources import open_split
+from pipeline.errors import DataError, RunError
+from pipeline.report.page.render import gather, write_page
+from pipeline.storage.runs import Run
+from stages.options import Context, Options, make_context
+from stages.status import stage_names, stage_status
 
 
 @click.command()
@@ -27,20 +32,12 @@ def command(run: Path, data: str | None, images: int | None, shards: int, output
 
     Reads: the run, and the pool for pictures. Writes: report.html.
     """
-    from pipeline.errors import RunError
-    from pipeline.report.page.render import gather, write_page
-    from pipeline.storage.files import location
-    from pipeline.storage.runs import Run
-    from stages.options import make_context
-    from stages.status import stage_names, stage_status
-
     if Run(run).description is None:
         raise RunError(f"there is no run at {run}; begin one with: mpl pretrain --run {run}")
-    context = make_context(run, None, data=location(data) if data else None)
-    here = context.run
-    rows = [stage_status(here, name) for name in stage_names(here)]
-    report = gather(here, context.store, rows, splits_of(context), images=images, most_shards=shards)
-    path = output or here / "report.html"
+    context = make_context(Options(run, data=data))
+    rows = [stage_status(context.run, name) for name in stage_names(context.run)]
+    report = gather(context.run, context.store, rows, splits_of(context), images=images, most_shards=shards)
+    path = output or context.run / "report.html"
     result: dict[str, Any] = {
         "output": str(path),
         "bytes": write_page(report, path),
@@ -55,14 +52,10 @@ def command(run: Path, data: str | None, images: int | None, shards: int, output
     context.console.note(f"{path}: {result['bytes'] / 2**20:.1f} MiB, {result['pictures']:,} pictures")
 
 
-def splits_of(context: "Context") -> "Callable[[str], Mapping[str, Shard]]":
+def splits_of(context: Context) -> Callable[[str], Mapping[str, Shard]]:
     """Opens a split of the run's data set: its shards by name."""
-    from pipeline.data.manifest import SPLITS, load_manifest
-    from pipeline.data.sources import open_split
 
-    def shards(name: str) -> "Mapping[str, Shard]":
-        from pipeline.errors import DataError
-
+    def shards(name: str) -> Mapping[str, Shard]:
         split = next((known for known in SPLITS if known == name), None)
         if split is None:
             raise DataError(f"there is no {name!r} split")

@@ -6,6 +6,11 @@ from typing import Any
 
 import click
 
+from pipeline.errors import RunError
+from pipeline.storage.files import location, names_in, read_json
+from pipeline.storage.metrics import read_metrics
+from pipeline.storage.runs import RECORD_FILE, STARTED_FILE, Run
+
 ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "finetune", "evaluate")
 
 
@@ -15,43 +20,33 @@ ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "fine
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(run: Path, as_json: bool) -> None:
     """Show which stages of a run are done, begun or to come, and their main figures."""
-    from pipeline.errors import RunError
-    from pipeline.storage.runs import Run
-
-    here = Run(run)
-    known = here.description
-    if known is None:
+    directory = Run(run)
+    description = directory.description
+    if description is None:
         raise RunError(f"there is no run at {run}; begin one with: mpl pretrain --run {run}")
-    rows = [stage_status(here, name) for name in stage_names(here)]
+    rows = [stage_status(directory, name) for name in stage_names(directory)]
+    recipe, seed = description["recipe"]["name"], description["seed"]
     if as_json:
-        click.echo(
-            json.dumps({"run": str(run), "recipe": known["recipe"]["name"], "seed": known["seed"], "stages": rows})
-        )
+        click.echo(json.dumps({"run": str(run), "recipe": recipe, "seed": seed, "stages": rows}))
         return
-    click.echo(f"{run}: recipe {known['recipe']['name']}, seed {known['seed']}, begun {known['created']}")
+    click.echo(f"{run}: recipe {recipe}, seed {seed}, begun {description['created']}")
     for row in rows:
         click.echo(f"  {row['stage']:<24} {row['state']:<12} {row['detail']}")
 
 
-def stage_names(run: Any) -> list[str]:
+def stage_names(run: Run) -> list[str]:
     """The stages in pipeline order, then the named variants that are there.
 
     Of the two ways to train a student, Reduced MPL's is shown unless full MPL's alone was begun.
     """
-    from pipeline.storage.runs import RECORD_FILE, STARTED_FILE
-
-    found = {p.parent.name for name in (RECORD_FILE, STARTED_FILE) for p in run.root.glob(f"*/{name}")}
-    full = "train-mpl" in found and "train-reduced" not in found
+    begun = {path.parent.name for name in (RECORD_FILE, STARTED_FILE) for path in run.root.glob(f"*/{name}")}
+    full = "train-mpl" in begun and "train-reduced" not in begun
     other = {"filter", "precompute", "train-reduced"} if full else {"train-mpl"}
-    return [*(name for name in ORDER if name in found or name not in other), *sorted(found - set(ORDER))]
+    return [*(name for name in ORDER if name in begun or name not in other), *sorted(begun - set(ORDER))]
 
 
-def stage_status(run: Any, stage: str) -> dict[str, Any]:
-    """State of one stage, and what it left or where it is."""
-    from pipeline.storage.files import location, names_in, read_json
-    from pipeline.storage.metrics import read_metrics
-    from pipeline.storage.runs import STARTED_FILE
-
+def stage_status(run: Run, stage: str) -> dict[str, Any]:
+    """State of one stage, with its main figures or how far it is."""
     record = run.record(stage)
     if record is not None:
         result = record["result"]
@@ -69,7 +64,7 @@ def stage_status(run: Any, stage: str) -> dict[str, Any]:
     rows = read_metrics(run.root / metrics_folder(stage) / "metrics.csv")
     detail = f"begun {read_json(started)['started']}" + (f", at step {rows[-1]['step']}" if rows else "")
     if stage == "filter":
-        store = location(run.description.get("store") or run.root)
+        store = location((run.description or {}).get("store") or run.root)
         detail += f", {sum(name.startswith('part-') for name in names_in(store / 'scores')):,} shards scored"
     return {"stage": stage, "state": "unfinished", "detail": detail}
 

@@ -26,7 +26,7 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 class Status(StrEnum):
-    """What became of an entry's bytes."""
+    """What happened to an entry's bytes."""
 
     ok = "ok"
     empty = "empty"
@@ -52,7 +52,7 @@ def default_workers(size: int) -> int:
 def decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
     """Decode one image; nothing that `data` holds makes it raise.
 
-    The first frame is turned upright as its EXIF says, laid on white where it is transparent,
+    The first frame is turned upright as its EXIF says, drawn on white where it is transparent,
     converted to 8-bit RGB, its shorter side brought to `size` (antialiased bicubic) and its centre cut
     out. An image of size × size keeps its pixels.
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import filelock
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def load_images(
         samples: as `Split.read()` gives them.
         size: side in pixels.
         place: a name, without an ending, for the files that hold the set once it exceeds `memory_limit` bytes; to
-            be used for these samples in this size alone. One process writes them, and all that ask for the same
+            be used for these samples in this size alone. One process writes them, and all that name the same
             place map them, also at a later start. None keeps the set in memory.
         memory_limit: bytes.
         workers: threads that decode (Pillow releases the interpreter's lock); 0 = in this one.
@@ -66,17 +68,17 @@ def load_images(
     """
     if place is not None and (mapped := _mapped(place, size)):
         return mapped
-    found = _Found(size)
+    decoding = _Decoding(size)
     stream = decode_stream(samples, size, workers, data_of=lambda entry: entry[1].data)
     for entry in stream:
-        found.add(*entry)
-        if place is not None and found.nbytes > memory_limit:
-            return _through_a_file(place, found, stream)
-    return found.images(found.tensor())
+        decoding.add(*entry)
+        if place is not None and decoding.nbytes > memory_limit:
+            return _through_a_file(place, decoding, stream)
+    return decoding.images(decoding.tensor())
 
 
-class _Found:
-    """What came of the entries so far, and the pixels that are not yet elsewhere."""
+class _Decoding:
+    """A set on its way: what happened to each entry so far, and the pixels that are not yet elsewhere."""
 
     def __init__(self, size: int) -> None:
         self.size, self.nbytes = size, 0
@@ -106,24 +108,21 @@ class _Found:
             DataError: there are none.
         """
         ok, columns = str(Status.ok), self.columns
-        good = [i for i, status in enumerate(columns["status"]) if status == ok]
+        places = [i for i, status in enumerate(columns["status"]) if status == ok]
         skipped = [
             Skipped(shard, row, key, Status(status), detail)
             for shard, row, key, _, status, detail in zip(*columns.values(), strict=True)
             if status != ok
         ]
-        if not good:
+        if not places:
             first = f"; the first: {skipped[0].key}: {skipped[0].detail}" if skipped else ""
             raise DataError(f"no image could be decoded, of {len(skipped)} entries{first}")
-        shards, rows, keys, labels = ([columns[name][i] for i in good] for name in ("shard", "row", "key", "label"))
+        shards, rows, keys, labels = ([columns[name][i] for i in places] for name in ("shard", "row", "key", "label"))
         return Images(pixels, torch.tensor(labels), keys, shards, np.array(rows, dtype=np.int64), skipped)
 
 
-def _through_a_file(place: Path, found: _Found, rest: Iterator[Decoded]) -> Images:
-    """Write what was found and the rest to `place`, unless another process has done so meanwhile."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _through_a_file(place: Path, decoding: _Decoding, rest: Iterator[Decoded]) -> Images:
+    """Write what is decoded and the rest to `place`, unless another process has done so meanwhile."""
     folder = place.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,20 +131,20 @@ def _through_a_file(place: Path, found: _Found, rest: Iterator[Decoded]) -> Imag
     except OSError as error:
         raise RunError(f"decoded images cannot be kept in {folder}: {error.strerror or error}") from error
     try:
-        if mapped := _mapped(place, found.size):
+        if mapped := _mapped(place, decoding.size):
             return mapped
         remove_leftovers(folder)
         with whole_file(_beside(place, PIXELS)) as temporary, temporary.open("wb") as file:
             while True:
-                for image in found.pixels:
+                for image in decoding.pixels:
                     file.write(image.data)
-                found.pixels.clear()
+                decoding.pixels.clear()
                 if (entry := next(rest, None)) is None:
                     break
-                found.add(*entry)
+                decoding.add(*entry)
         with whole_file(_beside(place, INDEX)) as temporary:  # last: what has an index is complete
-            pq.write_table(pa.table(found.columns), temporary)
-        mapped = _mapped(place, found.size)
+            pq.write_table(pa.table(decoding.columns), temporary)
+        mapped = _mapped(place, decoding.size)
     finally:
         lock.release()
     if mapped is None:
@@ -155,15 +154,13 @@ def _through_a_file(place: Path, found: _Found, rest: Iterator[Decoded]) -> Imag
 
 def _mapped(place: Path, size: int) -> Images | None:
     """The set that lies complete at `place`, or None."""
-    found, pixels, index = _Found(size), _beside(place, PIXELS), _beside(place, INDEX)
+    decoding, pixels, index = _Decoding(size), _beside(place, PIXELS), _beside(place, INDEX)
     if not index.exists():
         return None
-    import pyarrow.parquet as pq
-
     try:
         table = pq.read_table(index)
-        found.columns = {name: table[name].to_pylist() for name in found.columns}
-        shape = (found.columns["status"].count(str(Status.ok)), 3, size, size)
+        decoding.columns = {name: table[name].to_pylist() for name in decoding.columns}
+        shape = (decoding.columns["status"].count(str(Status.ok)), 3, size, size)
         if pixels.stat().st_size != math.prod(shape):
             return None
     except (OSError, ValueError, KeyError):  # absent, or damaged
@@ -175,7 +172,7 @@ def _mapped(place: Path, size: int) -> Images | None:
         raise RunError(f"{pixels} cannot be mapped into memory: {error.strerror or error}") from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return found.images(torch.from_numpy(array))
+        return decoding.images(torch.from_numpy(array))
 
 
 def _beside(place: Path, ending: str) -> Path:

@@ -18,7 +18,7 @@ SPLITS: tuple[SplitName, ...] = ("labelled", "validation", "unlabelled", "test")
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -27,7 +27,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Url = Annotated[str, Field(pattern="^https?://")]
 
 
-class Archive(_Part):
+class Archive(_Section):
     """A download that holds several files; it is unpacked into the data folder and not kept."""
 
     url: Url
@@ -36,7 +36,7 @@ class Archive(_Part):
     md5: Md5 | None = None
 
 
-class FileSpec(_Part):
+class FileSpec(_Section):
     """One file, or the files that a glob matches, and the reader that understands them."""
 
     path: str | None = None
@@ -77,7 +77,7 @@ class FileSpec(_Part):
         return self
 
 
-class SplitSpec(_Part):
+class SplitSpec(_Section):
     """A run of rows of one entry of `files`: first the drops, then the first or the last so many."""
 
     source: str = Field(alias="from")
@@ -108,7 +108,7 @@ class SplitSpec(_Part):
         return range(start, stop)
 
 
-class ImageSpec(_Part):
+class ImageSpec(_Section):
     """The images as they are stored."""
 
     size: Annotated[int, Field(ge=1)]
@@ -116,7 +116,7 @@ class ImageSpec(_Part):
     channels: Literal[1, 3] = 3
 
 
-class Manifest(_Part):
+class Manifest(_Section):
     """A data set. `folder` is where the manifest was found, if that was on disk; it is not in the file."""
 
     name: str
@@ -154,7 +154,7 @@ def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Man
     """Find and check a manifest.
 
     Looks for, in this order: a YAML file of that path; `<data>/<name>.yaml`; `<data>/manifest.yaml`
-    if it bears that name; the embedded manifests.
+    if it has that name; the embedded manifests.
 
     Raises:
         DataError: there is none, or it has an unknown key, a wrong type or an impossible value.
@@ -165,19 +165,19 @@ def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Man
             raise DataError(f"{given}: there is no such manifest")
         return _read(given)
     name = str(name_or_file)
-    if data is not None and (own := data / f"{name}.yaml").is_file():
-        return _read(own)
-    found = {manifest.name: manifest for manifest in _own(data) or _embedded_as(name)}
-    if name not in found:
-        found = {manifest.name: manifest for manifest in reversed(list_manifests(data))}
-    if name not in found:
-        hint = suggestion(name, found)
+    if data is not None and (path := data / f"{name}.yaml").is_file():
+        return _read(path)
+    manifests = {manifest.name: manifest for manifest in _own(data) or _embedded_as(name)}
+    if name not in manifests:
+        manifests = {manifest.name: manifest for manifest in reversed(list_manifests(data))}
+    if name not in manifests:
+        hint = suggestion(name, manifests)
         raise DataError(
             f"there is no data set {name!r}{'; ' + hint if hint else ''}. "
-            f"There are {', '.join(sorted(found))}; one of your own is given by the path of "
+            f"There are {', '.join(sorted(manifests))}; one of your own is given by the path of "
             "its YAML file, or made with `mpl data import`"
         )
-    return found[name]
+    return manifests[name]
 
 
 def list_manifests(data: Location | None = None) -> list[Manifest]:
@@ -192,8 +192,8 @@ def suggestion(word: str, known: Any) -> str:
 
 
 def _own(data: Location | None) -> list[Manifest]:
-    own = data / "manifest.yaml" if data is not None else None
-    return [_read(own)] if own is not None and own.is_file() else []
+    path = data / "manifest.yaml" if data is not None else None
+    return [_read(path)] if path is not None and path.is_file() else []
 
 
 def _embedded_as(name: str) -> list[Manifest]:
@@ -238,12 +238,12 @@ def _parse(text: str, where: str, folder: Location | None) -> Manifest:
 def _explain(where: str, error: ValidationError) -> Iterator[str]:
     """A line for each mistake: file, key, what is wrong, and the key that was probably meant."""
     models = (FileSpec, SplitSpec, ImageSpec, Archive, Manifest)
-    known = {"from", *SPLITS, *(key for model in models for key in model.model_fields)}
+    keys = {"from", *SPLITS, *(key for model in models for key in model.model_fields)}
     for item in error.errors():
-        path = [str(part) for part in item["loc"] if part != "[key]"]
+        path = [str(step) for step in item["loc"] if step != "[key]"]
         wrong_key = item["type"] == "extra_forbidden" or "[key]" in item["loc"]
         if wrong_key:
-            hint = suggestion(path[-1], known - {path[-1]})
+            hint = suggestion(path[-1], keys - {path[-1]})
             text = f"{'.'.join(path)} is not a key{'; ' + hint if hint else ''}"
         else:
             text = f"{'.'.join(path)}{': ' if path else ''}{item['msg'].removeprefix('Value error, ')}"

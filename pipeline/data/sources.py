@@ -9,12 +9,18 @@ from itertools import takewhile
 import numpy as np
 
 from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
+from pipeline.data.readers.digits import digits_shards
+from pipeline.data.readers.folder import folder_shards
+from pipeline.data.readers.parquet import ParquetShard
+from pipeline.data.readers.raw import raw_shards
 from pipeline.data.readers.shard import NO_LABEL, Sample, Shard, Window
+from pipeline.data.readers.svhn import svhn_shards
+from pipeline.data.readers.webdataset import TarShard
 from pipeline.errors import DataError, MissingDataError
 from pipeline.storage.files import Location, fingerprint, storage_errors
 
-LOOKING = 16  # shards at a time: in object storage each is a request
-OPEN_END = 1 << 62  # the last row of a split, when nobody has counted them
+REQUESTS = 16  # shards at a time whose fingerprints are asked for: in object storage each is a request
+OPEN_END = 1 << 62  # the last row of a split whose rows were not counted
 
 __all__ = ["NO_LABEL", "Sample", "Shard", "Split", "Window", "class_names", "open_split"]
 
@@ -46,18 +52,18 @@ class Split:
 
     def labels(self) -> np.ndarray:
         """Labels in the order of `read()`, int64 (count,), all checked; -1 throughout for a pool."""
-        parts = [shard.labels() for shard in self.shards]
+        arrays = [shard.labels() for shard in self.shards]
         if self.labelled:
-            for shard, labels in zip(self.shards, parts, strict=True):
-                bad = np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))
-                if len(bad):
+            for shard, labels in zip(self.shards, arrays, strict=True):
+                invalid = np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))
+                if len(invalid):
                     first = shard.start if isinstance(shard, Window) else 0
-                    self._check_label(shard.name, first + int(bad[0]), int(labels[bad[0]]))
-        return np.concatenate(parts)
+                    self._check_label(shard.name, first + int(invalid[0]), int(labels[invalid[0]]))
+        return np.concatenate(arrays)
 
     def fingerprint(self) -> str:
         """Changes with the rows, the order or the classes of the split."""
-        with ThreadPoolExecutor(LOOKING) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             marks = list(pool.map(lambda shard: shard.fingerprint(), self.shards))
         shards = [[shard.name, mark] for shard, mark in zip(self.shards, marks, strict=True)]
         return fingerprint([shards, list(self.class_names), self.labelled])
@@ -65,9 +71,9 @@ class Split:
     def _check_label(self, shard: str, row: int, label: int) -> None:
         if 0 <= label < len(self.class_names):
             return
-        found = "no label" if label == NO_LABEL else f"label {label}"
+        present = "no label" if label == NO_LABEL else f"label {label}"
         raise DataError(
-            f"{self.name} split, {shard}: row {row} has {found}; labels run from 0 to "
+            f"{self.name} split, {shard}: row {row} has {present}; labels run from 0 to "
             f"{len(self.class_names) - 1} ({len(self.class_names)} classes in the manifest)"
         )
 
@@ -123,7 +129,7 @@ def class_names(manifest: Manifest, data: Location | None = None) -> tuple[str, 
                 if len(names) != manifest.classes:
                     raise DataError(
                         f"{manifest.name}: {shard.name} has {len(names)} classes, the manifest "
-                        f"says {manifest.classes}; mend `classes` or name them in `class_names`"
+                        f"says {manifest.classes}; correct `classes` or name them in `class_names`"
                     )
                 return names
     return tuple(str(label) for label in range(manifest.classes))
@@ -132,15 +138,15 @@ def class_names(manifest: Manifest, data: Location | None = None) -> tuple[str, 
 def _same_names(names: tuple[str, ...], shards: list[Shard], manifest: Manifest) -> None:
     """Refuse files whose labels mean other classes than the manifest's."""
     for shard in shards[:1]:
-        own = shard.class_names()
-        if own and own != names and manifest.class_names:
+        names_in_file = shard.class_names()
+        if names_in_file and names_in_file != names and manifest.class_names:
             differ = next(
-                (f"{a!r} for {b!r}" for a, b in zip(own, names, strict=False) if a != b),
-                f"{len(own)} for {len(names)}",
+                (f"{a!r} for {b!r}" for a, b in zip(names_in_file, names, strict=False) if a != b),
+                f"{len(names_in_file)} for {len(names)}",
             )
             raise DataError(
                 f"{manifest.name}: {shard.name} states other class names than the manifest ({differ}); "
-                "its labels would be misread. Mend `class_names`"
+                "its labels would be misread. Correct `class_names`"
             )
 
 
@@ -178,32 +184,20 @@ def _shards(manifest: Manifest, source: str, data: Location | None, names: tuple
     """All shards of one entry of `files`; `names` None leaves labels unread."""
     spec = manifest.files[source]
     if spec.reader == "digits":
-        from pipeline.data.readers.digits import digits_shards
-
         return list(digits_shards(spec.path or "", names is not None))
     paths = find_files(manifest, spec, data)
     named = list(zip(_shard_names(paths), paths, strict=True))
     match spec.reader:
         case "parquet":
-            from pipeline.data.readers.parquet import ParquetShard
-
             label = None if names is None else spec.label
             return [ParquetShard(name, path, spec.image, label, names or ()) for name, path in named]
         case "folder":
-            from pipeline.data.readers.folder import folder_shards
-
             return [shard for name, path in named for shard in folder_shards(name, path, names, spec.shuffle)]
         case "webdataset":
-            from pipeline.data.readers.webdataset import TarShard
-
             return [TarShard(name, path, names) for name, path in named]
         case "cifar-binary" | "tinyimages-bin":
-            from pipeline.data.readers.raw import raw_shards
-
             return [s for name, path in named for s in raw_shards(name, path, spec.reader, names is not None)]
         case "svhn-mat":
-            from pipeline.data.readers.svhn import svhn_shards
-
             return [shard for name, path in named for shard in svhn_shards(name, path, names is not None)]
 
 

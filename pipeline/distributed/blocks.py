@@ -17,16 +17,16 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     Of a vision transformer these are the transformer blocks, of ResNet and EfficientNet the residual blocks,
     of ConvNeXt the stages; a plain sequence of layers has none.
     """
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for child in network.children():
         if isinstance(network, (nn.Sequential, nn.ModuleList)) and not isinstance(
             child, (nn.Sequential, nn.ModuleList)
         ):
             if next(child.children(), None) is not None and next(child.parameters(), None) is not None:
-                found.append(child)
+                blocks.append(child)
         else:
-            found += blocks_of(child)
-    return found
+            blocks += blocks_of(child)
+    return blocks
 
 
 def checkpoint_block(block: nn.Module) -> None:
@@ -50,11 +50,11 @@ def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], A
 @contextmanager
 def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
     """The second run must not move the running statistics a second time: it gets copies."""
-    kept = [(m, dict(m._buffers)) for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
-    for m, buffers in kept:
+    layers = [(m, dict(m._buffers)) for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    for m, buffers in layers:
         m._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for m, buffers in kept:
+        for m, buffers in layers:
             m._buffers.update(buffers)

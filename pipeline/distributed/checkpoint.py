@@ -1,7 +1,7 @@
 """Named tensors in a folder that any number of processes writes and any other number reads.
 
 This is torch.distributed.checkpoint: each process writes the parts that it holds, and reads the parts that it
-needs. Its two doors for pickled code are shut: what describes the tensors is read by an unpickler that knows
+needs. Both of its ways to load pickled code are closed: what describes the tensors is read by an unpickler that knows
 nothing but those descriptions, and nothing but tensors is stored.
 """
 
@@ -61,12 +61,12 @@ def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     Raises:
         CheckpointError: what describes them is missing, damaged, or holds more than tensors.
     """
-    found = {}
+    tensors = {}
     for name, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{folder} holds {name}, which is not a tensor; it was written by something else")
-        found[name] = (entry.size, entry.properties.dtype)
-    return found
+        tensors[name] = (entry.size, entry.properties.dtype)
+    return tensors
 
 
 def read_shards(folder: Path, into: dict[str, Tensor], ranks: Ranks) -> None:
@@ -84,7 +84,7 @@ def read_shards(folder: Path, into: dict[str, Tensor], ranks: Ranks) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's word that a single process is a single process, and about its own use of storages."""
+    """Without torch's warnings that a single process is a single process, and about its own use of storages."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.8
@@ -96,16 +96,16 @@ class _Reader(dcp.FileSystemReader):
         path = Path(self.path) / DESCRIPTION
         try:
             with path.open("rb") as file:
-                found = _Descriptions(file).load()
+                metadata = _Descriptions(file).load()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if not isinstance(found, Metadata) or any(
-            isinstance(entry, BytesStorageMetadata) for entry in found.state_dict_metadata.values()
+        if not isinstance(metadata, Metadata) or any(
+            isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()
         ):
             raise CheckpointError(f"{path} describes more than tensors; it was written by something else")
-        if found.storage_meta is not None:
-            found.storage_meta.load_id = self.load_id
-        return found
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class _Descriptions(pickle.Unpickler):

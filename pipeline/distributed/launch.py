@@ -36,13 +36,13 @@ def device_of_this_rank(device: torch.device, environment: Mapping[str, str] = o
     """
     if device.type == "cpu" or not is_launched(environment):
         return device
-    index, found = int(environment.get("LOCAL_RANK", "0")), torch.get_device_module(device).device_count()
-    if not found:
+    index, count = int(environment.get("LOCAL_RANK", "0")), torch.get_device_module(device).device_count()
+    if not count:
         raise UsageError(f"no {device.type} device is here for process {index} of this node; use --device cpu")
-    if index >= found:
+    if index >= count:
         raise UsageError(
-            f"process {index} of this node wants an accelerator of its own, but there are {found} ({device.type}); "
-            f"start torchrun with --nproc-per-node={found}, or use --device cpu"
+            f"process {index} of this node wants an accelerator of its own, but there are {count} ({device.type}); "
+            f"start torchrun with --nproc-per-node={count}, or use --device cpu"
         )
     return torch.device(device.type, index)
 
@@ -51,17 +51,17 @@ def device_of_this_rank(device: torch.device, environment: Mapping[str, str] = o
 def joined(
     device: torch.device, timeout: float = 600.0, environment: Mapping[str, str] = os.environ
 ) -> Iterator[Ranks]:
-    """The processes of this training; `ALONE` where there is one. Leaves them at the end, and tells them why."""
+    """The processes of this training; `ALONE` if there is one. At the end it leaves the others and reports an error."""
     ranks = start(device, timeout, environment)
     try:
-        with ranks.told():
+        with ranks.reporting():
             yield ranks
     finally:
         leave(ranks)
 
 
 def leave(ranks: Ranks) -> None:
-    """Leave the other processes; nothing that was laid over them can be used afterwards.
+    """Leave the other processes; a network distributed over them cannot be used afterwards.
 
     The groups are kept in memory to the end of the process: a gloo group that is freed by Python waits for its
     threads, and these may wait for Python to free the tensors of the last message (a deadlock seen at the end of
@@ -97,16 +97,7 @@ def start(device: torch.device, timeout: float = 600.0, environment: Mapping[str
         ) from None
     backend = backend_of(device)
     store, launch = _store(environment, rank, world, host, port, timeout)
-    try:
-        store, missing = _meet_all(store, world, timeout) if rank == 0 else _meet(store, rank, world, timeout)
-    except RuntimeError as error:
-        raise RanksError(f"rank {rank}: rank 0 has given up, or died; its own output says why") from error
-    if missing:
-        names = ", ".join(map(str, missing))
-        raise RanksError(
-            f"rank {rank}: of {world} processes {world - len(missing)} came within {timeout:g} s; missing: {names}. "
-            "Were all nodes started, and does --nnodes × --nproc-per-node fit?"
-        )
+    store = _keys_of_this_attempt(store, rank, world, timeout)
     wait = timedelta(seconds=timeout)
     if device.type != "cpu":
         torch.get_device_module(device).set_device(device)
@@ -122,25 +113,44 @@ def start(device: torch.device, timeout: float = 600.0, environment: Mapping[str
     return Ranks(rank, world, timeout, group, store, launch)
 
 
+def _keys_of_this_attempt(store: Any, rank: int, world: int, timeout: float) -> Any:
+    """The part of the store that this attempt alone uses, once all ranks have come.
+
+    Raises:
+        RanksError: as `start`.
+    """
+    try:
+        keys, missing = _meet_all(store, world, timeout) if rank == 0 else _meet(store, rank, world, timeout)
+    except RuntimeError as error:
+        raise RanksError(f"rank {rank}: rank 0 has given up, or died; its own output says why") from error
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise RanksError(
+            f"rank {rank}: of {world} processes {world - len(missing)} came within {timeout:g} s; missing: {names}. "
+            "Were all nodes started, and does --nnodes × --nproc-per-node fit?"
+        )
+    return keys
+
+
 def _meet_all(store: Any, world: int, timeout: float) -> tuple[Any, list[int]]:
     """Rank 0: (keys of this attempt alone, ranks that did not come).
 
     torchrun's agents keep one store for all attempts, and each counts restarts for itself: nothing that they
-    give tells the attempts apart. So each rank says hello with a new token, and rank 0 answers every token that
-    it finds with the name of its session; a token of an attempt before is answered in vain.
+    give distinguishes the attempts. So each rank says hello with a new token, and rank 0 answers every token that
+    it finds with the name of its session; the answer to a token of an earlier attempt is never read.
     """
     session = uuid.uuid4().hex
-    own = dist.PrefixStore(session, store)
-    own.set("here/0", "1")
+    keys = dist.PrefixStore(session, store)
+    keys.set("here/0", "1")
     end = time.monotonic() + timeout
-    while missing := [rank for rank in range(world) if not own.check([f"here/{rank}"])]:
+    while missing := [rank for rank in range(world) if not keys.check([f"here/{rank}"])]:
         for rank in missing:
             if store.check([f"hello/{rank}"]):
                 store.set(f"welcome/{store.get(f'hello/{rank}').decode()}/0", session)
         if time.monotonic() > end:
             break
         time.sleep(0.02)
-    return own, missing
+    return keys, missing
 
 
 def _meet(store: Any, rank: int, world: int, timeout: float) -> tuple[Any, list[int]]:
@@ -149,9 +159,9 @@ def _meet(store: Any, rank: int, world: int, timeout: float) -> tuple[Any, list[
     store.set(f"hello/{rank}", token)
     if missing := absent(store, f"welcome/{token}", 1, timeout):
         return store, missing
-    own = dist.PrefixStore(store.get(f"welcome/{token}/0").decode(), store)
-    own.set(f"here/{rank}", "1")
-    return own, absent(own, "here", world, timeout)
+    keys = dist.PrefixStore(store.get(f"welcome/{token}/0").decode(), store)
+    keys.set(f"here/{rank}", "1")
+    return keys, absent(keys, "here", world, timeout)
 
 
 def backend_of(device: torch.device) -> str:
@@ -193,6 +203,6 @@ def _store(
             f"rank {rank}: no answer from rank 0's node at {host}:{port} within {timeout:g} s; rank 0 is missing, or "
             "another process holds that port"
         ) from error
-    kept = dist.PrefixStore("mpl", store)
+    keys = dist.PrefixStore("mpl", store)
     name = uuid.uuid4().hex if agent else environment.get("TORCHELASTIC_RUN_ID", uuid.uuid4().hex)
-    return kept, kept.compare_set("launch", "", name).decode()
+    return keys, keys.compare_set("launch", "", name).decode()

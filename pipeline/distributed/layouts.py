@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,7 +40,7 @@ class Layout:
     checkpoint_activations: bool = False
 
     def shards(self, ranks: Ranks) -> bool:
-        """Whether a network laid out so on these ranks lies in shards."""
+        """Whether a network with this layout lies in shards on these ranks."""
         return ranks.world > 1 and self.kind != "replicated"
 
 
@@ -84,8 +86,6 @@ def prepare(network: nn.Module, layout: Layout, ranks: Ranks) -> None:
 @torch.no_grad()
 def shard(network: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
     """Shard a network in place, block by block, from rank 0's weights."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
     mesh = mesh_of(layout, ranks, next(network.parameters()).device)
     for parameter in network.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 knows no other memory format
@@ -103,14 +103,12 @@ def shard(network: nn.Module, layout: Layout, ranks: Ranks) -> nn.Module:
     return network
 
 
-def mesh_of(layout: Layout, ranks: Ranks, device: torch.device) -> Any:
-    """The DeviceMesh of a sharded layout: (shard,) or (replicate, shard).
+def mesh_of(layout: Layout, ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """The mesh of a sharded layout: (shard,) or (replicate, shard).
 
     Raises:
         UsageError: the groups would not be of one size.
     """
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
     if layout.kind == "sharded":
         return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))  # of the group of all
     if layout.shard_size < 1 or ranks.world % layout.shard_size:
@@ -119,12 +117,10 @@ def mesh_of(layout: Layout, ranks: Ranks, device: torch.device) -> Any:
             "the processes of one node are a good choice"
         )
     shape = (ranks.world // layout.shard_size, layout.shard_size)
-    ranks_of = torch.arange(ranks.world).view(shape)
+    grid = torch.arange(ranks.world).view(shape)
     wait = timedelta(seconds=ranks.timeout)  # init_device_mesh would make groups that wait half an hour
-    groups: list[Any] = [
-        dist.new_subgroups_by_enumeration(g.tolist(), timeout=wait)[0] for g in (ranks_of.t(), ranks_of)
-    ]
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks_of, mesh_dim_names=("replicate", "shard"))
+    groups: list[Any] = [dist.new_subgroups_by_enumeration(g.tolist(), timeout=wait)[0] for g in (grid.t(), grid)]
+    return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The processes of one training, and what they tell each other.
+"""The processes of one training, and how they agree.
 
 A process alone is `ALONE`: every method then does nothing or returns its argument, and no process group is
 needed. Agreements go over gloo, on the CPU, also where gradients go over NCCL: a rank that does not come becomes
@@ -46,7 +46,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, count: int, what: str) -> int:
@@ -94,10 +94,10 @@ class Ranks:
         """A tensor of every rank, on the CPU and of one shape, in their order."""
         if self.world == 1:
             return [rows]
-        found = [torch.empty_like(rows) for _ in range(self.world)]
+        tensors = [torch.empty_like(rows) for _ in range(self.world)]
         with self.watched("a gathering of results"):
-            dist.all_gather(found, rows, group=self.group)
-        return found
+            dist.all_gather(tensors, rows, group=self.group)
+        return tensors
 
     # --- agreements --------------------------------------------------------------------------------------
 
@@ -105,23 +105,23 @@ class Ranks:
         """One number of every rank, in their order."""
         if self.world == 1:
             return [value]
-        found = [torch.zeros(1, dtype=torch.float64) for _ in range(self.world)]
+        numbers = [torch.zeros(1, dtype=torch.float64) for _ in range(self.world)]
         with self.watched("an agreement"):
-            dist.all_gather(found, torch.tensor([value], dtype=torch.float64), group=self.group)
-        return [float(x) for x in found]
+            dist.all_gather(numbers, torch.tensor([value], dtype=torch.float64), group=self.group)
+        return [float(number) for number in numbers]
 
     def texts(self, value: str) -> list[str]:
         """One text of every rank, in their order."""
         if self.world == 1:
             return [value]
-        mine = torch.frombuffer(bytearray(value.encode()) + b"\0", dtype=torch.uint8)
-        sizes = [int(n) for n in self.every(len(mine))]
+        own = torch.frombuffer(bytearray(value.encode()) + b"\0", dtype=torch.uint8)
+        sizes = [int(n) for n in self.every(len(own))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        found = [torch.zeros_like(padded) for _ in sizes]
+        padded[: len(own)] = own
+        texts = [torch.zeros_like(padded) for _ in sizes]
         with self.watched("an agreement"):
-            dist.all_gather(found, padded, group=self.group)
-        return [bytes(t[: n - 1].tolist()).decode() for t, n in zip(found, sizes, strict=True)]
+            dist.all_gather(texts, padded, group=self.group)
+        return [bytes(t[: n - 1].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
 
     def agree(self, ok: bool) -> bool:
         """Whether it is so on all ranks."""
@@ -133,15 +133,15 @@ class Ranks:
         Raises:
             NonFiniteError: on all ranks, naming those where it is not.
         """
-        found = self.every(value)
-        wrong = [rank for rank, number in enumerate(found) if not math.isfinite(number)]
-        if wrong:
-            where = "" if self.world == 1 else f" on {_names(wrong)}"
-            raise NonFiniteError(f"{what} is {found[wrong[0]]}{where}")
-        return found
+        values = self.every(value)
+        non_finite = [rank for rank, number in enumerate(values) if not math.isfinite(number)]
+        if non_finite:
+            where = "" if self.world == 1 else f" on {_names(non_finite)}"
+            raise NonFiniteError(f"{what} is {values[non_finite[0]]}{where}")
+        return values
 
     def raise_together(self, error: UserError | None) -> None:
-        """Raise on all ranks what some of them met, naming these; nothing where none met anything.
+        """Raise on all ranks the error of some of them, naming these; nothing where none has one.
 
         Raises:
             UserError: of the first such rank's class and text.
@@ -152,11 +152,11 @@ class Ranks:
             return
         if self.agree(error is None):
             return
-        met = [text.partition("\n") for text in self.texts(f"{type(error).__name__}\n{error}" if error else "")]
-        wrong = {rank: (kind, text) for rank, (kind, _, text) in enumerate(met) if kind}
-        kind, text = next(iter(wrong.values()))
-        everywhere = len(wrong) == self.world and len(set(wrong.values())) == 1
-        raise _raised_elsewhere(kind, text if everywhere else f"{_names(list(wrong))}: {text}") from error
+        reports = [text.partition("\n") for text in self.texts(f"{type(error).__name__}\n{error}" if error else "")]
+        failed = {rank: (kind, text) for rank, (kind, _, text) in enumerate(reports) if kind}
+        kind, text = next(iter(failed.values()))
+        everywhere = len(failed) == self.world and len(set(failed.values())) == 1
+        raise _as_error(kind, text if everywhere else f"{_names(list(failed))}: {text}") from error
 
     def together(self, work: Callable[[], Any]) -> Any:
         """What `work`, which talks to no other rank, returns; what it raises on some rank is raised on all.
@@ -164,12 +164,12 @@ class Ranks:
         Raises:
             UserError: as `raise_together`.
         """
-        result, met = None, None
+        result, failure = None, None
         try:
             result = work()
         except UserError as error:
-            met = error
-        self.raise_together(met)
+            failure = error
+        self.raise_together(failure)
         return result
 
     def check_same(self, what: str, value: str) -> None:
@@ -178,10 +178,10 @@ class Ranks:
         Raises:
             UsageError: on all ranks, naming those that differ from rank 0.
         """
-        found = self.texts(value)
-        if other := [rank for rank, text in enumerate(found) if text != found[0]]:
+        values = self.texts(value)
+        if different := [rank for rank, text in enumerate(values) if text != values[0]]:
             raise UsageError(
-                f"the ranks disagree on {what}: {_names(other)} (of {self.world}) not as rank 0; start all of "
+                f"the ranks disagree on {what}: {_names(different)} (of {self.world}) not as rank 0; start all of "
                 "them with the same command, the same recipe file and the same version of this project"
             ).on_all()
 
@@ -200,7 +200,7 @@ class Ranks:
         """A collective that fails within becomes an error that says which ranks did not take part, and why.
 
         Raises:
-            UserError: what another rank met (`told`), of that class.
+            UserError: the error of another rank (`reporting`), of that class.
             RanksError: on every rank that was left waiting, where no rank has said why.
         """
         if self.world == 1:
@@ -211,8 +211,8 @@ class Ranks:
         except RuntimeError as error:
             if not _of_a_collective(error):
                 raise
-            if met := self._met_elsewhere():
-                raise met from error
+            if cause := self._error_elsewhere():
+                raise cause from error
             missing = self._missing(str(error))
             who = f"{_names(missing)} of {self.world} did not take part" if missing else "the connection broke"
             raise RanksError(
@@ -222,24 +222,24 @@ class Ranks:
             ) from error
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """What this rank meets is raised at once; others that wait for it meanwhile find it in the store."""
+    def reporting(self) -> Iterator[None]:
+        """An error of this rank is raised at once; others that wait for it meanwhile find it in the store."""
         try:
             yield
         except RanksError:
-            raise  # what others did
+            raise  # the error of others
         except Exception as error:
             if self.store is not None:
                 with suppress(RuntimeError):  # rank 0 has gone, and the store with it
                     self.store.compare_set("error", "", f"{self.rank}\n{type(error).__name__}\n{error}")  # the first
             raise
 
-    def _met_elsewhere(self) -> UserError | None:
-        """What the first rank to meet something met."""
+    def _error_elsewhere(self) -> UserError | None:
+        """The error of the first rank that had one."""
         with suppress(RuntimeError):  # as above
             if self.store is not None and self.store.check(["error"]):
                 rank, kind, text = self.store.get("error").decode().split("\n", 2)
-                return _raised_elsewhere(kind, f"rank {rank}: {text if hasattr(errors, kind) else f'{kind}: {text}'}")
+                return _as_error(kind, f"rank {rank}: {text if hasattr(errors, kind) else f'{kind}: {text}'}")
         return None
 
     def _missing(self, message: str) -> list[int]:
@@ -258,7 +258,7 @@ class Ranks:
 ALONE = Ranks(0, 1)
 
 
-def _raised_elsewhere(kind: str, text: str) -> UserError:
+def _as_error(kind: str, text: str) -> UserError:
     """An error of this class of ours; of another class, a defect's say, it is a RanksError."""
     return getattr(errors, kind, RanksError)(text).on_all()
 

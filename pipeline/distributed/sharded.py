@@ -4,13 +4,14 @@ FSDP2 makes the parameters of a network DTensors. What happens here is done on e
 them, in place; the network gathers them for its forward pass, block by block.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 
 from pipeline.errors import NonFiniteError
 
@@ -29,18 +30,16 @@ def placed_like(whole: Tensor, like: Any) -> Tensor:
     """A whole tensor as this process would hold it: sharded as `like` is."""
     if not hasattr(like, "device_mesh"):
         return whole
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def reshard(module: nn.Module) -> None:
-    """Give up what was gathered for a forward pass, so that the next one sees the parameters as they are then.
+    """Free what was gathered for a forward pass, so that the next one sees the parameters as they are then.
 
     FSDP2 leaves the outermost parameters gathered after a forward pass without a backward pass.
     """
     for m in _sharded_modules(module):
-        m.reshard()  # type: ignore[operator]
+        m.reshard()
 
 
 def sum_over_shards(module: nn.Module, value: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ def clip_gradients(module: nn.Module, limit: float | None, what: str) -> Tensor:
     """Clip all `.grad` in place to a common L2 norm of `limit` (None: as they are); returns the norm before, ().
 
     Raises:
-        NonFiniteError: the norm is NaN or infinite, on all ranks alike; the gradients are given up.
+        NonFiniteError: the norm is NaN or infinite, on all ranks; the gradients are freed.
     """
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     if sharded := is_sharded(module):
@@ -85,7 +84,5 @@ def clip_gradients(module: nn.Module, limit: float | None, what: str) -> Tensor:
     return norm
 
 
-def _sharded_modules(module: nn.Module) -> Iterator[nn.Module]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing can be sharded
-    kind = getattr(fsdp, "FSDPModule", ())
-    return (m for m in module.modules() if isinstance(m, kind))
+def _sharded_modules(module: nn.Module) -> Iterator[FSDPModule]:
+    return (m for m in module.modules() if isinstance(m, FSDPModule))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.moons.settings import MoonsSettings
-from pipeline.seeds import derive_seed
+from pipeline.seeds import random_stream
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ def make_moons(draws: tuple[int, ...], settings: MoonsSettings, dtype: torch.dty
     The moons are half circles of radius 1, the lower one moved by (1, −1/2), as in scikit-learn's `make_moons`,
     with normal noise. Which points are labelled is drawn evenly within each cluster.
     """
-    found = [_draw(draw, settings) for draw in draws]
-    points, clusters, labelled = (np.stack(parts) for parts in zip(*found, strict=True))
+    points, clusters, labelled = (
+        np.stack(arrays) for arrays in zip(*(_draw(draw, settings) for draw in draws), strict=True)
+    )
     return Moons(draws, torch.from_numpy(points).to(dtype), torch.from_numpy(clusters), torch.from_numpy(labelled))
 
 
 def _draw(draw: int, settings: MoonsSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    seed = derive_seed(draw, "moons")
-    random = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])  # a stream that NumPy froze (NEP 19)
+    random = random_stream(draw, "moons")
     half = settings.points // 2
     angle = np.linspace(0, np.pi, half)
     upper = np.stack([np.cos(angle), np.sin(angle)], axis=1)

@@ -22,16 +22,16 @@ EVERY: tuple[MethodName, ...] = (*PLAIN, "uda", "mpl_uda")
 
 
 class MoonsSettings(Settings):
-    """Data, networks and training; the defaults are the paper's, or what is told where it says nothing."""
+    """Data, networks and training; the defaults are the paper's, or as commented where it says nothing."""
 
     points: PositiveInt = 2000  # half of them in each cluster
     labelled: PositiveInt = 3  # labelled points of each cluster
-    noise: NonNegativeFloat = 0.1  # standard deviation; the paper does not tell. Circles of radius 1
+    noise: NonNegativeFloat = 0.1  # standard deviation; the paper does not say. Circles of radius 1
     hidden: PositiveInt = 8  # units of each of the two hidden layers
     init: PositiveFloat = 0.1  # weights and biases are uniform in ± this
     lr: PositiveFloat = 0.1  # of every network, constant; plain SGD
-    steps: PositiveInt = 10_000  # of every network; the paper does not tell
-    batch: PositiveInt = 64  # unlabelled points of a step; the paper does not tell
+    steps: PositiveInt = 10_000  # of every network; the paper does not say
+    batch: PositiveInt = 64  # unlabelled points of a step; the paper does not say
     supervised_weight: NonNegativeFloat = 1.0  # of the six labels in MPL's teacher
     feedback: Literal["soft", "hard"] = "soft"  # the exact equation 3, or sampled labels and old minus new loss
     feedback_weight: NonNegativeFloat = 1.0  # of R after the student's step; 1: equation 3 as it stands

@@ -95,12 +95,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What a cell found; D draws, L looks.
+    """The result of a cell; D draws, L measurements.
 
     Attributes:
         accuracy, teacher_accuracy: at the end, percent, (D,).
-        steps: of the looks, (L,).
-        curve, labelled_loss, cosine_labelled, cosine_true: see `learning.Outcome`, (L, D).
+        steps: of the measurements, (L,).
+        curve, labelled_loss, cosine_labelled, cosine_true: see `train.Outcome`, (L, D).
         regions: probability of class 1 on the grid, (D, GRID, GRID), float16.
     """
 
@@ -126,11 +126,11 @@ class CellResult:
             RunError: the file is damaged.
         """
         try:
-            with opened(path) as file, np.load(file) as kept:  # pickles are refused by default
-                found = {name: kept[name] for name in kept.files}
-            lists = {name: found[name].tolist() for name in ("accuracy", "steps")}
-            teacher = found["teacher_accuracy"].tolist() if "teacher_accuracy" in found else None
-            return cls(**(found | lists | {"teacher_accuracy": teacher}))
+            with opened(path) as file, np.load(file) as stored:  # pickles are refused by default
+                arrays = {name: stored[name] for name in stored.files}
+            lists = {name: arrays[name].tolist() for name in ("accuracy", "steps")}
+            teacher = arrays["teacher_accuracy"].tolist() if "teacher_accuracy" in arrays else None
+            return cls(**(arrays | lists | {"teacher_accuracy": teacher}))
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} is damaged ({error}); remove it and run the same command again") from error
 
@@ -141,14 +141,14 @@ class CellResult:
 
 def cells(study: Sequence[Row], draws: Sequence[int]) -> list[Cell]:
     """All of a study, the longest first."""
-    found = [Cell(row.name, method, row.settings, tuple(draws)) for row in study for method in row.methods]
+    every_cell = [Cell(row.name, method, row.settings, tuple(draws)) for row in study for method in row.methods]
     cost: dict[MethodName, int] = {"mpl_uda": 4, "mpl": 3, "uda": 2}
-    return sorted(found, key=lambda cell: -cell.settings.steps * cost.get(cell.method, 1))
+    return sorted(every_cell, key=lambda cell: -cell.settings.steps * cost.get(cell.method, 1))
 
 
 @dataclass(frozen=True)
 class RunCell:
-    """Trains and judges a cell; work of `pipeline.storage.workers.run_all`. `threads`: of torch, None: as they are."""
+    """Trains and evaluates a cell; work of `pipeline.storage.workers.run_all`. `threads`: of torch; None: as set."""
 
     threads: int | None = None
 

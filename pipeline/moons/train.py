@@ -15,7 +15,7 @@ from pipeline.moons.settings import MethodName, MoonsSettings
 from pipeline.seeds import derive_seed
 from pipeline.student import Student
 
-LOOKS = 50  # at accuracy and gradients, evenly over the training
+MEASUREMENTS = 50  # of accuracy and gradients, evenly over the training
 CHUNK = 250  # steps whose random numbers are drawn together
 Targets = Callable[[Tensor], Tensor]  # of points (D·B, 2), as distributions (D·B, 2)
 Curve = NDArray[np.float64]
@@ -23,13 +23,13 @@ Curve = NDArray[np.float64]
 
 @dataclass
 class Outcome:
-    """What became of D draws.
+    """The result of D draws.
 
     Attributes:
         accuracy: of the student at the end, over all points, percent, (D,).
         teacher_accuracy: of MPL's teacher, percent, (D,); None where there is no such network.
-        steps: at which was looked, (L,).
-        curve: accuracy at the looks, percent, (L, D).
+        steps: of the measurements, (L,).
+        curve: accuracy at these steps, percent, (L, D).
         labelled_loss: of the student, on the six labels, nats, (L, D).
         cosine_labelled: between the gradients of the student's training loss and of its loss on the six labels.
         cosine_true: the same with its loss on all points and their true labels, which no method sees; (L, D).
@@ -57,82 +57,88 @@ def train(
         method: which.
         settings: all its numbers.
         moons: the draws.
-        progress: told of steps that have been taken since it was told last.
+        progress: called with the number of steps taken since its last call.
     """
     student = Perceptrons(moons.draws, settings, "student", moons.points.dtype)
-    watch = _Watch(settings, moons, student, progress)
+    measurements = _Measurements(settings, moons, student, progress)
     match method:
         case "supervised":
-            _supervised(student, settings, moons, watch)
+            _supervised(student, settings, moons, measurements)
         case "all_labels":
-            _fixed(student, settings, moons, one_hot(moons.clusters, 2), watch)
+            _fixed(student, settings, moons, one_hot(moons.clusters, 2), measurements)
         case "pseudo_labels":
             first = Perceptrons(moons.draws, settings, "student", moons.points.dtype)
             _supervised(first, settings, moons, lambda step, loss: None)
             predicted = _predictions(first, moons)  # (D, N)
-            _fixed(student, settings, moons, one_hot(predicted, 2), watch)
+            _fixed(student, settings, moons, one_hot(predicted, 2), measurements)
         case "uda":
-            _uda(student, settings, moons, watch)
+            _uda(student, settings, moons, measurements)
         case "mpl" | "mpl_uda":
             teacher = Perceptrons(moons.draws, settings, "teacher", moons.points.dtype)
-            _mpl(student, teacher, settings, moons, watch, consistency=method == "mpl_uda")
-            return watch.outcome(teacher)
-    return watch.outcome(None)
+            _mpl(student, teacher, settings, moons, measurements, consistency=method == "mpl_uda")
+            return measurements.outcome(teacher)
+    return measurements.outcome(None)
 
 
-Look = Callable[[int, Callable[[], Tensor]], None]  # told of the step and of how to compute the training loss
+Measure = Callable[[int, Callable[[], Tensor]], None]  # called with the step, and with what computes the training loss
 
 
-def _supervised(network: Perceptrons, settings: MoonsSettings, moons: Moons, look: Look) -> None:
+def _supervised(network: Perceptrons, settings: MoonsSettings, moons: Moons, measure: Measure) -> None:
     """Cross-entropy of the six labels."""
     points, classes = moons.labels
     optimizer = network.optimizer(settings.lr)
     for step in range(settings.steps + 1):
-        look(step, lambda: cross_entropy(network(points), classes))
+        measure(step, lambda: cross_entropy(network(points), classes))
         if step < settings.steps:
             _descend(optimizer, cross_entropy(network(points), classes))
 
 
-def _fixed(network: Perceptrons, settings: MoonsSettings, moons: Moons, targets: Tensor, look: Look) -> None:
+def _fixed(network: Perceptrons, settings: MoonsSettings, moons: Moons, targets: Tensor, measure: Measure) -> None:
     """A student of fixed targets, (D, N, 2): Pseudo Labels, or all true labels."""
     targets = targets.to(moons.points.dtype)
     student = Student(network, network.optimizer(settings.lr))
-    every = targets.flatten(0, 1)  # (D·N, 2)
+    all_targets = targets.flatten(0, 1)  # (D·N, 2)
     for step, (rows, points, _) in enumerate(_batches(settings, moons)):
-        look(step, lambda: soft_cross_entropy(network(moons.points.flatten(0, 1)), every))
+        measure(step, lambda: soft_cross_entropy(network(moons.points.flatten(0, 1)), all_targets))
         if step < settings.steps:
             chosen = torch.gather(targets, 1, rows[..., None].expand(-1, -1, 2)).flatten(0, 1)  # (D·B, 2)
             student.learn(points, chosen, replay=False)
 
 
-def _uda(network: Perceptrons, settings: MoonsSettings, moons: Moons, look: Look) -> None:
+def _uda(network: Perceptrons, settings: MoonsSettings, moons: Moons, measure: Measure) -> None:
     """The six labels, and predictions that do not change when a point is moved a little."""
     labelled, classes = moons.labels
     optimizer = network.optimizer(settings.lr)
-    every = moons.points.flatten(0, 1)
-    looks = [torch.Generator().manual_seed(derive_seed(draw, "look")) for draw in moons.draws]
-    away = torch.cat([torch.randn(moons.points.shape[1:], generator=g) for g in looks]).to(every)  # (D·N, 2)
-    moved_every = every + settings.consistency_noise * away
+    all_points = moons.points.flatten(0, 1)
+    generators = [torch.Generator().manual_seed(derive_seed(draw, "look")) for draw in moons.draws]
+    noise = torch.cat([torch.randn(moons.points.shape[1:], generator=g) for g in generators]).to(all_points)  # (D·N, 2)
+    all_moved = all_points + settings.consistency_noise * noise
 
     def objective(points: Tensor, moved: Tensor) -> Tensor:
         consistency = consistency_loss(network(points), network(moved), settings.temperature)
         return cross_entropy(network(labelled), classes) + settings.consistency_weight * consistency
 
     for step, (_, points, moved) in enumerate(_batches(settings, moons)):
-        look(step, lambda: objective(every, moved_every))
+        measure(step, lambda: objective(all_points, all_moved))
         if step < settings.steps:
             _descend(optimizer, objective(points, moved))
 
 
 def _mpl(
-    network: Perceptrons, teacher: Perceptrons, settings: MoonsSettings, moons: Moons, look: Look, *, consistency: bool
+    network: Perceptrons,
+    teacher: Perceptrons,
+    settings: MoonsSettings,
+    moons: Moons,
+    measure: Measure,
+    *,
+    consistency: bool,
 ) -> None:
     """A student of the teacher's labels alone; the teacher learns from its own loss and from the feedback."""
     student, optimizer = Student(network, network.optimizer(settings.lr)), teacher.optimizer(settings.lr)
-    every = moons.points.flatten(0, 1)
+    all_points = moons.points.flatten(0, 1)
     samplers = [torch.Generator().manual_seed(derive_seed(draw, "pseudo labels")) for draw in moons.draws]
     for step, (_, points, moved) in enumerate(_batches(settings, moons)):
-        look(step, lambda: soft_cross_entropy(network(every), teacher(every).detach().softmax(dim=1)))
+        measure(step, lambda: soft_cross_entropy(network(all_points), teacher(all_points).detach().softmax(dim=1)))
         if step < settings.steps:
             views = (points, moved if consistency else None)
             _descend(optimizer, teacher_objective(student, teacher, views, moons.labels, settings, samplers))
@@ -166,7 +172,7 @@ def teacher_objective(
     hard, off = settings.feedback == "hard", settings.control == "off"
     targets = sampled(q.detach(), samplers) if hard else q
     before = labelled_losses(network, labelled, classes) if hard else None  # (D,)
-    taken = student.learn(points, targets.detach(), replay=not hard and not off)
+    student_step = student.learn(points, targets.detach(), replay=not hard and not off)
     objective = settings.supervised_weight * cross_entropy(teacher(labelled), classes)
     if moved is not None:
         unmoved = consistency_loss(logits, teacher(moved), settings.temperature)
@@ -176,7 +182,7 @@ def teacher_objective(
     if before is not None:
         term = hard_term(logits, targets, before - labelled_losses(network, labelled, classes))
     else:
-        term = (q * taken.target_gradient(labelled, classes)).sum()
+        term = (q * student_step.target_gradient(labelled, classes)).sum()
     return objective + settings.feedback_weight * (-term if settings.control == "flipped" else term)
 
 
@@ -195,8 +201,8 @@ def labelled_losses(network: torch.nn.Module, points: Tensor, classes: Tensor) -
 
 def hard_term(logits: Tensor, labels: Tensor, h: Tensor) -> Tensor:
     """Mean over the draws of h · Σ CE(ŷ, T(x)), with h = R before the student's step − R after it, (D,)."""
-    each = -(labels * log_softmax(logits, dim=1)).sum(dim=1).view(len(h), -1).sum(dim=1)  # (D,)
-    return (h * each).mean()
+    losses = -(labels * log_softmax(logits, dim=1)).sum(dim=1).view(len(h), -1).sum(dim=1)  # (D,)
+    return (h * losses).mean()
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -216,7 +222,7 @@ def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def _batches(settings: MoonsSettings, moons: Moons) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows (D, B), their points (D·B, 2), and these moved at random, for every step and one look after the last.
+    """Rows (D, B), their points (D·B, 2), and these moved at random, for every step and the measurement after the last.
 
     A draw's random numbers do not depend on the other draws.
     """
@@ -244,43 +250,43 @@ def accuracy(network: Perceptrons, moons: Moons) -> Curve:
 
 def gradient(network: Perceptrons, loss: Tensor) -> Tensor:
     """Of a loss that is a mean over draws: each draw's, up to a factor, (D, parameters)."""
-    parts = torch.autograd.grad(loss, list(network.parameters()))
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    return torch.cat([values.flatten(1) for values in gradients], dim=1)
 
 
-class _Watch:
-    """Looks at the student during its training."""
+class _Measurements:
+    """Accuracy and gradients of the student during its training."""
 
     def __init__(
         self, settings: MoonsSettings, moons: Moons, student: Perceptrons, progress: Callable[[int], None]
     ) -> None:
         self.moons, self.student, self.progress = moons, student, progress
-        self.at = {round(look * settings.steps / LOOKS) for look in range(LOOKS + 1)}
+        self.due = {round(i * settings.steps / MEASUREMENTS) for i in range(MEASUREMENTS + 1)}
         self.steps: list[int] = []
         self.rows: list[list[Curve]] = []
         self.last = 0
 
     def __call__(self, step: int, training_loss: Callable[[], Tensor]) -> None:
-        if step not in self.at:
+        if step not in self.due:
             return
         moons, student = self.moons, self.student
         points, classes = moons.labels
-        each = labelled_losses(student, points, classes)
+        losses = labelled_losses(student, points, classes)
         training = gradient(student, training_loss())
         labelled = gradient(student, cross_entropy(student(points), classes))
         true = gradient(student, cross_entropy(student(moons.points.flatten(0, 1)), moons.clusters.flatten()))
         self.steps.append(step)
         self.rows.append([
-            accuracy(student, moons), each.double().numpy(), cosine(training, labelled), cosine(training, true)
+            accuracy(student, moons), losses.double().numpy(), cosine(training, labelled), cosine(training, true)
         ])  # fmt: skip
         self.progress(step - self.last)
         self.last = step
 
     def outcome(self, teacher: Perceptrons | None) -> Outcome:
-        """All that was seen."""
-        curve, loss, labelled, true = (np.stack(parts) for parts in zip(*self.rows, strict=True))  # (L, D) each
-        judged = accuracy(teacher, self.moons) if teacher is not None else None
-        return Outcome(curve[-1], judged, np.array(self.steps), curve, loss, labelled, true, self.student)
+        """All measurements."""
+        curve, loss, labelled, true = (np.stack(values) for values in zip(*self.rows, strict=True))  # (L, D) each
+        teacher_accuracy = accuracy(teacher, self.moons) if teacher is not None else None
+        return Outcome(curve[-1], teacher_accuracy, np.array(self.steps), curve, loss, labelled, true, self.student)
 
 
 def cosine(a: Tensor, b: Tensor) -> Curve:

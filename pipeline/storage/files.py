@@ -1,7 +1,7 @@
 """Files, on disk or in object storage, that appear whole or not at all; and their fingerprints.
 
 A `Location` is a `pathlib.Path`, or for a URL (`s3://bucket/pool`) a `UPath`, which has the same methods over
-fsspec. Read through `opened`, write through `whole_file`, and both kinds behave alike.
+fsspec. Read through `opened`, write through `whole_file`, and both kinds behave the same.
 """
 
 import errno
@@ -21,8 +21,7 @@ from pipeline.errors import DataError, RunError
 
 Location = Path | UPath
 
-CHUNK = 1 << 20  # bytes read at a time when hashing
-
+CHUNK = 1 << 20  # bytes of either end of a file that `quick_fingerprint` is of
 
 UPLOAD = "mpl-upload-"  # of temporary files on their way to object storage
 REMOTE = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "adlfs", "s3fs", "urllib3"})
@@ -39,12 +38,12 @@ def location(place: str | Location) -> Location:
     if place.startswith("file://"):
         return Path(place.removeprefix("file://"))
     try:
-        found = UPath(place)
-        found.fs  # noqa: B018  (imports the implementation)
+        path = UPath(place)
+        path.fs  # noqa: B018  (imports the implementation)
     except (ImportError, ValueError) as error:
         hint = "; please install s3fs (pip install 'reduced-mpl[s3]')" if place.startswith("s3://") else ""
         raise DataError(f"{place} cannot be used: {error}{hint}") from error
-    return found
+    return path
 
 
 def is_local(place: Location) -> bool:
@@ -66,7 +65,7 @@ def storage_errors() -> Iterator[None]:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether it comes from a library of object storage, at whatever remove."""
+    """Whether it comes from a library of object storage, directly or by way of other errors."""
     seen: BaseException | None = error
     while seen is not None:
         if type(seen).__module__.partition(".")[0] in REMOTE:
@@ -136,7 +135,7 @@ def whole_file(path: Location) -> Iterator[Path]:
 def remove_leftovers(*folders: Location) -> None:
     """Remove what a killed process left of files that it was writing into these folders, or uploading from here.
 
-    Only for someone who holds the lock on the folders: nobody else is writing there.
+    Only for someone who holds the lock on the folders: no other process is writing there.
     """
     for folder in folders:
         if isinstance(folder, Path):
@@ -215,11 +214,8 @@ def write_json(path: Location, value: Any) -> None:
 
 def sha256_file(path: Location) -> str:
     """SHA-256 of a whole file, hexadecimal."""
-    digest = hashlib.sha256()
     with opened(path) as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # typed for files on disk alone
 
 
 def quick_fingerprint(path: Location) -> str:

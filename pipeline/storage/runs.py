@@ -31,7 +31,7 @@ from pipeline.storage.files import Location, fingerprint, opened, read_json, wri
 FORMAT = 1
 NOT_DONE = "not done yet"
 RUN_FILE, RECORD_FILE, STARTED_FILE, LOCK_FILE = "run.json", "record.json", "started.json", ".lock"
-STORE_FILE = "store.json"  # whose a store outside a run directory is
+STORE_FILE = "store.json"  # which run a store outside a run directory belongs to
 
 
 class Action(StrEnum):
@@ -79,29 +79,29 @@ class Run:
                     "nothing was changed"
                 )
             return None
-        found = read_json(path)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        content = read_json(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise RunError(f"{path} was written by another version (format {FORMAT} is expected)")
-        return found
+        return content
 
     def recipe(self) -> Recipe | None:
         """The recipe kept with the run, or None where there is no run yet."""
-        found = self.description
-        return None if found is None else parse_recipe(found["recipe"], str(self.root / RUN_FILE))
+        description = self.description
+        return None if description is None else parse_recipe(description["recipe"], str(self.root / RUN_FILE))
 
     def keep(self, recipe: Recipe, seed: int, data: str | None, store: str | None = None) -> None:
         """Write run.json: the recipe in full, the seed, the data folder, the store, versions and machine."""
-        found = self.description or {"created": now()}
+        description = self.description or {"created": now()}
         tree = recipe.model_dump(mode="json")
-        same = {"recipe": tree, "seed": seed, "data": data, "store": store}
-        if found.items() >= same.items():
+        settings = {"recipe": tree, "seed": seed, "data": data, "store": store}
+        if description.items() >= settings.items():
             return
         write_json(
             self.root / RUN_FILE,
             {
                 "format": FORMAT,
-                "created": found["created"],
-                "id": found.get("id") or uuid.uuid4().hex,
+                "created": description["created"],
+                "id": description.get("id") or uuid.uuid4().hex,
                 "recipe": tree,
                 "seed": seed,
                 "data": data,
@@ -123,15 +123,15 @@ class Run:
         owner = {"run": description["id"]}
         try:
             with opened(path) as file:
-                found = json.loads(file.read())
+                content = json.loads(file.read())
         except FileNotFoundError:
             write_json(path, owner | {"root": str(self.root.resolve())})
             return
         except (OSError, ValueError) as error:
             raise RunError(f"{path} cannot be read ({error}); run the same command again") from error
-        if found.get("run") != owner["run"]:
+        if content.get("run") != owner["run"]:
             raise RunError(
-                f"the store {store} belongs to the run {found.get('root')}; give each run a --store of its own "
+                f"the store {store} belongs to the run {content.get('root')}; give each run a --store of its own "
                 f"(or remove {path} if that run is gone)"
             )
 
@@ -176,10 +176,10 @@ class Run:
         Raises:
             RunError: it is not finished; names the command to run.
         """
-        found = self.record(stage)
-        if found is None:
+        record = self.record(stage)
+        if record is None:
             raise RunError(f"{self.root} has no finished {stage}. Run first: {command} --run {self.root}")
-        return found
+        return record
 
     def decide(
         self,
@@ -249,8 +249,8 @@ class Run:
 
     def launch_of(self, stage: str) -> str | None:
         """Which launch of several processes (`Ranks.launch`) began the stage last; None where there was none."""
-        found = (self.root / stage / name for name in (STARTED_FILE, RECORD_FILE))
-        return next((read_json(path).get("launch") for path in found if path.exists()), None)
+        paths = (self.root / stage / name for name in (STARTED_FILE, RECORD_FILE))
+        return next((read_json(path).get("launch") for path in paths if path.exists()), None)
 
     def finish(self, stage: str, basis: dict[str, Any], seconds: float, result: dict[str, Any]) -> dict[str, Any]:
         """Write the record, last of all; returns it."""
@@ -276,11 +276,11 @@ class Run:
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
     """'a.b: 1 → 2' for every leaf that differs; long values are cut."""
     if isinstance(before, dict) and isinstance(after, dict):
-        found = []
+        leaves = []
         for name in sorted(before.keys() | after.keys()):
             path = f"{key}.{name}" if key else name
-            found += differences(before.get(name), after.get(name), path)
-        return found
+            leaves += differences(before.get(name), after.get(name), path)
+        return leaves
     return [] if before == after else [f"{key}: {_short(before)} → {_short(after)}"]
 
 
@@ -297,13 +297,13 @@ def now() -> str:
 def versions() -> dict[str, str]:
     """Versions of this package and of what its numbers depend on."""
     names = ("torch", "torchvision", "timm", "numpy", "pyarrow", "pillow")
-    found = {"mpl": pipeline.__version__, "python": platform.python_version()}
+    packages = {"mpl": pipeline.__version__, "python": platform.python_version()}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            packages[name] = "absent"
+    return packages
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipeline.storage.files import remove_leftovers
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Work = Callable[[Item, Callable[[int], None]], Result]
-"""Called with an item and a function that is told of progress; a worker process gets one that does nothing."""
+"""Called with an item and a function to call with progress; a worker process gets one that does nothing."""
 
 RETRIES = 2  # of an item whose worker died: the kernel's out-of-memory killer, a lost machine
 PRELOAD = ["pipeline.pool.score", "pipeline.targets.build"]  # into the process that workers are forked from
@@ -83,14 +83,14 @@ def run_all(
         work: the function; it and the items can be pickled unless all is done in this process.
         items: each is done once.
         name: of an item, for messages.
-        progress: told by the work, in this process; workers elsewhere do not call it.
-        done: told of each result, in this process.
-        stop: asked after each item whether to end early.
+        progress: called by the work, in this process; workers elsewhere do not call it.
+        done: called with each result, in this process.
+        stop: called after each item: whether to end early.
 
     Raises:
         WorkFailed: names the items that could not be done, with their errors.
         KeyboardInterrupt: `stop` said so.
-        UsageError: the engine cannot be had.
+        UsageError: the engine cannot be used.
     """
     failed: list[Outcome[Item, Result]] = []
     for outcome in _outcomes(settings, work, items, progress):
@@ -167,7 +167,7 @@ def _until_broken(
         return list(under_way.values())
     finally:  # an error, Ctrl-C, a dead worker, or nothing left to do
         for process in list((pool._processes or {}).values()):
-            process.kill()  # what it was writing is not whole, and nobody waits for it
+            process.kill()  # what it was writing is not whole, and is not waited for
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -200,7 +200,7 @@ def _start(pickled: bytes, threads: int, number: Any, environment: dict[str, str
         place, number.value = number.value, number.value + 1
     try:
         _WORK["work"] = _placed(pickle.loads(pickled), place, threads)  # from our own parent, by a pipe
-    except Exception as error:  # told to whoever asks for work; else the pool would be taken for broken
+    except Exception as error:  # raised where work is asked for; else the pool would be taken for broken
         _WORK["error"] = error
 
 
@@ -212,7 +212,7 @@ def _die_with_parent() -> None:
 
 
 def _placed(work: Any, place: int, threads: int) -> Any:
-    """The work, told which worker it is in and how many threads are its share."""
+    """The work, with the worker's number and its share of the threads where it wants them."""
     return work.placed(place, threads) if hasattr(work, "placed") else work
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.stream import file_order
+from pipeline.data.order import file_order
 from pipeline.targets.numbers import stored_rows
 from pipeline.targets.store import BATCH, TargetsStore
 

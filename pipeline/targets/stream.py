@@ -1,7 +1,7 @@
 """A pool that does not fit in memory: its training shards are read in turn and decoded ahead of the student.
 
 What a step gets is a pure function of (seed, step, batch), whatever was asked for before: the order is
-`pipeline.data.stream`'s. In memory are the encoded images of two training shards and a few decoded batches.
+`pipeline.data.order`'s. In memory are the encoded images of two training shards and a few decoded batches.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.decode import decode, default_workers
-from pipeline.data.stream import StreamOrder
+from pipeline.data.order import StreamOrder
 from pipeline.errors import TargetsError
 from pipeline.targets.layout import REMEDY
 from pipeline.targets.numbers import normalised

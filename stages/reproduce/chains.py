@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UsageError
-from stages.options import Context, make_context
+from stages.options import Context, Options, make_context
 
 PRELOAD = ["stages.train_reduced", "stages.train_mpl", "stages.finetune", "stages.evaluate", "stages.learning",
            "pipeline.training", "pipeline.lessons", "pipeline.targets.build", "torch.utils.tensorboard"]  # fmt: skip
@@ -118,7 +118,7 @@ def run_step(values: dict[str, Any], step: Step, threads: int) -> dict[str, Any]
     recipe = changed(values.pop("recipe"), values.pop("changes"), "recipe")
     name = dict(step.arguments).get("name")
     console = Console(quiet=True, prefix=f"{step.run.name}{f'/{name}' if name else ''} ")
-    context = make_context(**values, recipe=None, parsed=recipe, console=console)
+    context = make_context(Options(**values), parsed=recipe, console=console)
     plan: Callable[..., Any] = importlib.import_module(f"stages.{step.module}").plan
     if context.force:  # of a comparison: make again what changed, and only that
         stage = plan(replace(context, force=False), **dict(step.arguments))

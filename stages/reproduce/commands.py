@@ -144,15 +144,16 @@ def _reproduce(context: Context, what: str, seeds: int | None, plan: Any) -> Non
 
 def own_run(context: Context, run: Path) -> Context:
     """A comparison has many runs: a directory of its own where no other was asked for; with its own first seed."""
-    from stages.options import DEFAULT_RUN, make_context
+    from stages.options import DEFAULT_RUN, Options, make_context
 
     if context.run.root != DEFAULT_RUN:
         return context
     first = click.get_current_context().params["seed"]
-    return make_context(
-        run, None, (), context.data, first, context.device_name, context.precision,
-        dry_run=context.dry_run, force=context.force, as_json=context.as_json, parsed=context.recipe,
+    options = Options(
+        run, data=context.data, seed=first, device=context.device_name, precision=context.precision,
+        dry_run=context.dry_run, force=context.force, as_json=context.as_json,
     )  # fmt: skip
+    return make_context(options, parsed=context.recipe)
 
 
 def plan_table2(context: Context, seeds: range, jobs: int | None) -> "Stage":

@@ -39,7 +39,7 @@ def file_server(content: bytes = b"") -> Iterator[Server]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     http.daemon_threads = True
     server = Server(f"http://127.0.0.1:{http.server_port}", content)
-    http.told = server  # type: ignore[attr-defined]
+    http.state = server  # type: ignore[attr-defined]
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server
@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Silent."""
 
     def do_GET(self) -> None:
-        server: Server = self.server.told  # type: ignore[attr-defined]
+        server: Server = self.server.state  # type: ignore[attr-defined]
         asked = self.headers.get("Range")
         server.asked.append(asked)
         content = server.files.get(PurePosixPath(self.path).name, server.content)
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         import time
 
-        server: Server = self.server.told  # type: ignore[attr-defined]
+        server: Server = self.server.state  # type: ignore[attr-defined]
         self.close_connection = True
         self.send_response(status)
         length = server.claims if server.claims is not None and status in (200, 206) else len(body)

@@ -33,7 +33,7 @@ def parameters_of(network: Perceptrons, draw: int) -> list[Tensor]:
 
 
 def logits_of(parameters: list[Tensor], points: Tensor) -> Tensor:
-    """A perceptron as the paper tells of it, of one draw."""
+    """A perceptron as the paper describes it, of one draw."""
     w1, b1, w2, b2, w3, b3 = parameters
     return torch.sigmoid(torch.sigmoid(points @ w1 + b1) @ w2 + b2) @ w3 + b3
 

@@ -75,10 +75,10 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stages import evaluate, filter, precompute, pretrain, train_reduced
     from stages.console import Console
     from stages.execution import execute
-    from stages.options import make_context
+    from stages.options import Options, make_context
 
     run = tmp_path_factory.mktemp("finished") / "run"
-    context = make_context(run, str(recipe), console=Console(quiet=True))
+    context = make_context(Options(run, str(recipe)), console=Console(quiet=True))
     for stage in (pretrain, filter, precompute, train_reduced, evaluate):
         execute(context, stage.plan)
     return run

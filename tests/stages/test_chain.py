@@ -12,6 +12,9 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config import load_recipe
+from pipeline.storage.runs import Run
+
 STAGES = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate")
 
 
@@ -240,6 +243,23 @@ def test_help_imports_no_torch() -> None:
     ]
     places = [commands.index(f"\n  {name} ") for name in order]
     assert places == sorted(places)
+
+
+def test_status_data_list_and_a_recipe_import_no_torch(tmp_path: Path) -> None:
+    Run(tmp_path / "run").keep(load_recipe("digits"), 0, None)
+    code = (
+        "import sys\n"
+        "from stages.cli import mpl\n"
+        "for arguments in (['status', '--run', sys.argv[1]], ['data', 'list']):\n"
+        "    mpl.main(arguments, standalone_mode=False)\n"
+        "from pipeline.config import load_recipe\n"
+        "load_recipe('cifar10-4k')\n"
+        "print([m for m in ('torch', 'timm', 'ray', 'faiss', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True, check=True)
+    assert "recipe digits, seed 0" in done.stdout
+    assert "svhn" in done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_shadowing_package_is_named(tmp_path: Path) -> None:

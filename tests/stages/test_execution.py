@@ -10,7 +10,7 @@ from pipeline.distributed import ALONE, Ranks, launch
 from pipeline.errors import DataError, RunError
 from stages.console import Console
 from stages.execution import Stage, execute
-from stages.options import Context, make_context
+from stages.options import Context, Options, make_context
 from tests.distributed.worlds import in_ranks
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -43,7 +43,7 @@ def is_cut_short(folder: Path) -> None:
 
 
 def attempt(run: Path, work: Callable[[Path], None], size: int = 1, *, force: bool = False) -> None:
-    context = make_context(run, "digits", device="cpu", force=force, console=Console(quiet=True))
+    context = make_context(Options(run, "digits", device="cpu", force=force), console=Console(quiet=True))
     execute(context, lambda c: stage_of(c, work, size))
 
 
@@ -136,5 +136,5 @@ def test_what_one_rank_meets_in_its_work_is_said_at_once(tmp_path: Path) -> None
 
 def test_alone_is_of_no_launch(tmp_path: Path) -> None:
     attempt(tmp_path, adds)
-    assert (ALONE.launch, make_context(tmp_path, None).run.launch_of("train")) == ("", "")
-    assert make_context(tmp_path, None).run.launch_of("other") is None
+    assert (ALONE.launch, make_context(Options(tmp_path)).run.launch_of("train")) == ("", "")
+    assert make_context(Options(tmp_path)).run.launch_of("other") is None

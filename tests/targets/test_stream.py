@@ -16,8 +16,8 @@ from upath import UPath
 
 from pipeline.batches import Batches, ImageSets, Mixture
 from pipeline.config import ModelSettings, OptimizerSettings, TrainSettings
+from pipeline.data.order import StreamOrder, file_order
 from pipeline.data.sets import LabelledSet, PoolSet
-from pipeline.data.stream import StreamOrder, file_order
 from pipeline.errors import DataError, TargetsError
 from pipeline.models import build_network
 from pipeline.seeds import permutation

@@ -60,14 +60,14 @@ def _layer(images: Tensor, names: tuple[str, ...], chosen: Tensor, strength: Ten
         return
     order = torch.tensor([row for rows in groups.values() for row in rows])
     sizes = [len(rows) for rows in groups.values()]
-    there = order.to(images.device)  # one transfer for all groups
-    parts = zip(groups.items(), order.split(sizes), there.split(sizes), strict=True)
-    for (kind, rows), here, index in parts:
-        group, own = images[index], strength[here]
+    on_device = order.to(images.device)  # one transfer for all groups
+    groups_of_rows = zip(groups.items(), order.split(sizes), on_device.split(sizes), strict=True)
+    for (kind, rows), on_cpu, index in groups_of_rows:
+        group, strengths = images[index], strength[on_cpu]
         if kind == "geometric":
-            images[index] = _geometric(group, _theta([names[choices[row]] for row in rows], own))
+            images[index] = _geometric(group, _theta([names[choices[row]] for row in rows], strengths))
         else:
-            images[index] = PIXELWISE[kind](group, own)
+            images[index] = PIXELWISE[kind](group, strengths)
 
 
 def _geometric(images: Tensor, theta: Tensor) -> Tensor:

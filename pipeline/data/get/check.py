@@ -56,8 +56,8 @@ def check_split(
 
 
 def _decode(split: Split, report: SplitReport, sample: int | None, workers: int) -> None:
-    each = None if sample is None else -(-sample // len(split.shards))
-    entries = ((shard.name, sample) for shard in split.shards for sample in shard.read(0, each))
+    per_shard = None if sample is None else -(-sample // len(split.shards))
+    entries = ((shard.name, sample) for shard in split.shards for sample in shard.read(0, per_shard))
     keys: Counter[str] = Counter()
     stream = decode_stream(entries, SIZE, workers, data_of=lambda entry: entry[1].data)
     for (shard, entry), _, status, detail in stream:

@@ -1,7 +1,7 @@
 """One file over HTTP, with resume: what has arrived is kept, and the rest asked for by range.
 
-A resumed download is never glued together from two versions of a file: the server is told which version the kept
-bytes are of (`If-Range`), and the answer's is compared. Source: RFC 9110, sections 13.1.5 and 14.
+A resumed download is never made of two versions of a file: the request names the version of the kept bytes
+(`If-Range`), and the answer's is compared. Source: RFC 9110, sections 13.1.5 and 14.
 """
 
 import json
@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
+
+import requests
+from urllib3.exceptions import HTTPError
 
 from pipeline.errors import DataError, RunError
 from pipeline.storage.files import write_json
@@ -72,7 +75,7 @@ def download(
         part: the file; a description of what it is of lies beside it, as `<part>.json`.
         total: its bytes, if they are known. They are trusted, and what the server says of them is not.
         patience: how often and how long to try.
-        progress: is told of every piece.
+        progress: called after every piece.
 
     Returns:
         Whether any of it had been there before.
@@ -81,29 +84,26 @@ def download(
         DataError: the server does not have it, gives a longer one, or stays in trouble; or the disk is full.
             What has arrived is kept.
     """
-    import requests
-    from urllib3.exceptions import HTTPError
-
     patience = patience or Patience()
-    failures, most = 0, _size(part)
-    resumed = most > 0
+    failures, most_bytes = 0, _size(part)
+    resumed = most_bytes > 0
     with requests.Session() as session:
         while True:
             try:
                 _attempt(session, url, part, total, patience, progress)
                 return resumed
             except (_Passing, requests.RequestException, HTTPError, ConnectionError) as error:
-                have = _size(part)
-                resumed = resumed or have > 0
-                failures = 1 if have > most else failures + 1
-                most = max(most, have)
+                size = _size(part)
+                resumed = resumed or size > 0
+                failures = 1 if size > most_bytes else failures + 1
+                most_bytes = max(most_bytes, size)
                 if failures >= patience.attempts:
                     raise DataError(
-                        f"{url}: {_told(error)}, and {failures} attempts brought nothing more; {have:,} bytes are "
+                        f"{url}: {_cause(error)}, and {failures} attempts brought nothing more; {size:,} bytes are "
                         "kept. Try again later: the same command goes on from there"
                     ) from error
-                asked = error.wait if isinstance(error, _Passing) else 0.0
-                time.sleep(min(max(asked, patience.first_wait * 2 ** (failures - 1)), patience.longest_wait))
+                requested_wait = error.wait if isinstance(error, _Passing) else 0.0
+                time.sleep(min(max(requested_wait, patience.first_wait * 2 ** (failures - 1)), patience.longest_wait))
             except (OSError, RunError) as error:
                 raise DataError(f"{part} cannot be written: {error}; free some space and run this again") from error
 
@@ -115,13 +115,13 @@ def discard(part: Path) -> None:
 
 
 def _attempt(
-    session: Any, url: str, part: Path, total: int | None, patience: Patience, progress: Progress | None
+    session: requests.Session, url: str, part: Path, total: int | None, patience: Patience, progress: Progress | None
 ) -> None:
     """One request, and its answer into the file."""
     version = _read_version(part)
     have = _size(part) if version is not None and version.url == url else 0
-    wanted = total if total is not None or version is None else version.total
-    if have and have == wanted:
+    expected = total if total is not None or version is None else version.total
+    if have and have == expected:
         return
     headers = {"Accept-Encoding": "identity"}  # ranges are of the file's own bytes
     if have:
@@ -131,16 +131,16 @@ def _attempt(
             headers["If-Range"] = version.tag
     with session.get(url, headers=headers, stream=True, timeout=patience.timeout) as answer:
         _refuse_errors(answer, url, part)
-        found = _version_of(answer, url)
-        goes_on = answer.status_code == 206 and have and _same(version, found, answer, have)
+        sent = _version_of(answer, url)
+        goes_on = answer.status_code == 206 and have and _same(version, sent, answer, have)
         if answer.status_code == 206 and not goes_on:
             discard(part)
             raise _Passing("the file changed on the server, or it answers with other bytes than were asked for")
         if not goes_on:
             discard(part)
             have = 0
-            write_json(_description(part), asdict(found))
-        end = total if total is not None else found.total
+            write_json(_description(part), asdict(sent))
+        end = total if total is not None else sent.total
         with part.open("ab") as file:
             have = _receive(answer.raw, file, have, end, progress)
         if total is not None and have > total:
@@ -169,40 +169,40 @@ def _receive(raw: Any, file: IO[bytes], have: int, end: int | None, progress: Pr
     return have
 
 
-def _refuse_errors(answer: Any, url: str, part: Path) -> None:
+def _refuse_errors(answer: requests.Response, url: str, part: Path) -> None:
     status = answer.status_code
     if status in (200, 206):
         return
     if status == 416:  # the kept bytes are more than there are
         discard(part)
         raise _Passing("the server's file is shorter than what was kept of it")
-    told = f"{status} {answer.reason or ''}".strip()
+    line = f"{status} {answer.reason or ''}".strip()
     if status in RETRIED:
         wait = answer.headers.get("Retry-After", "")
-        raise _Passing(f"the server answers {told}", float(wait) if wait.isdigit() else 0.0)
+        raise _Passing(f"the server answers {line}", float(wait) if wait.isdigit() else 0.0)
     raise DataError(
-        f"{url}: the server answers {told}{': ' + REASONS[status] if status in REASONS else ''}. "
+        f"{url}: the server answers {line}{': ' + REASONS[status] if status in REASONS else ''}. "
         "See the data set's homepage for where it is now"
     )
 
 
-def _version_of(answer: Any, url: str) -> _Version:
+def _version_of(answer: requests.Response, url: str) -> _Version:
     tag = answer.headers.get("ETag")
     if tag is None or tag.startswith("W/"):  # a weak one says nothing of single bytes
         tag = answer.headers.get("Last-Modified")
     if answer.status_code == 206:
-        told = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
     else:
-        told = answer.headers.get("Content-Length", "")
-    return _Version(url, tag, int(told) if told.isdigit() else None)
+        total = answer.headers.get("Content-Length", "")
+    return _Version(url, tag, int(total) if total.isdigit() else None)
 
 
-def _same(kept: _Version | None, found: _Version, answer: Any, have: int) -> bool:
+def _same(kept: _Version | None, sent: _Version, answer: requests.Response, have: int) -> bool:
     """Whether a partial answer is the rest of what was kept; of versions without a tag, the lengths are compared."""
     assert kept is not None
-    begins = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    alike = kept.tag == found.tag if kept.tag or found.tag else kept.total == found.total
-    return begins == str(have) and alike
+    start = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
+    same_version = kept.tag == sent.tag if kept.tag or sent.tag else kept.total == sent.total
+    return start == str(have) and same_version
 
 
 def _read_version(part: Path) -> _Version | None:
@@ -223,8 +223,8 @@ def _size(part: Path) -> int:
         return 0
 
 
-def _told(error: Exception) -> str:
-    """The heart of an error: requests wraps urllib3's, which wraps the system's."""
+def _cause(error: Exception) -> str:
+    """The cause of an error: requests wraps urllib3's, which wraps the system's."""
     inner: BaseException = error
     while inner.__context__ is not None:
         inner = inner.__context__

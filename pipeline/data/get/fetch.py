@@ -9,9 +9,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from pipeline.data.get.download import Patience, discard, download
 from pipeline.data.manifest import Archive, FileSpec, Manifest, suggestion
@@ -28,7 +31,7 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of an entry of `files` or `archives`."""
+    """What happened to an entry of `files` or `archives`."""
 
     name: str
     state: Literal["embedded", "present", "fetched", "missing"]
@@ -49,7 +52,7 @@ class _Download:
 
     @property
     def checksum(self) -> str | None:
-        """`<algorithm>:<hexadecimal>`, as pooch has it."""
+        """`<algorithm>:<hexadecimal>`."""
         for kind in ("sha256", "md5"):
             if value := getattr(self.source, kind):
                 return f"{kind}:{value}"
@@ -71,7 +74,7 @@ def fetch(
         data: the data folder; it is made if need be.
         only: entries of `files`; none is all.
         patience: with servers.
-        progress: is told the name, the bytes that are there and the bytes in all.
+        progress: called with the name, the bytes that are there and the bytes in all.
 
     Raises:
         DataError: a download fails, is another file than the manifest's, or does not fit on the disk; an
@@ -92,15 +95,15 @@ def fetch(
                 else:
                     yield Fetched(job.name, "present", "there, and its checksum is right" if job.checksum else "there")
     for name in names:
-        if (found := _by_hand(manifest, name, data)) is not None:
-            yield found
+        if (file := _by_hand(manifest, name, data)) is not None:
+            yield file
 
 
 def _bring(
     manifest: Manifest, job: _Download, data: Path, patience: Patience | None, progress: Progress | None
 ) -> Fetched:
     """Download, verify, and put in place."""
-    digest = _get(job, patience, None if progress is None else _telling(progress, job.name))
+    digest = _get(job, patience, None if progress is None else partial(progress, job.name))
     if isinstance(job.source, Archive):
         where = _unpack(manifest, job, data)
     else:
@@ -111,14 +114,14 @@ def _bring(
 
 def _downloads(manifest: Manifest, names: list[str], data: Path) -> list[_Download]:
     """Files with an address, and archives once each."""
-    found: dict[str, FileSpec | Archive] = {}
+    sources: dict[str, FileSpec | Archive] = {}
     for name in names:
         spec = manifest.files[name]
         if spec.archive is not None:
-            found[spec.archive] = manifest.archives[spec.archive]
+            sources[spec.archive] = manifest.archives[spec.archive]
         elif spec.url is not None:
-            found[name] = spec
-    return [_Download(name, source, _part(data, source.url or "")) for name, source in found.items()]
+            sources[name] = spec
+    return [_Download(name, source, _part(data, source.url or "")) for name, source in sources.items()]
 
 
 def _part(data: Path, url: str) -> Path:
@@ -137,7 +140,7 @@ def _is_there(manifest: Manifest, job: _Download, data: Path) -> bool:
 
 
 def _by_hand(manifest: Manifest, name: str, data: Path) -> Fetched | None:
-    """What is to be said of a file that no program can get."""
+    """The state of a file that no program can download."""
     spec = manifest.files[name]
     if spec.url is not None or spec.archive is not None:
         return None
@@ -152,15 +155,15 @@ def _by_hand(manifest: Manifest, name: str, data: Path) -> Fetched | None:
     return Fetched(name, "present", f"{len(paths)} file(s)")
 
 
-def _get(job: _Download, patience: Patience | None, tell: Callable[[int, int | None], None] | None) -> str:
+def _get(job: _Download, patience: Patience | None, progress: Callable[[int, int | None], None] | None) -> str:
     """Download until the checksum is right. Gives `<algorithm>:<hexadecimal>`."""
     for again in (True, False):
-        resumed = download(job.url, job.part, total=job.source.bytes, patience=patience, progress=tell)
+        resumed = download(job.url, job.part, total=job.source.bytes, patience=patience, progress=progress)
         digest = _hash(job.part, job.checksum or "sha256:")
         if job.checksum in (None, digest):
             return digest
         discard(job.part)
-        if not (again and resumed):  # bytes from another day may be at fault: once more, from the start
+        if not (again and resumed):  # bytes of an earlier day may be wrong: once more, from the start
             break
     raise DataError(
         f"{job.url} gave a file with {digest}, and the manifest says {job.checksum}: it was damaged on the way, or is "
@@ -169,10 +172,9 @@ def _get(job: _Download, patience: Patience | None, tell: Callable[[int, int | N
 
 
 def _hash(path: Path, checksum: str) -> str:
-    import pooch  # type: ignore[import-untyped]
-
-    kind = checksum.partition(":")[0]
-    return f"{kind}:{pooch.file_hash(str(path), alg=kind)}"
+    algorithm = checksum.partition(":")[0]
+    with path.open("rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
 def _place(part: Path, target: Path) -> Path:
@@ -236,10 +238,10 @@ def _is_unpacked(manifest: Manifest, job: _Download, data: Path) -> bool:
     receipt = _receipt(job, data)
     if not receipt.is_file():
         return False
-    told: dict[str, Any] = read_json(receipt)
-    if told["checksum"] != job.checksum or told["url"] != job.url:
+    unpacked: dict[str, Any] = read_json(receipt)
+    if unpacked["checksum"] != job.checksum or unpacked["url"] != job.url:
         return False
-    paths = {data / name: digest for name, digest in told["sha256"].items()}
+    paths = {data / name: digest for name, digest in unpacked["sha256"].items()}
     return all(path.is_file() and sha256_file(path) == digest for path, digest in paths.items())
 
 
@@ -260,15 +262,9 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _telling(progress: Progress, name: str) -> Callable[[int, int | None], None]:
-    return lambda done, total: progress(name, done, total)
-
-
 @contextmanager
 def _alone(data: Path) -> Iterator[None]:
     """One fetch at a time into a folder: two would write the same parts."""
-    from filelock import FileLock, Timeout
-
     try:
         (data / WORK).mkdir(parents=True, exist_ok=True)
         with FileLock(data / WORK / "lock", timeout=0):

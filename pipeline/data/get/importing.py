@@ -1,6 +1,6 @@
 """A person's own images into a data set: Parquet files, seeded splits and a manifest.
 
-The source is read once, into a spool on disk, so that the splits can be written in a random order;
+The source is read once, into a temporary file, so that the splits can be written in a random order;
 what is no image, or cannot be used, is listed with its reason.
 """
 
@@ -8,12 +8,13 @@ import csv
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from pipeline.data.get.spool import Entry, Kept, LeftOut, Spool, fill_spool
+from pipeline.data.get.accepted import Accepted, AcceptedImages, Entry, LeftOut, accept
 from pipeline.data.get.writing import write_images, write_manifest
 from pipeline.data.manifest import SPLITS, FileSpec, ImageSpec, Manifest, SplitName, SplitSpec
 from pipeline.data.readers.folder import class_folder, folder_shards
@@ -87,10 +88,8 @@ def import_images(
     entries = chain(_entries(source), _as_pool(_entries(unlabelled)) if unlabelled else ())
     work = _work_folder(out)
     try:
-        with (work / "spool").open("wb+") as file:
-            spool = fill_spool(file, entries, workers)
-            imported = _write(spool, work, name or out.resolve().name, settings)
-        (work / "spool").unlink()
+        with tempfile.TemporaryFile(dir=work) as file:
+            imported = _write(accept(file, entries, workers), work, name or out.resolve().name, settings)
         work.replace(out)
         sync_folder(out.parent)
     except OSError as error:
@@ -117,51 +116,51 @@ def _entries(source: Path) -> Iterator[Entry]:
     if source.is_dir():
         for shard in folder_shards(source.name, source, None):
             for sample in shard.read():
-                yield Entry(sample.key, _kind(class_folder(sample.key)), sample.data)
+                yield Entry(sample.key, _class_name(class_folder(sample.key)), sample.data)
     elif source.is_file():
         for key, data, label in TarShard(source.name, source).images():
-            yield Entry(key, _kind(label or PurePosixPath(key).parent.name), data)
+            yield Entry(key, _class_name(label or PurePosixPath(key).parent.name), data)
     else:
         raise DataError(f"{source}: there is no such folder or tar")
 
 
-def _kind(folder: str) -> str | None:
+def _class_name(folder: str) -> str | None:
     return None if folder.lower() in POOL_FOLDERS else folder
 
 
 def _as_pool(entries: Iterator[Entry]) -> Iterator[Entry]:
     for entry in entries:
-        yield entry._replace(kind=None)
+        yield entry._replace(class_name=None)
 
 
-def _write(spool: Spool, folder: Path, name: str, settings: ImportSettings) -> Imported:
-    classes = _class_order({kept.kind for kept in spool.kept if kept.kind is not None})
+def _write(accepted: AcceptedImages, folder: Path, name: str, settings: ImportSettings) -> Imported:
+    classes = _class_order({image.class_name for image in accepted.images if image.class_name is not None})
     if len(classes) < 2:
-        found = f"only {classes[0]!r}" if classes else "none"
-        without = sum(left.reason == "no_class" for left in spool.left_out)
+        present = f"only {classes[0]!r}" if classes else "none"
+        without = sum(entry.reason == "no_class" for entry in accepted.left_out)
         raise DataError(
-            f"at least two classes are needed and {found} was found ({without} images in no class folder): "
+            f"at least two classes are needed and {present} was found ({without} images in no class folder): "
             "put the images of each class into a sub-folder of its name"
         )
-    splits = _divide(spool.kept, classes, settings)
-    labels = {kind: label for label, kind in enumerate(classes)}
-    for split, kept in splits.items():
+    splits = _divide(accepted.images, classes, settings)
+    labels = {class_name: label for label, class_name in enumerate(classes)}
+    for split, images in splits.items():
         if split != "unlabelled":
-            write_images(folder / f"{split}.parquet", spool.rows(kept, labels), classes)
+            write_images(folder / f"{split}.parquet", accepted.rows(images, labels), classes)
             continue
-        for number, start in enumerate(range(0, len(kept), ROWS_PER_FILE)):
-            part = kept[start : start + ROWS_PER_FILE]
-            write_images(folder / f"pool-{number:05d}.parquet", spool.rows(part, labels), None)
-    _write_left_out(folder / "left_out.csv", spool.left_out)
-    manifest = _manifest(name, classes, splits, spool)
+        for number, start in enumerate(range(0, len(images), ROWS_PER_FILE)):
+            rows = accepted.rows(images[start : start + ROWS_PER_FILE], labels)
+            write_images(folder / f"pool-{number:05d}.parquet", rows, None)
+    _write_left_out(folder / "left_out.csv", accepted.left_out)
+    manifest = _manifest(name, classes, splits, accepted)
     write_manifest(folder / "manifest.yaml", manifest)
-    counts = {split: len(kept) for split, kept in splits.items()}
-    per_class: dict[SplitName, dict[str, int]] = {
-        split: {kind: sum(one.kind == kind for one in kept) for kind in classes}
-        for split, kept in splits.items()
-        if split != "unlabelled"
-    }
-    return Imported(manifest, counts, per_class, spool.left_out)
+    counts = {split: len(images) for split, images in splits.items()}
+    per_class: dict[SplitName, dict[str, int]] = {}
+    for split, images in splits.items():
+        if split != "unlabelled":
+            numbers = Counter(image.class_name for image in images)
+            per_class[split] = {class_name: numbers[class_name] for class_name in classes}
+    return Imported(manifest, counts, per_class, accepted.left_out)
 
 
 def _class_order(names: set[str]) -> list[str]:
@@ -170,22 +169,22 @@ def _class_order(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def _divide(kept: list[Kept], classes: list[str], settings: ImportSettings) -> dict[SplitName, list[Kept]]:
+def _divide(images: list[Accepted], classes: list[str], settings: ImportSettings) -> dict[SplitName, list[Accepted]]:
     """Divide every class at random in the same proportions, and shuffle each split."""
-    of_class: dict[str | None, list[Kept]] = {kind: [] for kind in (*classes, None)}
-    for one in kept:
-        of_class[one.kind].append(one)
-    parts: dict[SplitName, list[Kept]] = {split: [] for split in SPLITS}
-    parts["unlabelled"] = of_class[None]
-    for kind in classes:
-        own = _shuffled(of_class[kind], settings.seed, kind)
-        test, validation = _held_out(len(own), settings)
+    groups: dict[str | None, list[Accepted]] = {class_name: [] for class_name in (*classes, None)}
+    for image in images:
+        groups[image.class_name].append(image)
+    splits: dict[SplitName, list[Accepted]] = {split: [] for split in SPLITS}
+    splits["unlabelled"] = groups[None]
+    for class_name in classes:
+        group = _shuffled(groups[class_name], settings.seed, class_name)
+        test, validation = _held_out(len(group), settings)
         rest = test + validation
-        parts["test"] += own[:test]
-        parts["validation"] += own[test:rest]
-        parts["labelled"] += own[rest:]
-    _refuse_empty(parts, settings)
-    return {split: _shuffled(part, settings.seed, split) for split, part in parts.items() if part}
+        splits["test"] += group[:test]
+        splits["validation"] += group[test:rest]
+        splits["labelled"] += group[rest:]
+    _refuse_empty(splits, settings)
+    return {split: _shuffled(group, settings.seed, split) for split, group in splits.items() if group}
 
 
 def _held_out(count: int, settings: ImportSettings) -> tuple[int, int]:
@@ -198,35 +197,37 @@ def _held_out(count: int, settings: ImportSettings) -> tuple[int, int]:
     return test, min(validation, count - 1 - test)
 
 
-def _shuffled(kept: list[Kept], seed: int, purpose: str) -> list[Kept]:
-    return [kept[i] for i in permutation(len(kept), seed, "import", purpose)]
+def _shuffled(images: list[Accepted], seed: int, purpose: str) -> list[Accepted]:
+    return [images[i] for i in permutation(len(images), seed, "import", purpose)]
 
 
-def _refuse_empty(parts: dict[SplitName, list[Kept]], settings: ImportSettings) -> None:
-    wanted: dict[SplitName, float] = {"validation": settings.validation, "test": settings.test}
-    for split, part in wanted.items():
-        if part and not parts[split]:
+def _refuse_empty(splits: dict[SplitName, list[Accepted]], settings: ImportSettings) -> None:
+    shares: dict[SplitName, float] = {"validation": settings.validation, "test": settings.test}
+    for split, share in shares.items():
+        if share and not splits[split]:
             raise DataError(
-                f"the {split} split would be empty: no class has the three images that it takes. "
+                f"the {split} split would be empty: no class has three images or more. "
                 f"Add images, or set --{split} to 0"
             )
 
 
-def _manifest(name: str, classes: list[str], splits: dict[SplitName, list[Kept]], spool: Spool) -> Manifest:
+def _manifest(
+    name: str, classes: list[str], splits: dict[SplitName, list[Accepted]], accepted: AcceptedImages
+) -> Manifest:
     files: dict[str, FileSpec] = {}
-    for split, kept in splits.items():
+    for split, images in splits.items():
         if split == "unlabelled":
             files["pool"] = FileSpec(glob="pool-*.parquet", reader="parquet")
         else:
-            files[split] = FileSpec(path=f"{split}.parquet", reader="parquet", rows=len(kept))
+            files[split] = FileSpec(path=f"{split}.parquet", reader="parquet", rows=len(images))
     sources = {split: "pool" if split == "unlabelled" else split for split in splits}
-    typical = sorted(spool.sides.elements())[spool.sides.total() // 2]
+    median = sorted(accepted.sides.elements())[accepted.sides.total() // 2]
     return Manifest(
         name=name,
         title="imported images",
         classes=len(classes),
         class_names=tuple(classes),
-        image=ImageSpec(size=typical, channels=3 if spool.colour else 1),
+        image=ImageSpec(size=median, channels=3 if accepted.colour else 1),
         files=files,
         splits={split: SplitSpec.model_validate({"from": source}) for split, source in sources.items()},
     )

@@ -1,4 +1,4 @@
-"""Writing data sets as they are read: Parquet in the Hugging Face image layout, and a manifest."""
+"""Writing data sets as they are read: Parquet in Hugging Face's format for images, and a manifest."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -1,9 +1,9 @@
-"""The embedded data set: scikit-learn's handwritten digits, and pieces of photographs to mislead.
+"""The embedded data set: scikit-learn's handwritten digits, and pieces of photographs that are none.
 
 1,797 real 8×8 images in 17 grey levels. The partition is fixed and stratified: 5 of each class are
 labelled, 30 validate, 50 test, the rest is the pool, where 400 pieces of scikit-learn's two
 photographs join them. Such a piece has the very grey levels of one of the pool's digits, placed in the
-order of its own brightness, so that a histogram does not tell the two kinds apart, but a look does.
+order of its own brightness, so that their histograms are the same and only their shapes differ.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ POOL_SHARDS = 2
 FLAT = 4.0  # grey levels of 255: pieces with a smaller standard deviation (sky) are passed over
 
 
-class _Part(NamedTuple):
+class _Subset(NamedTuple):
     images: np.ndarray  # uint8 (N, 8, 8)
     labels: np.ndarray  # int64 (N,), -1 for a piece of a photograph
     keys: list[str]
@@ -37,79 +37,79 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True)
 class DigitsShard(Shard):
-    """One part of the embedded data set, or one of the pool's two halves."""
+    """One subset of the embedded data set, or one of the pool's two halves."""
 
     name: str
-    part: str
+    subset: str
     index: int = 0
     with_labels: bool = True
 
     def rows(self) -> int:
-        return len(self._part().keys)
+        return len(self._subset().keys)
 
     def fingerprint(self) -> str:
-        part = self._part()  # of pixels: the PNG bytes may differ from one zlib to the next
-        return hashlib.sha256(part.images.tobytes() + part.labels.tobytes()).hexdigest()
+        subset = self._subset()  # of pixels: the PNG bytes may differ from one zlib to the next
+        return hashlib.sha256(subset.images.tobytes() + subset.labels.tobytes()).hexdigest()
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-        part = self._part()
-        for row in range(*slice(start, stop).indices(len(part.keys))):
-            label = int(part.labels[row]) if self.with_labels else NO_LABEL
-            yield Sample(row, part.keys[row], _png(part.images[row]), label)
+        subset = self._subset()
+        for row in range(*slice(start, stop).indices(len(subset.keys))):
+            label = int(subset.labels[row]) if self.with_labels else NO_LABEL
+            yield Sample(row, subset.keys[row], _png(subset.images[row]), label)
 
     def class_names(self) -> tuple[str, ...]:
         return tuple(str(digit) for digit in range(CLASSES))
 
-    def _part(self) -> _Part:
-        whole = _partition()[self.part]
-        if self.part != "pool":
+    def _subset(self) -> _Subset:
+        whole = _partition()[self.subset]
+        if self.subset != "pool":
             return whole
         half = slice(self.index, None, POOL_SHARDS)
-        return _Part(whole.images[half], whole.labels[half], whole.keys[half])
+        return _Subset(whole.images[half], whole.labels[half], whole.keys[half])
 
 
-def digits_shards(part: str, with_labels: bool) -> list[DigitsShard]:
+def digits_shards(subset: str, with_labels: bool) -> list[DigitsShard]:
     """The shards of `labelled`, `validation`, `test` (one each) or `pool` (two)."""
-    if part == "pool":
-        return [DigitsShard(f"pool-{i:05d}", part, i, with_labels) for i in range(POOL_SHARDS)]
-    if part not in PER_CLASS:
-        raise DataError(f"the digits have no part {part!r}; there are {', '.join(PER_CLASS)} and pool")
-    return [DigitsShard(part, part, with_labels=with_labels)]
+    if subset == "pool":
+        return [DigitsShard(f"pool-{i:05d}", subset, i, with_labels) for i in range(POOL_SHARDS)]
+    if subset not in PER_CLASS:
+        raise DataError(f"the digits have no subset {subset!r}; there are {', '.join(PER_CLASS)} and pool")
+    return [DigitsShard(subset, subset, with_labels=with_labels)]
 
 
 @cache
-def _partition() -> dict[str, _Part]:
+def _partition() -> dict[str, _Subset]:
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
     images = np.rint(values.reshape(-1, SIDE, SIDE) * (255 / LEVELS)).astype(np.uint8)
     order = permutation(len(labels), 0, "digits", "partition")
     classes = [order[labels[order] == digit] for digit in range(CLASSES)]
-    parts, start = {}, 0
+    subsets, start = {}, 0
     for name, count in PER_CLASS.items():
         rounds = [rows[start : start + count] for rows in classes]
         # One of each class in turn, so that every prefix of 10·n rows is balanced.
-        parts[name] = _digits(images, labels, np.stack(rounds, axis=1).ravel())
+        subsets[name] = _digits(images, labels, np.stack(rounds, axis=1).ravel())
         start += count
     rest = np.concatenate([rows[start:] for rows in classes])
-    parts["pool"] = _pool(_digits(images, labels, rest))
-    return parts
+    subsets["pool"] = _pool(_digits(images, labels, rest))
+    return subsets
 
 
-def _digits(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> _Part:
-    return _Part(images[rows], labels[rows].astype(np.int64), [f"digit-{row:04d}" for row in rows])
+def _digits(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> _Subset:
+    return _Subset(images[rows], labels[rows].astype(np.int64), [f"digit-{row:04d}" for row in rows])
 
 
-def _pool(digits: _Part) -> _Part:
+def _pool(digits: _Subset) -> _Subset:
     pieces = _photo_pieces(digits.images)
     images = np.concatenate([digits.images, pieces.images])
     labels = np.concatenate([digits.labels, pieces.labels])
     keys = digits.keys + pieces.keys
     order = permutation(len(keys), 0, "digits", "pool")
-    return _Part(images[order], labels[order], [keys[row] for row in order])
+    return _Subset(images[order], labels[order], [keys[row] for row in order])
 
 
-def _photo_pieces(digits: np.ndarray) -> _Part:
+def _photo_pieces(digits: np.ndarray) -> _Subset:
     pieces, keys = [], []
     for name, photo in _photographs():
         for y in range(0, photo.shape[0] - SIDE + 1, SIDE):
@@ -120,7 +120,7 @@ def _photo_pieces(digits: np.ndarray) -> _Part:
     chosen = permutation(len(pieces), 0, "digits", "photographs")[:PHOTO_PIECES]
     models = permutation(len(digits), 0, "digits", "grey levels")
     images = [_with_levels_of(pieces[row], digits[models[i]]) for i, row in enumerate(chosen)]
-    return _Part(np.stack(images), np.full(len(chosen), NO_LABEL), [keys[row] for row in chosen])
+    return _Subset(np.stack(images), np.full(len(chosen), NO_LABEL), [keys[row] for row in chosen])
 
 
 def _photographs() -> Iterator[tuple[str, np.ndarray]]:

@@ -8,17 +8,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.data.readers.shard import NO_LABEL, Sample, Shard
+from pipeline.data.readers.shard import IMAGE_SUFFIXES, NO_LABEL, Sample, Shard
 from pipeline.errors import DataError
 from pipeline.seeds import permutation
 from pipeline.storage.files import Location, fingerprint, storage_errors
 
-SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif"),
-        *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
-    )
-)
 FILES_PER_SHARD = 5_000
 
 
@@ -110,7 +104,7 @@ def list_images(root: Location) -> list[str]:
         with storage_errors():
             if not root.is_dir():
                 raise DataError(f"{root} is not a folder")
-            return sorted(file for file in _below(root) if PurePosixPath(file).suffix.lower() in SUFFIXES)
+            return sorted(file for file in _below(root) if PurePosixPath(file).suffix.lower() in IMAGE_SUFFIXES)
     except OSError as error:
         raise DataError(f"{root} cannot be listed: {error}") from error
 
@@ -132,7 +126,7 @@ def _below(root: Location) -> Iterator[str]:
 
 
 def _state(place: Location) -> list[object]:
-    """What tells one version of a file from the next."""
+    """What differs between one version of a file and the next."""
     if isinstance(place, Path):
         stat = place.stat()
         return [stat.st_size, stat.st_mtime_ns]

@@ -74,8 +74,8 @@ def find_variable(file: IO[bytes], name: str) -> Variable:
     """
     header = file.read(128)
     if len(header) < 128 or header[124:128] != b"\x00\x01IM":
-        told = "HDF5: save it with '-v7'" if header.startswith(b"MATLAB 7.3") else "no such file"
-        raise DataError(f"MATLAB's format 5, little-endian, is understood, and this is {told}")
+        description = "HDF5: save it with '-v7'" if header.startswith(b"MATLAB 7.3") else "another format"
+        raise DataError(f"only MATLAB's format 5, little-endian, can be read, and this is {description}")
     while tag := file.read(8):
         kind, size = _unpack(tag)
         start = file.tell()
@@ -102,7 +102,7 @@ def _matrix(stream: IO[bytes], inflated: bool) -> Variable | None:
         return None
     dtype = np.dtype(DTYPES[kind])
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != size:
-        raise DataError(f"variable {name} is said to be {shape} and to have {size:,} bytes, which cannot be")
+        raise DataError(f"variable {name} has the shape {shape} and {size:,} bytes, which do not agree")
     return Variable(name, shape, dtype, stream if small is None else io.BytesIO(small), inflated and small is None)
 
 
@@ -112,7 +112,7 @@ def _element(stream: IO[bytes]) -> bytes:
     if small is not None:
         return small
     if size > SMALL:
-        raise DataError(f"a name or a list of dimensions of {size:,} bytes cannot be")
+        raise DataError(f"a name or a list of dimensions of {size:,} bytes is not possible")
     return stream.read(size + -size % 8)[:size]
 
 

@@ -1,4 +1,4 @@
-"""Parquet in the Hugging Face image layout: struct<bytes, path> or plain binary, and a label."""
+"""Parquet in Hugging Face's format for images: struct<bytes, path> or plain binary, and a label."""
 
 import json
 from collections.abc import Iterator

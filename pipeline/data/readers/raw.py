@@ -66,8 +66,8 @@ class RawShard(Shard):
                 yield Sample(row + i, key, image, labels[i])
 
     def labels(self) -> np.ndarray:
-        parts = [self._labels(records) for records, _ in self._records(range(self.rows()))]
-        return np.array([label for part in parts for label in part], dtype=np.int64)
+        runs = [self._labels(records) for records, _ in self._records(range(self.rows()))]
+        return np.array([label for run in runs for label in run], dtype=np.int64)
 
     @property
     def _record(self) -> int:

@@ -11,6 +11,12 @@ import numpy as np
 from pipeline.storage.files import fingerprint
 
 NO_LABEL = -1
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif"),
+        *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+    )
+)
 
 
 class Sample(NamedTuple):  # a tuple is made in a third of a frozen dataclass's time; there are millions

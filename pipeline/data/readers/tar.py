@@ -66,17 +66,19 @@ class TarReader:
         size: int | None = None
         while (header := self._header()) is not None:
             if header.kind in EXTENSIONS:
-                told = self._extension(header)
-                name, size = told.get("path", name), _number(told.get("size"), size)
+                records = self._extension(header)
+                name, size = records.get("path", name), _number(records.get("size"), size)
                 continue
-            found = _Header(name or header.name, header.size if size is None else size, header.kind)
+            member = _Header(name or header.name, header.size if size is None else size, header.kind)
             name = size = None
             if header.kind in PLAIN:
-                self._enter(found)
-                return found.name
+                self._enter(member)
+                return member.name
             if header.kind != FOLDER:
-                self._refuse(f"{found.name} {SPARSE if header.kind == b'S' else OTHER}; a shard holds plain files only")
-            self._enter(found)
+                self._refuse(
+                    f"{member.name} {SPARSE if header.kind == b'S' else OTHER}; a shard holds plain files only"
+                )
+            self._enter(member)
         if name is not None:
             raise tarfile.ReadError("the archive ends after a header that announces another")
         return None
@@ -130,7 +132,7 @@ class TarReader:
     def _extension(self, header: _Header) -> dict[str, str]:
         """What a header says of the next one: of pax records and long names, `path` and `size`."""
         if not 0 <= header.size <= EXTENSION_LIMIT:
-            self._refuse(f"a header of {header.size:,} bytes, and {EXTENSION_LIMIT:,} are the limit; it is no image's")
+            self._refuse(f"a header of {header.size:,} bytes, and {EXTENSION_LIMIT:,} are the limit for one")
         self._unread, self._padding = header.size, -header.size % BLOCK
         data = self.read()
         if header.kind == b"L":

@@ -13,8 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.data.readers.folder import SUFFIXES
-from pipeline.data.readers.shard import NO_LABEL, Sample, Shard, between
+from pipeline.data.readers.shard import IMAGE_SUFFIXES, NO_LABEL, Sample, Shard, between
 from pipeline.data.readers.tar import MEMBER_LIMIT, open_tar
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, quick_fingerprint
@@ -128,4 +127,4 @@ def _key_and_suffix(name: str) -> tuple[str, str] | None:
 
 @lru_cache(maxsize=1024)
 def _is_image(suffix: str) -> bool:
-    return "." + suffix.rsplit(".", 1)[-1] in SUFFIXES
+    return "." + suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES

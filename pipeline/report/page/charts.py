@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LEVELS = (0.5, 0.9, 0.99, 1 - 1e-4, 1 - 1e-6, 1 - 1e-8, 0.7, 0.999, 1 - 1e-5, 1 - 1e-7, 0.6, 0.8)  # dearest first
+LEVELS = (0.5, 0.9, 0.99, 1 - 1e-4, 1 - 1e-6, 1 - 1e-8, 0.7, 0.999, 1 - 1e-5, 1 - 1e-7, 0.6, 0.8)  # most wanted first
 APART = 17  # pixels between two of them, at least
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, in pixels, and its text."""
+    """A position on an axis, in pixels, and its text."""
 
-    at: float
+    position: float
     text: str
 
 
@@ -55,7 +55,7 @@ class Chart:
 
 
 def percent(log_odds: float) -> str:
-    """A probability as a percentage, with as many decimals as tell it from 0 and 100 %."""
+    """A probability as a percentage, with as many decimals as separate it from 0 and 100 %."""
     rest = 100 / (1 + math.exp(min(700.0, abs(log_odds))))  # of the less probable side
     if rest < 0.00005:
         return "> 99.9999%" if log_odds > 0 else "< 0.0001%"
@@ -70,8 +70,6 @@ def rank_chart(
     *,
     end: int,
     span: tuple[float, float],
-    width: int = 300,
-    height: int = 150,
 ) -> Chart:
     """Probability by rank, on a scale of log-odds.
 
@@ -81,15 +79,16 @@ def rank_chart(
         end: the scale's right end, a rank counted from 1.
         span: lowest and highest log-odds of the scale, the same for all classes of a run.
     """
+    width, height = 300, 150
     left, right, top, bottom = 58.0, width - 6.0, 8.0, height - 20.0
     low, high = span
     xs = left + (right - left) * ranks / max(1, end - 1)
     ys = bottom - (bottom - top) * (log_odds - low) / (high - low)
     ticks: list[Tick] = []
     for z in (sign * math.log(p / (1 - p)) for p in LEVELS for sign in (1, -1)):
-        at = bottom - (bottom - top) * (z - low) / (high - low)
-        if low <= z <= high and all(abs(at - tick.at) >= APART for tick in ticks):
-            ticks.append(Tick(at, _level(z)))
+        y = bottom - (bottom - top) * (z - low) / (high - low)
+        if low <= z <= high and all(abs(y - tick.position) >= APART for tick in ticks):
+            ticks.append(Tick(y, _level(z)))
     return Chart(
         title=title,
         width=width,
@@ -104,20 +103,19 @@ def rank_chart(
     )
 
 
-def step_chart(
-    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], width: int = 360, height: int = 180
-) -> Chart:
+def step_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Chart:
     """Lines over training steps, by name: steps (n,) and values (n,). Values that are not finite are passed over."""
+    width, height = 360, 180
     left, right, top, bottom = 46.0, width - 10.0, 10.0, height - 22.0
     clean = {}
     for name, (steps, values) in series.items():
         pairs = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
         if pairs:
             clean[name] = np.array(pairs)  # (n, 2)
-    every = np.concatenate(list(clean.values())) if clean else np.array([[0.0, 0.0]])
-    last = max(1.0, float(every[:, 0].max()))
-    ticks = nice_ticks(float(every[:, 1].min()), float(every[:, 1].max()))
-    low, high = min(ticks[0], float(every[:, 1].min())), max(ticks[-1], float(every[:, 1].max()))
+    all_points = np.concatenate(list(clean.values())) if clean else np.array([[0.0, 0.0]])
+    last = max(1.0, float(all_points[:, 0].max()))
+    ticks = nice_ticks(float(all_points[:, 1].min()), float(all_points[:, 1].max()))
+    low, high = min(ticks[0], float(all_points[:, 1].min())), max(ticks[-1], float(all_points[:, 1].max()))
 
     def placed(pairs: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         return (

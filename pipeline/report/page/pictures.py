@@ -28,7 +28,7 @@ class Pictures:
     """Pictures by place.
 
     Attributes:
-        uris: of the images that could be had.
+        uris: of the images that could be read.
         notes: what could not, for people.
         shards: that were opened.
     """
@@ -52,32 +52,34 @@ def take_pictures(
         size: side in pixels at which images are looked at; pictures are not larger than LARGEST.
         changed: whether a split's shard is no longer the one that was scored.
     """
-    found = Pictures()
+    pictures = Pictures()
     for split, by_shard in _grouped(wanted).items():
         try:
             shards = shards_of(split)
         except UserError as error:
-            found.notes.append(f"No pictures from the {split} split: {error}")
+            pictures.notes.append(f"No pictures from the {split} split: {error}")
             continue
-        lost = [name for name in by_shard if name not in shards]
-        if lost:
-            found.notes.append(f"No pictures from {_named(lost)}: no longer in the {split} split")
+        gone = [name for name in by_shard if name not in shards]
+        if gone:
+            pictures.notes.append(f"No pictures from {_named(gone)}: no longer in the {split} split")
         for name in sorted(by_shard.keys() & shards.keys()):
             try:
                 if changed(split, shards[name]):
-                    found.notes.append(f"No pictures from {name}: it has changed since it was scored")
+                    pictures.notes.append(f"No pictures from {name}: it has changed since it was scored")
                     continue
-                found.shards += 1
+                pictures.shards += 1
                 for sample in _samples(shards[name], by_shard[name].keys()):
                     key = by_shard[name][sample.row]
                     if key is not None and key != sample.key:
-                        found.notes.append(f"No pictures from {name}: row {sample.row} is now {sample.key}, was {key}")
+                        pictures.notes.append(
+                            f"No pictures from {name}: row {sample.row} is now {sample.key}, was {key}"
+                        )
                         break
                     if uri := picture(sample.data, min(size, LARGEST)):
-                        found.uris[split, name, sample.row] = uri
+                        pictures.uris[split, name, sample.row] = uri
             except (UserError, OSError) as error:
-                found.notes.append(f"Some pictures from {name} are missing: {error}")
-    return found
+                pictures.notes.append(f"Some pictures from {name} are missing: {error}")
+    return pictures
 
 
 def picture(data: bytes, size: int) -> str | None:
@@ -120,8 +122,8 @@ def _samples(shard: Shard, rows: Collection[int]) -> Iterator[Sample]:
 def _runs(rows: list[int], most: int) -> list[list[int]]:
     """Increasing rows cut at the widest gaps into at most `most` runs."""
     gaps = np.diff(rows)
-    wide = [int(at) for at in np.argsort(-gaps, kind="stable")[: most - 1] if gaps[at] > GAP]
-    cuts = [0, *sorted(at + 1 for at in wide), len(rows)]
+    wide = [int(gap) for gap in np.argsort(-gaps, kind="stable")[: most - 1] if gaps[gap] > GAP]
+    cuts = [0, *sorted(gap + 1 for gap in wide), len(rows)]
     return [rows[a:b] for a, b in pairwise(cuts)]
 
 

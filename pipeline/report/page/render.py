@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from pipeline.errors import DataError
 from pipeline.pool.rejected import REASONS
 from pipeline.report.page.charts import percent
 from pipeline.report.page.dropped import Dropped, match_place
 from pipeline.report.page.filtering import POOL, ClassReport, FilterReport, Splits, gather_filter
 from pipeline.report.page.kept import Kept
-from pipeline.report.page.learned import Judged, Training, evaluations, trainings
+from pipeline.report.page.trainings import Judged, Training, evaluations, trainings
 from pipeline.storage.files import Location, whole_file
 from pipeline.storage.runs import Run, now
 
@@ -25,7 +27,7 @@ MEANING = {
     "nonfinite": "the teacher's answer was not finite",
     "eval_copy": "a copy of a validation or test image",
     "repeat_of": "the pixels of an earlier image of the pool",
-    "below_probability": "less probable than the least that was asked for",
+    "below_probability": "less probable than the floor that was set",
     "below_k": "not among the best K of any class",
 }
 
@@ -110,7 +112,7 @@ def gather(
     except DataError as error:
         missing = record is None and not (outputs / "selection.parquet").exists()
         notes.append(
-            "The pool has not been filtered yet (mpl filter)." if missing else f"No word of the filter: {error}"
+            "The pool has not been filtered yet (mpl filter)." if missing else f"The filter cannot be shown: {error}"
         )
     return Report(
         name=run.root.resolve().name,
@@ -138,8 +140,6 @@ def write_page(report: Report, path: Path) -> int:
 
 def render(report: Report) -> str:
     """The page as HTML. All text is escaped, and a policy in the page forbids scripts and requests."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -184,17 +184,17 @@ def nats(log_odds: float) -> str:
 
 def rules(report: FilterReport) -> list[tuple[str, str]]:
     """The filter's rules in words."""
-    told = dict(report.rules)
-    assign = {"any": "to any class", "argmax": "to its likeliest class"}
-    floor, copies = told.pop("min_probability", "0.0"), told.pop("copy_threshold", "None")
+    texts = dict(report.rules)
+    assign = {"any": "to any class", "argmax": "to its most probable class"}
+    floor, copies = texts.pop("min_probability", "0.0"), texts.pop("copy_threshold", "None")
     rows = [
-        ("images per class, K", f"{int(told.pop('k', 0)):,}"),
-        ("an image goes", assign.get(found := told.pop("assign", "any"), found)),
+        ("images per class, K", f"{int(texts.pop('k', 0)):,}"),
+        ("an image goes", assign.get(rule := texts.pop("assign", "any"), rule)),
         ("least probability", "none" if float(floor) == 0 else floor),
         ("copies: similarity from", "not looked for" if copies == "None" else copies),
-        ("short classes", "filled by repeats" if told.pop("upsample", "False") == "True" else "stay short"),
+        ("short classes", "filled by repeats" if texts.pop("upsample", "False") == "True" else "stay short"),
     ]
-    rows += [(name.replace("_", " "), text) for name, text in told.items()]
+    rows += [(name.replace("_", " "), text) for name, text in texts.items()]
     rows.append(("shards of the pool", f"{report.shards:,}"))
     if repeated := report.record.get("repeated_keys"):
         rows.append(("images with an earlier key", f"{repeated:,}"))
@@ -232,7 +232,7 @@ def left_out(report: FilterReport) -> list[Group]:
         threshold = report.rules.get("copy_threshold")
         about = (
             f"{_of(report, 'eval_copy', least)} removed for a similarity of {threshold} or more: the pool's image, "
-            "then the evaluation image. If an honest image was removed, it is most likely here."
+            "then the evaluation image. An image that was removed though it is no copy is most likely here."
         )
         groups.append(Group("Copies of evaluation images: the least alike", least, about))
         if report.rejected.get("eval_copy", 0) > len(least):
@@ -241,8 +241,8 @@ def left_out(report: FilterReport) -> list[Group]:
         about = f"{_of(report, 'repeat_of', repeats)}: the image, then the earlier one that is used instead."
         groups.append(Group("Repeats inside the pool", repeats, about))
     for reason in REASONS:
-        if found := tiles.get(reason):
-            groups.append(Group(reason, found, f"{_of(report, reason, found)}: {MEANING[reason]}."))
+        if group := tiles.get(reason):
+            groups.append(Group(reason, group, f"{_of(report, reason, group)}: {MEANING[reason]}."))
     return groups
 
 

@@ -190,7 +190,7 @@ def test_the_class_names_are_in_the_files_too(tmp_path: Path) -> None:
         (
             {"ant": 2, "bee": 2},
             {"validation": 0},
-            "the test split would be empty: no class has the three images",
+            "the test split would be empty: no class has three images",
         ),
         ({"ant": 2, "bee": 1}, {}, "the validation split would be empty.*set --validation to 0"),
     ],

@@ -76,5 +76,5 @@ def test_partition_is_what_it_was() -> None:
 def test_unknown_part() -> None:
     from pipeline.data.readers.digits import digits_shards
 
-    with pytest.raises(DataError, match="no part 'trian'"):
+    with pytest.raises(DataError, match="no subset 'trian'"):
         digits_shards("trian", True)

@@ -18,7 +18,7 @@ from pipeline.targets import TargetsStore
 from stages import train_reduced
 from stages.console import Console
 from stages.execution import execute
-from stages.options import Context, changed, make_context
+from stages.options import Context, Options, changed, make_context
 from stages.reproduce import ablation as module
 from stages.reproduce import parts as parts_module
 from tests.stages.reproduce.comparisons import run_here, tiny
@@ -26,7 +26,7 @@ from tests.stages.reproduce.test_table1 import result
 
 
 def context(folder: Path) -> Context:
-    return make_context(folder / "run", str(tiny(folder)), console=Console(quiet=True))
+    return make_context(Options(folder / "run", str(tiny(folder))), console=Console(quiet=True))
 
 
 def recipe_of(context: Context, changes: tuple[str, ...]) -> Recipe:
@@ -138,11 +138,11 @@ def test_an_interrupted_training_leaves_the_same_calibration(finished: Path, run
             return self.asked == 14
 
     path = run / "student/calibration.json"
-    stopped = replace(make_context(run, None, console=Stops(quiet=True)), force=True)
+    stopped = replace(make_context(Options(run), console=Stops(quiet=True)), force=True)
     with pytest.raises(KeyboardInterrupt):
         execute(stopped, train_reduced.plan)
     assert read_calibration(path).steps == [0, 6, 12]
-    execute(make_context(run, None, console=Console(quiet=True)), train_reduced.plan)
+    execute(make_context(Options(run), console=Console(quiet=True)), train_reduced.plan)
     assert path.read_bytes() == (finished / "student/calibration.json").read_bytes()
     found = read_calibration(path)
     assert found.steps == [0, 6, 12, 18, 24]

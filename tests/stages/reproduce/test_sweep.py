@@ -11,7 +11,7 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.storage.files import sha256_file
 from pipeline.storage.runs import differences
 from stages.console import Console
-from stages.options import Context, changed, make_context
+from stages.options import Context, Options, changed, make_context
 from stages.reproduce import sweep as module
 from stages.reproduce.sweep import (
     AXES,
@@ -36,7 +36,7 @@ SMALL = (
 
 
 def context(run: Path, *changes: str) -> Context:
-    return make_context(run, "digits", changes, console=Console(quiet=True))
+    return make_context(Options(run, "digits", changes), console=Console(quiet=True))
 
 
 def recipe_of(name: str, point: Point = ORIGIN) -> Recipe:

@@ -11,14 +11,14 @@ from pipeline.config import Recipe
 from pipeline.data.manifest import load_manifest
 from pipeline.report.experiments.with_mpl import Row, WithMpl
 from stages.console import Console
-from stages.options import Context, changed, make_context
+from stages.options import Context, Options, changed, make_context
 from stages.reproduce import parts as parts_module
 from stages.reproduce import table1 as module
 from tests.stages.reproduce.comparisons import run_here, tiny
 
 
 def context(folder: Path, *changes: str) -> Context:
-    return make_context(folder / "run", str(tiny(folder)), changes, console=Console(quiet=True))
+    return make_context(Options(folder / "run", str(tiny(folder)), changes), console=Console(quiet=True))
 
 
 def recipes(context: Context) -> dict[str, Recipe]:

@@ -57,17 +57,17 @@ def trainings(run: Run) -> list[Training]:
 
 def evaluations(run: Run) -> tuple[list[Judged], list[str]]:
     """Every evaluation*.json that can be read, and a note for each that cannot."""
-    found, notes = [], []
+    judged, notes = [], []
     for path in sorted(run.root.glob("evaluation*.json")):
         try:
-            found.append(_judged(read_json(path)))
+            judged.append(_judged(read_json(path)))
         except (RunError, KeyError, TypeError, ValueError) as error:
             notes.append(f"{path.name} is left out: {error}")
-    return found, notes
+    return judged, notes
 
 
 def record_names(folder: str) -> list[str]:
-    """The stages that may have made a network's folder, the likeliest first."""
+    """The stages that may have made a network's folder, the most likely first."""
     if folder == "teacher":
         return ["pretrain"]
     name, tuned = folder.removesuffix("-finetuned"), folder.endswith("-finetuned")
@@ -81,7 +81,7 @@ def _training(run: Run, folder: str) -> Training:
     for title, columns in PANELS.items():
         series = {name: _series(rows, column) for column, name in columns.items()}
         series = {name: pair for name, pair in series.items() if pair[0]}
-        if any(len(steps) > 1 for steps, _ in series.values()):  # a single point is no curve; the facts tell it
+        if any(len(steps) > 1 for steps, _ in series.values()):  # a single point is no curve; the facts state it
             charts.append(step_chart(title, series))
     record = next((found for name in record_names(folder) if (found := run.record(name)) is not None), None)
     return Training(folder, tuple(charts), tuple(_facts(record, rows)))
@@ -110,8 +110,8 @@ def _facts(record: dict[str, Any] | None, rows: Sequence[dict[str, str]]) -> lis
     if "labelled_images" in result:
         kinds = {"pool": result.get("pool_images", 0), "labelled": result["labelled_images"]}
         facts.append(("images", ", ".join(f"{n:,} {kind}" for kind, n in kinds.items() if n)))
-        of = {name: n for name, n in result.get("batch_of", {}).items() if n}
-        facts.append(("in a batch", ", ".join(f"{n} {name}" for name, n in of.items())))
+        counts = {name: n for name, n in result.get("batch_of", {}).items() if n}
+        facts.append(("in a batch", ", ".join(f"{n} {name}" for name, n in counts.items())))
     if validation := result.get("validation"):
         facts.append(("validation", f"top-1 {validation['top1']:.2f}%, NLL {validation['nll']:.3f}"))
     if (calibrator := settings.get("calibrator")) and result.get("method") == "Reduced MPL":
@@ -126,19 +126,19 @@ def _flat(settings: dict[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {json.dumps(settings[name])}".replace('"', "") for name in names if name in settings)
 
 
-def _judged(found: dict[str, Any]) -> Judged:
-    classes = [(str(name), float(value)) for name, value in found["per_class"].items() if value is not None]
+def _judged(content: dict[str, Any]) -> Judged:
+    classes = [(str(name), float(value)) for name, value in content["per_class"].items() if value is not None]
     cut = len(classes) > CLASSES_SHOWN
     if cut:
         classes = sorted(classes, key=lambda pair: pair[1])[: CLASSES_SHOWN // 2]
     return Judged(
-        name=str(found["network"]).rstrip("/").rsplit("/", 1)[-1],
-        split=str(found["split"]),
-        images=int(found["images"]),
-        top1=float(found["top1"]),
-        top5=float(found["top5"]),
-        nll=float(found["nll"]),
-        ece=float(found["ece"]),
+        name=str(content["network"]).rstrip("/").rsplit("/", 1)[-1],
+        split=str(content["split"]),
+        images=int(content["images"]),
+        top1=float(content["top1"]),
+        top5=float(content["top5"]),
+        nll=float(content["nll"]),
+        ece=float(content["ece"]),
         per_class=tuple(classes),
         cut=cut,
     )
