@@ -30,8 +30,7 @@ from benchmarks.images import jpegs
 from benchmarks.record import write_table
 from benchmarks.usual_mpl import UsualLoop, loaders
 from pipeline.batches import Batches, ImageSets, MethodViews
-from pipeline.config import ModelSettings, OptimizerSettings, TrainMplSettings
-from pipeline.data.augment.settings import AugmentSettings
+from pipeline.config import AugmentSettings, ModelSettings, OptimizerSettings, TrainMplSettings
 from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.readers.shard import Sample

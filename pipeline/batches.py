@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config import TeacherKind, TrainMplSettings, TrainReducedSettings
+from pipeline.config import AugmentSettings, TeacherKind, TrainMplSettings, TrainReducedSettings
 from pipeline.data.augment.augment import augment, normalize
 from pipeline.data.augment.draws import Draws
-from pipeline.data.augment.settings import AugmentSettings
 from pipeline.data.order import batch_indices
 from pipeline.data.sets import LabelledSet, Pool, hold_out, with_wrong_labels
 from pipeline.distributed.placement import Placement

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pipeline.lessons import require_batch
 from torch import nn
 
+from pipeline.batches import require_batch
 from pipeline.distributed import launch, ranks
 from pipeline.distributed.layouts import Layout, lay_out, mesh_of, prepare
 from pipeline.distributed.ranks import ALONE, Ranks

@@ -8,10 +8,10 @@ may augment its slice of a global batch alone.
 import torch
 from torch import Tensor
 
+from pipeline.config import AugmentSettings
 from pipeline.data.augment.draws import Draws
 from pipeline.data.augment.geometry import cutout, flip_and_crop, warp
 from pipeline.data.augment.randaugment import randaugment
-from pipeline.data.augment.settings import AugmentSettings
 
 __all__ = ["AugmentSettings", "augment", "normalize"]
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config import AugmentSettings
 from pipeline.data.augment.draws import Draws
-from pipeline.data.augment.settings import AugmentSettings
 
 GREY = 128  # what NoisyStudent's code puts where an image has nothing to show
 

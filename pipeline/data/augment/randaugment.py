@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.config import AugmentSettings
 from pipeline.data.augment.draws import Draws
 from pipeline.data.augment.geometry import GREY, affine, to_uint8
-from pipeline.data.augment.settings import AugmentSettings
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 # At full strength; torchvision's RandAugment has the same values.

@@ -11,10 +11,10 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
+from pipeline.config import OPERATIONS, AugmentSettings
 from pipeline.data.augment.augment import augment
 from pipeline.data.augment.draws import Draws
 from pipeline.data.augment.randaugment import apply, randaugment
-from pipeline.data.augment.settings import OPERATIONS, AugmentSettings
 from tests.data.made_images import noise
 
 SIZES = (8, 32, 33, 96, 224)
