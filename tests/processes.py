@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LIMIT = 400.0  # seconds for anything that a test waits for: many times what it takes, also on a busy machine
+LIMIT = 900.0  # seconds for anything that a test waits for: many times what it takes, also on a busy machine
 
 
 def wait_until(true: Callable[[], object], what: str) -> None:

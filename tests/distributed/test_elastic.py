@@ -25,7 +25,7 @@ def test_a_worker_that_is_killed_on_one_of_two_machines(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
         "--monitor-interval=0.2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "--rdzv-conf=keep_alive_max_attempt=60", "--local-addr=127.0.0.1",
+        "--rdzv-conf=keep_alive_max_attempt=100,read_timeout=900", "--local-addr=127.0.0.1",
         "-m", "tests.distributed.training", str(tmp_path), "6", "5",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}

@@ -26,7 +26,7 @@ def in_ranks(
     world: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 300.0,
+    timeout: float = 600.0,
     absent: int | None = None,
     of_first: bool = False,
 ) -> list[Any]:

@@ -29,7 +29,7 @@ def vit_recipe(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         .replace("lr: 0.01", "lr: 0.001")
         .replace("threshold: 0.1", "threshold: 0.0")
     )
-    path.write_text(recipe.read_text() + tiny + "  evaluate_every: 6\ndistributed: {timeout_seconds: 300}\n")
+    path.write_text(recipe.read_text() + tiny + "  evaluate_every: 6\ndistributed: {timeout_seconds: 600}\n")
     return path
 
 
