@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEEDS ?= 5
 
-.PHONY: help install reproduce-table1 reproduce-table2 reproduce-swapped-teacher test lint format bench clean
+.PHONY: help install reproduce-table1 reproduce-table2 reproduce-swapped-teacher test test-long lint format bench clean
 
 help:
 	@echo "make reproduce-table2           Supervised, NoisyStudent, Reduced MPL on digits, $(SEEDS) seeds"
 	@echo "make reproduce-table1           eight methods alone, six also with full MPL on top"
 	@echo "make reproduce-swapped-teacher  does the feedback act? with controls"
-	@echo "make test | lint | format | bench | clean"
+	@echo "make test | test-long | lint | format | bench | clean"
 
 install: $(STAMP)
 
@@ -33,10 +33,14 @@ reproduce-swapped-teacher: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Small pools in memory, and a network whose logits are known. Tests get them as fixtures."""
 
 import io
+import multiprocessing.forkserver
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ from pipeline.pool.infer import Scorer
 from pipeline.storage.files import fingerprint
 
 SIZE = 16
+FIRST = ("tests/stages", "tests/distributed", "tests/storage")  # what takes longest begins
+FORKED = ["tests.distributed.training", "pipeline.pool.score", "pipeline.targets.build", "pipeline.training"]
 NAMES = ("ant", "bee", "cat", "dog")
 
 
@@ -65,6 +68,25 @@ def random_images(count: int, seed: int, size: int = SIZE) -> np.ndarray:
     """Smooth random images, uint8 (count, size, size, 3)."""
     small = np.random.RandomState(seed).randint(0, 256, (count, 6, 6, 3)).astype(np.uint8)
     return np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.BICUBIC)) for p in small])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a module run in one worker, one after another: they share what is dear."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_server_for_all_forks() -> Iterator[None]:
+    """The process that others are forked from starts once, with what the first of them asks for: let it be enough."""
+    ask = multiprocessing.forkserver.set_forkserver_preload
+    with pytest.MonkeyPatch.context() as patch:
+        name = "set_forkserver_preload"
+        patch.setattr(multiprocessing.forkserver, name, lambda names: ask([*names, *FORKED]))
+        yield
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def object_storage() -> Iterator[Storage]:
         thread.start()
         S3FileSystem.clear_instance_cache()  # else one of an earlier server may be found under the same settings
         try:
-            requests.post(f"http://{host}:{port}/moto-api/reset", timeout=10)  # its state outlives a server
+            requests.post(f"http://{host}:{port}/moto-api/reset", timeout=400)  # its state outlives a server
             storage.place("").fs.mkdir(BUCKET)
             yield storage
         finally:

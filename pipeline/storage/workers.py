@@ -287,7 +287,7 @@ def _ray(address: str | None) -> Any:
                 logging_level=logging.WARNING,
                 namespace="mpl",
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of no particular class where a node does not start in Ray's half a minute
             raise UsageError(f"--engine ray: no cluster at {address or 'this machine'}: {error}") from error
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():

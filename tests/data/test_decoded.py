@@ -77,13 +77,13 @@ def decode_beside_others(
 
 
 def test_of_several_processes_one_writes_and_all_map(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     start, wrote = context.Barrier(3), context.Queue()
     processes = [context.Process(target=decode_beside_others, args=(tmp_path / "pool", start, wrote)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(400)
         assert process.exitcode == 0
     assert sum(wrote.get() for _ in processes) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "pool.parquet", "pool.pixels"]

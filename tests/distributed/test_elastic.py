@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from pipeline.distributed import launch
 from tests.distributed.worlds import free_port
+from tests.processes import LIMIT, ended
 
 pytestmark = pytest.mark.xdist_group("torchrun")
 
@@ -23,20 +25,22 @@ def test_a_worker_that_is_killed_on_one_of_two_machines(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
         "--monitor-interval=0.2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
-        "--local-addr=127.0.0.1", "-m", "tests.distributed.training", str(tmp_path), "6", "5",
+        "--rdzv-conf=keep_alive_max_attempt=100,read_timeout=900", "--local-addr=127.0.0.1",
+        "-m", "tests.distributed.training", str(tmp_path), "6", "5",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    agents = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for _ in range(2)
-    ]
-    try:
-        said = [agent.communicate(timeout=120)[0][-3000:] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
+    with ExitStack() as ends:
+        agents = [
+            ends.enter_context(
+                ended(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                    )
+                )
+            )
+            for _ in range(2)
+        ]
+        said = [agent.communicate(timeout=LIMIT)[0][-3000:] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert (tmp_path / "died").exists()
     found = torch.load(tmp_path / "result.pt", weights_only=True)
@@ -52,7 +56,7 @@ def test_what_an_attempt_before_left_in_the_store_is_not_answered() -> None:
     met: dict[int, str] = {}
 
     def come(rank: int) -> None:
-        keys, missing = launch._meet_all(store, 2, 20) if rank == 0 else launch._meet(store, 1, 2, 20)
+        keys, missing = launch._meet_all(store, 2, LIMIT) if rank == 0 else launch._meet(store, 1, 2, LIMIT)
         assert not missing
         keys.set(f"seen/{rank}", "1")
         keys.wait([f"seen/{1 - rank}"])
@@ -62,6 +66,6 @@ def test_what_an_attempt_before_left_in_the_store_is_not_answered() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(LIMIT)
     assert met == {0: "yes", 1: "yes"}
     assert launch._meet_all(store, 2, 0.1)[1] == [1]  # the next attempt is another one

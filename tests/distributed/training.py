@@ -98,7 +98,7 @@ class Training:
 def main(folder: Path, steps: int, dies: int) -> None:
     """Under torchrun: the last rank of the first attempt kills itself, as kill -9 does, in step `dies`."""
     died = folder / "died"
-    with joined(torch.device("cpu"), timeout=60) as ranks, ranks.watched("training"):
+    with joined(torch.device("cpu"), timeout=600) as ranks, ranks.watched("training"):
         ranks.check_same("the recipe", f"{steps} {dies}")
         training = Training(ranks, folder / "checkpoints").restore()
         started_at = training.at

@@ -2,11 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.stages import commands
 
 RECIPE = """
 name: tiny
@@ -41,6 +43,18 @@ class Outcome:
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_commands() -> Iterator[None]:
+    yield
+    commands.Server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _commands_end_with_their_test() -> Iterator[None]:
+    yield
+    commands.end_all()
 
 
 @pytest.fixture(scope="session")

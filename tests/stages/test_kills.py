@@ -1,16 +1,13 @@
 """kill -9 of whole process groups, at random moments, while a pool is scored, selected and stored.
 
-Twenty kills here; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py -s` makes a hundred and prints what was
-hit (docs/results/survival.md).
+Six kills in `make test`, twenty in `make test-long`; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py -m long
+-s` makes a hundred and prints what was hit (docs/results/survival.md).
 """
 
 import hashlib
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,8 +19,8 @@ from PIL import Image
 
 from pipeline.data.get.writing import Row, write_images
 from tests.data.made_images import encode
+from tests.stages.commands import Command, start
 
-ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("MPL_KILLS", "20"))
 NAMES = ["ant", "bee", "cat"]
 SHARDS, ROWS = 8, 240
@@ -78,19 +75,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(run: Path, command: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """`mpl COMMAND` in a process group of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MPL_")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages", command, "--run", str(run), *arguments],
-        cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
+def finish(process: Command) -> None:
     """Wait for success."""
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err.decode()
+    assert process.wait() == 0, process.err
 
 
 def files_of(run: Path) -> dict[str, str]:
@@ -107,7 +94,7 @@ def complete(run: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def kill_at(process: subprocess.Popen[bytes], run: Path, phase: str, delay: float) -> bool:
+def kill_at(process: Command, run: Path, phase: str, delay: float) -> bool:
     """Kill the group `delay` seconds after the phase is seen to have begun; False if it ended before."""
     folder = run / phase
     seen = set(folder.iterdir()) if folder.is_dir() else set()
@@ -117,9 +104,7 @@ def kill_at(process: subprocess.Popen[bytes], run: Path, phase: str, delay: floa
         time.sleep(0.002)
     time.sleep(delay)
     alive = process.poll() is None
-    if alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
     return alive
 
 
@@ -129,22 +114,25 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder, found = tmp_path_factory.mktemp("reference"), {}
     (folder / "recipe.yaml").write_text(RECIPE)
     begun, whole = folder / "begun", folder / "whole"
-    finish(start(begun, "pretrain", "--recipe", str(folder / "recipe.yaml"), "--data", str(data)))
+    finish(start("pretrain", "--run", begun, "--recipe", folder / "recipe.yaml", "--data", data))
     shutil.copytree(begun, whole)
-    finish(start(whole, "filter"))
+    finish(start("filter", "--run", whole))
     for form in FORMATS:
-        finish(start(whole, "precompute", "--force", "--set", f"precompute.format={form}"))
+        finish(start("precompute", "--run", whole, "--force", "--set", f"precompute.format={form}"))
         found[form] = files_of(whole)
         assert len(found[form]) > 2 * SHARDS + 8
     return {form: (begun, files) for form, files in found.items()}
 
 
-@pytest.mark.timeout(60 * KILLS)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_killed_at_random_moments(engine, reference, tmp_path) -> None:
+FEW = [("1 worker", 4), ("2 workers", 2)]
+MANY = [(engine, max(2, round(KILLS * share))) for engine, share in SHARE.items()]
+
+
+@pytest.mark.timeout(600 + 120 * KILLS)
+@pytest.mark.parametrize(("engine", "wanted"), FEW + [pytest.param(*case, marks=pytest.mark.long) for case in MANY])
+def test_killed_at_random_moments(engine, wanted, reference, tmp_path) -> None:
     """The final files are those of an undisturbed run; no shard is done twice after it was complete; no litter."""
     draw, hits, attempt = random.Random(engine), Counter[str](), 0
-    wanted = max(2, round(KILLS * SHARE[engine]))
     while hits.total() < wanted:
         attempt += 1
         form = FORMATS[attempt % 2]
@@ -156,11 +144,11 @@ def test_killed_at_random_moments(engine, reference, tmp_path) -> None:
             done: dict[Path, tuple[int, int]] = {}
             left = wanted - hits.total()  # the first stage has half of them
             for phase in phases[: left // 2 if command == "filter" and left < 2 * len(phases) else left]:
-                process = start(run, command, *more)
+                process = start(command, "--run", run, *more)
                 hits[phase] += kill_at(process, run, phase, draw.uniform(0, 0.3))
                 assert done.items() <= complete(run).items()  # what was complete is as it was
                 done = complete(run)
-            finish(start(run, command, *more))
+            finish(start(command, "--run", run, *more))
             assert done.items() <= complete(run).items()
         assert files_of(run) == expected
         assert not [path for path in run.rglob("*") if path.name.endswith(".tmp")]

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from tests.data.made_images import encode, write_parquet
-from tests.stages.test_survival import start
+from tests.stages.commands import start
 
 RECIPE = """
 name: trouble
@@ -63,8 +63,7 @@ def _prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     (root / "recipe.yaml").write_text(RECIPE)
     process = start("pretrain", "--run", root / "run", "--recipe", root / "recipe.yaml", "--data", data)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert process.wait() == 0, process.err
     return root
 
 
@@ -209,12 +208,11 @@ def test_a_teacher_of_other_classes(place, filtered) -> None:
 def test_a_full_disk(place, filtered, command, limit) -> None:
     if command == "precompute":
         assert filtered().status == 0
-    process = start(command, "--run", place / "run", "--data", place / "data", limit=limit)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "cannot write" in err
-    assert f"Resume with: mpl {command}" in err
-    assert "Traceback" not in err
+    process = start(command, "--run", place / "run", "--data", place / "data", file_bytes=limit)
+    assert process.wait() == 1
+    assert "cannot write" in process.err
+    assert f"Resume with: mpl {command}" in process.err
+    assert "Traceback" not in process.err
     assert not list((place / "run").rglob("*.tmp"))
     assert filtered(command=command).status == 0
 

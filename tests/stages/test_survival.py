@@ -1,48 +1,17 @@
 """kill -9, Ctrl-C, a full disk, a second process: nothing is lost and the same command goes on."""
 
 import json
-import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from pipeline.storage.metrics import read_metrics
+from tests.stages.commands import start, wait_for_step
 
-ROOT = Path(__file__).parents[2]
-SLOW = ["--set", "{s}.steps=400", "--set", "{s}.checkpoint_every=20"]
-
-
-def start(*arguments: object, limit: int | None = None) -> subprocess.Popen[str]:
-    """`mpl` in a process group of its own; `limit`: bytes that a file may have."""
-
-    def prepare() -> None:
-        os.setsid()
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    environment = {k: v for k, v in os.environ.items() if k not in ("MPL_RUN", "MPL_DATA")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "stages", *map(str, arguments)],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare, env=environment,
-    )  # fmt: skip
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until a checkpoint of at least `step` is whole."""
-    index = folder / "checkpoints" / "index.json"
-    for _ in range(1200):
-        if index.exists() and json.loads(index.read_text())["checkpoints"][-1]["step"] >= step:
-            return
-        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
-        time.sleep(0.05)
-    raise AssertionError("no checkpoint in a minute")
+SLOW = ["--set", "{s}.steps=140", "--set", "{s}.checkpoint_every=20"]
 
 
 CASES = [
@@ -82,19 +51,15 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(recipe, run, tmp_path
     else:
         changes += ["--recipe", str(recipe)]
     process = start(stage, "--run", where[0], *changes)
-    wait_for_step(where[0] / folder, 100, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.communicate()
+    wait_for_step(where[0] / folder, 40, process)
+    process.kill()
     assert not (where[0] / stage / "record.json").exists()
     again = [change for change in changes if change != "--force"]
     resumed = start(stage, "--run", where[0], *again)
     undisturbed = start(stage, "--run", where[1], *changes)
-    _, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    assert "goes on" in err
-    undisturbed.communicate(timeout=120)
-    assert undisturbed.returncode == 0
+    assert resumed.wait() == 0, resumed.err
+    assert "goes on" in resumed.err
+    assert undisturbed.wait() == 0, undisturbed.err
     a, b = (load_file(path / folder / "model.safetensors") for path in where)
     assert all(a[name].equal(b[name]) for name in a)
     rows = [read_metrics(path / folder / "metrics.csv") for path in where]
@@ -107,23 +72,21 @@ def test_ctrl_c_saves_the_step_and_ends_with_130(mpl, recipe, tmp_path) -> None:
     changes = [text.format(s="pretrain") for text in SLOW]
     process = start("pretrain", "--run", tmp_path / "run", "--recipe", recipe, *changes)
     wait_for_step(tmp_path / "run/teacher", 20, process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Resume with: mpl pretrain" in err
-    assert "Traceback" not in err
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert "Resume with: mpl pretrain" in process.err
+    assert "Traceback" not in process.err
     resumed = mpl("pretrain", "--run", tmp_path / "run", "--recipe", recipe, *changes)
     assert resumed.status == 0
     assert "goes on from step" in resumed.err
 
 
 def test_a_full_disk_ends_with_one_message_and_can_go_on(mpl, recipe, tmp_path) -> None:
-    process = start("pretrain", "--run", tmp_path / "run", "--recipe", recipe, limit=100_000)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "cannot write" in err
-    assert "Resume with: mpl pretrain" in err
-    assert "Traceback" not in err
+    process = start("pretrain", "--run", tmp_path / "run", "--recipe", recipe, file_bytes=100_000)
+    assert process.wait() == 1
+    assert "cannot write" in process.err
+    assert "Resume with: mpl pretrain" in process.err
+    assert "Traceback" not in process.err
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert mpl("pretrain", "--run", tmp_path / "run", "--recipe", recipe).status == 0
 
@@ -133,9 +96,8 @@ def test_a_run_in_use_is_refused(mpl, recipe, tmp_path) -> None:
 
     with Run(tmp_path / "run").locked():
         process = start("pretrain", "--run", tmp_path / "run", "--recipe", recipe)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "in use by another process" in err
+        assert process.wait() == 1
+    assert "in use by another process" in process.err
 
 
 def test_a_foreign_directory_is_refused_and_left_alone(mpl, tmp_path) -> None:
@@ -153,19 +115,21 @@ def test_a_place_that_cannot_be_written(mpl, tmp_path) -> None:
     assert "cannot make the run directory" in outcome.err
 
 
-@pytest.mark.parametrize("damage", ["cut", "edited"])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(mpl, recipe, tmp_path, damage) -> None:
-    """Then, with no sound one left, a message that says how to start again."""
-    run = tmp_path / "run"
-    assert mpl("pretrain", "--run", run, "--recipe", recipe, "--set", "pretrain.optimizer.lr=1e30").status == 1
-    path = run / "teacher/checkpoints"
-    assert not path.exists()  # it broke before the first checkpoint
-    changes = [text.format(s="pretrain") for text in SLOW]
-    run = tmp_path / "second"
-    process = start("pretrain", "--run", run, "--recipe", recipe, *changes)
+@pytest.fixture(scope="module")
+def killed(recipe, tmp_path_factory) -> Path:
+    """A run that was killed after its second checkpoint."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    process = start("pretrain", "--run", run, "--recipe", recipe, *(text.format(s="pretrain") for text in SLOW))
     wait_for_step(run / "teacher", 40, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    return run
+
+
+@pytest.mark.parametrize("damage", ["cut", "edited"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(mpl, recipe, killed, tmp_path, damage) -> None:
+    """Then, with no sound one left, a message that says how to start again."""
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    changes = [text.format(s="pretrain") for text in SLOW]
     path = run / "teacher/checkpoints"
     entries = json.loads((path / "index.json").read_text())["checkpoints"]
     newest, older = path / entries[-1]["file"], path / entries[-2]["file"]
@@ -188,6 +152,7 @@ def test_a_loss_that_explodes_stops_with_the_remedy(mpl, recipe, tmp_path) -> No
     assert outcome.status == 1
     for words in ("training stopped before that update", "Lower the learning rate", "Resume with"):
         assert words in outcome.err
+    assert not (tmp_path / "run/teacher/checkpoints").exists()  # it broke before the first checkpoint
 
 
 @pytest.mark.parametrize("name", ["student/model.safetensors", "targets/_manifest.json", "selection.parquet"])

@@ -2,9 +2,9 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.storage.metrics import read_metrics
-from tests.stages.test_survival import wait_for_step
+from tests.distributed.worlds import free_port
+from tests.processes import LIMIT, ended
+from tests.stages.commands import ROOT, start, wait_for_step
 from tests.stages.test_train_mpl import TINY
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("torchrun")
 NETWORK = "{name: test_vit, options: {patch_size: 2}}"  # no batch statistics, no dropout
 
@@ -28,33 +29,25 @@ def vit_recipe(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         .replace("lr: 0.01", "lr: 0.001")
         .replace("threshold: 0.1", "threshold: 0.0")
     )
-    path.write_text(recipe.read_text() + tiny + "  evaluate_every: 6\ndistributed: {timeout_seconds: 60}\n")
+    path.write_text(recipe.read_text() + tiny + "  evaluate_every: 6\ndistributed: {timeout_seconds: 600}\n")
     return path
 
 
-def environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("MPL_RUN", "MPL_DATA")}
-    return kept | {"OMP_NUM_THREADS": "1", **more}
-
-
-def torchrun(processes: int, *arguments: object, restarts: int = 0) -> subprocess.Popen[str]:
-    """`mpl ARGUMENTS` under torchrun, in a process group of its own."""
+def torchrun(processes: int, *arguments: object, restarts: int = 0) -> AbstractContextManager[subprocess.Popen[str]]:
+    """`mpl ARGUMENTS` under torchrun; all of them end with the block."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                f"--max-restarts={restarts}", "-m", "--", "stages", *map(str, arguments)]  # fmt: skip
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
-        start_new_session=True,
-    )  # fmt: skip
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("MPL_")} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=variables
+    )
+    return ended(process)
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    """Standard error of a process that ends with `status`."""
-    try:
-        _, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert (process.returncode == 0) == (status == 0), err
+def finish(process: subprocess.Popen[str]) -> str:
+    """Standard error of a process that succeeds."""
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
     return err
 
 
@@ -71,16 +64,24 @@ def same(a: Path, b: Path) -> None:
     assert float(x["validation_nll"]) == pytest.approx(float(y["validation_nll"]), rel=1e-3)
 
 
-SHARDED = ["--feedback", "hard", "--set", "distributed.layout=sharded"]
-
-
-@pytest.mark.parametrize("options", [["--feedback", "soft"], SHARDED], ids=["soft", "hard, sharded"])
-def test_two_processes_train_as_one(mpl, vit_recipe, tmp_path, options) -> None:
+def test_two_processes_train_as_one(mpl, vit_recipe, tmp_path) -> None:
     """Also where the two share a file of decoded images, and the one has them in memory."""
-    arguments = ["train-mpl", "--recipe", vit_recipe, *options, "--run"]
+    arguments = ["train-mpl", "--recipe", vit_recipe, "--feedback", "soft", "--run"]
     assert mpl(*arguments, tmp_path / "one").status == 0
-    err = finish(torchrun(2, *arguments, tmp_path / "two", "--set", "data.memory_gib=1.0e-6"))
+    with torchrun(2, *arguments, tmp_path / "two", "--set", "data.memory_gib=1.0e-6") as process:
+        err = finish(process)
     assert err.count("train-mpl: starts") == 1
+    assert not (tmp_path / "two/decoded").exists()
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_that_hold_shards_train_as_one(mpl, vit_recipe, tmp_path) -> None:
+    changes = ["train_mpl.feedback=hard", "data.memory_gib=1.0e-6"]
+    options = ["--recipe", vit_recipe, "--run", tmp_path / "one", "--set", changes[0]]
+    assert mpl("train-mpl", *options).status == 0
+    sharded = [*changes, "distributed.layout=sharded"]
+    first, second = launch_by_hand(vit_recipe, tmp_path / "two", sharded, sharded)
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
     assert not (tmp_path / "two/decoded").exists()
     same(tmp_path / "one", tmp_path / "two")
 
@@ -89,12 +90,12 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(mpl, vit_recipe,
     """kill -9 of one process under torchrun's elastic launch, from the last checkpoint on."""
     longer = ["--set", "train_mpl.steps=60"]
     arguments = ["train-mpl", "--recipe", vit_recipe, *longer, "--run"]
-    process = torchrun(2, *arguments, tmp_path / "killed", restarts=2)
-    wait_for_step(tmp_path / "killed/student", 10, process)
-    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    workers = [p for p in children if b"stages" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    os.kill(workers[-1], signal.SIGKILL)
-    err = finish(process)
+    with torchrun(2, *arguments, tmp_path / "killed", restarts=2) as process:
+        wait_for_step(tmp_path / "killed/student", 10, process)
+        children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        workers = [p for p in children if b"stages" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        os.kill(workers[-1], signal.SIGKILL)
+        err = finish(process)
     assert "goes on from step" in err
     assert mpl(*arguments, tmp_path / "alone").status == 0
     same(tmp_path / "alone", tmp_path / "killed")
@@ -102,28 +103,13 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(mpl, vit_recipe,
 
 def launch_by_hand(recipe: Path, run: Path, *changes: list[str], stage: str = "train-mpl") -> list[tuple[int, str]]:
     """One process for each of `changes`, as torchrun would start them; (status, standard error) of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(changes))}
     processes = []
     for rank, change in enumerate(changes):
         options = [part for text in change for part in ("--set", text)]
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(changes), "MASTER_PORT": port}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "stages", stage, "--recipe", recipe, "--run", run, *options],
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment(MASTER_ADDR="127.0.0.1", **{k: str(v) for k, v in variables.items()}),
-            )
-        )
-    found = []
-    for process in processes:
-        _, err = process.communicate(timeout=240)
-        found.append((process.returncode, err))
-    return found
+        variables = everywhere | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(changes))}
+        processes.append(start(stage, "--recipe", recipe, "--run", run, *options, **variables))
+    return [(process.wait(), process.err) for process in processes]
 
 
 @pytest.mark.parametrize("change", ["steps", "checkpoint_every"])  # the other changes no result
@@ -171,11 +157,8 @@ def test_other_stages_are_refused_under_torchrun(vit_recipe, run) -> None:
 
 def test_a_rank_that_does_not_come_is_named(vit_recipe, tmp_path) -> None:
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    process = subprocess.run(
-        [sys.executable, "-m", "stages", "train-mpl", "--recipe", vit_recipe, "--run", tmp_path / "run",
-         "--set", "distributed.timeout_seconds=3"],
-        cwd=ROOT, text=True, capture_output=True, env=environment(**variables), timeout=240, check=False,
-    )  # fmt: skip
-    assert process.returncode == 1
-    assert "missing: 1" in process.stderr
+    arguments = ["train-mpl", "--recipe", vit_recipe, "--run", tmp_path / "run", "--set"]
+    process = start(*arguments, "distributed.timeout_seconds=3", **variables)
+    assert process.wait() == 1
+    assert "missing: 1" in process.err
     assert not (tmp_path / "run/train-mpl").exists()

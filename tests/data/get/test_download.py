@@ -18,7 +18,7 @@ from pipeline.errors import DataError
 from tests.data.file_server import Server, file_server
 
 CONTENT = np.random.RandomState(0).bytes(300_000)
-QUICK = Patience(attempts=3, first_wait=0.01, longest_wait=0.05, timeout=(5, 5))
+QUICK = Patience(attempts=3, first_wait=0.01, longest_wait=0.05, timeout=(60, 60))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_disk_that_is_full(server: Server, tmp_path: Path) -> None:
 
 def test_a_killed_client_goes_on(server: Server, tmp_path: Path) -> None:
     """SIGKILL in the middle; the second process asks for the rest alone."""
-    server.slow = 0.02
+    server.slow = 0.2
     part = tmp_path / "a.part"
     program = (
         "import sys; from pathlib import Path; from pipeline.data.get.download import download; "
@@ -172,7 +172,7 @@ def test_a_killed_client_goes_on(server: Server, tmp_path: Path) -> None:
     )
     arguments = [sys.executable, "-c", program, f"{server.url}/a", str(part)]
     process = subprocess.Popen(arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while (part.stat().st_size if part.exists() else 0) < 50_000 and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -180,6 +180,6 @@ def test_a_killed_client_goes_on(server: Server, tmp_path: Path) -> None:
     kept = part.stat().st_size
     assert 50_000 <= kept < len(CONTENT)
     server.slow = 0
-    subprocess.run(arguments, check=True, timeout=60)
+    subprocess.run(arguments, check=True, timeout=400)
     assert hashlib.sha256(part.read_bytes()).digest() == hashlib.sha256(CONTENT).digest()
     assert server.asked == [None, f"bytes={kept}-"]

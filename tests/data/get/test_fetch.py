@@ -28,7 +28,7 @@ DataSet = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = download.Patience(attempts=3, first_wait=0.01, longest_wait=0.05, timeout=(5, 5))
+    quick = download.Patience(attempts=3, first_wait=0.01, longest_wait=0.05, timeout=(60, 60))
     monkeypatch.setattr(download, "Patience", lambda: quick)
 
 
