@@ -4,220 +4,248 @@ Off is a weight of zero: the student learns from the same kind of targets of a t
 runs give figures 9 (training accuracy) and 10 (calibrated distributions) of arXiv:2003.10580v1.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.calibration import FILE, read_calibration
+from pipeline.calibration import FILE, Calibration, read_calibration
 from pipeline.report.experiments.ablation import Ablation, Group
 from pipeline.report.experiments.calibrated import draw_calibrated, mean_changes, sentences
 from pipeline.report.experiments.curves import Curve, draw_curves, read_curve
+from pipeline.report.experiments.figures import BLUE, ORANGE
+from pipeline.report.experiments.report import About
+from pipeline.report.experiments.results import Contrast
 from pipeline.report.experiments.statistics import paired_difference
-from pipeline.report.experiments.with_mpl import BLUE, ORANGE
 from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
-from stages.reproduce.commands import SEEDS_CHANGE, comparison_basis, seed_run, seeds_text, upstream
-from stages.reproduce.parts import Part, Records, finetuned, results, run_parts, trained
-from stages.reproduce.table1 import METHODS, changes
+from stages.reproduce.chains import Records
+from stages.reproduce.experiment import (
+    SEEDS_CHANGE,
+    UPSTREAM,
+    command_of,
+    comparison_basis,
+    comparison_stage,
+    report_files,
+    run_students,
+    seed_run,
+)
+from stages.reproduce.methods import METHODS, fixed_on_reduced_data, method_changes
+from stages.reproduce.variants import Variant, results_of
 
 SEEDS = 10
 LOOKS = 20  # at the accuracies, in a training
-FEEDBACK = {  # variant: (setting, value) of the feedback's section; all else is the same
-    "feedback on": (),
-    "feedback off": ("weight=0",),
-    "sign flipped": ("control=flipped",),
-    "rows shuffled": ("control=shuffled",),
+FEEDBACK = {  # name: (for people, changes of the feedback's section); all else is the same
+    "on": ("feedback on", ()),
+    "off": ("feedback off", ("weight=0",)),
+    "flipped": ("sign flipped", ("control=flipped",)),
+    "shuffled": ("rows shuffled", ("control=shuffled",)),
 }
-ON, OFF = list(FEEDBACK)[:2]
-TESTED = (ON, *list(FEEDBACK)[2:])
-SUPERVISED, ALONE, FIXED = "Supervised, alone", "alone", "NoisyStudent, the same data"
+TESTED = ("on", "flipped", "shuffled")  # against "off"
+ALONE, SUPERVISED = "alone", "alone-supervised"  # trained without a teacher that could have feedback
+TEACHER, STUDENT = "teacher, feedback on", "student, feedback on"  # lines of figure 9
 
 
-def plan(context: Context, seeds: range, jobs: int | None, stem: str, feedback: str, reduced: bool) -> Stage:
-    """Plan the ablation as one stage.
+@dataclass(frozen=True)
+class Choice:
+    """What of the ablation is asked for.
 
-    Args:
-        context: recipe, data, device, run.
-        seeds: all of them.
-        jobs: seeds at a time.
-        stem: of the files.
+    Attributes:
         feedback: soft or hard.
         reduced: whether Reduced MPL belongs to it.
+    """
+
+    feedback: str
+    reduced: bool
+
+    @property
+    def stem(self) -> str:
+        """Of the files, and name of the stage."""
+        return "ablation" if self.feedback == "soft" else f"ablation-{self.feedback}"
+
+    @property
+    def training_figure(self) -> str:
+        """File of figure 9."""
+        return f"{self.stem}-training.png"
+
+    @property
+    def calibration_figure(self) -> str:
+        """File of figure 10."""
+        return f"{self.stem}-calibration.png"
+
+
+def plan(context: Context, seeds: range, jobs: int | None, choice: Choice) -> Stage:
+    """Plan the ablation as one stage.
 
     Raises:
         RecipeError: the recipe has no train_mpl section.
     """
-    outputs = [context.run / f"{stem}.{suffix}" for suffix in ("md", "csv", "json", "png")]
-    outputs.append(context.run / f"{stem}-training.png")
-    if reduced:
-        outputs.append(context.run / f"{stem}-calibration.png")
-    variants = full_variants(context, feedback) | (reduced_variants(context) if reduced else {})
-    return Stage(
-        name=stem,
-        basis=comparison_basis(context, seeds) | {"variants": variants, "feedback": feedback, "reduced": reduced},
-        outputs=outputs,
-        work=lambda: work(context, seeds, jobs, stem, feedback, reduced),
-        summary=lambda result: f"{' '.join(result['answers'])} {outputs[0]}",
-        replaces=outputs,
-        cheap=frozenset({"seeds", "variants", "reduced"}),
+    figures = [choice.training_figure] + [choice.calibration_figure] * choice.reduced
+    chosen = {"feedback": choice.feedback, "reduced": choice.reduced}
+    changes = {variant.name: variant.changes for variant in variants(context, choice)}
+    return comparison_stage(
+        choice.stem,
+        comparison_basis(context, seeds) | {"variants": changes, **chosen},
+        report_files(context, choice.stem, *figures),
+        lambda: work(context, seeds, jobs, choice),
+        lambda result: " ".join(result["answers"]),
+        frozenset({"variants", "reduced"}),
     )
 
 
-def full_variants(context: Context, feedback: str) -> dict[str, tuple[str, ...]]:
-    """Name of a student → changes of the recipe; full MPL, and its method and Supervised alone."""
+def variants(context: Context, choice: Choice) -> list[Variant]:
+    """All students of one seed."""
+    return full_variants(context, choice.feedback) + (reduced_variants(context) if choice.reduced else [])
+
+
+def full_variants(context: Context, feedback: str) -> list[Variant]:
+    """Full MPL, and its method and Supervised alone."""
     settings = mpl_settings(context.recipe)
     looks = f"train_mpl.evaluate_every={max(1, settings.steps // LOOKS)}"
-    with_feedback = ("train_mpl.alone=false", f"train_mpl.feedback={feedback}", looks)
-    found = {
-        f"mpl-{key(variant)}": (*with_feedback, *(f"train_mpl.feedback_options.{text}" for text in texts))
-        for variant, texts in FEEDBACK.items()
-    }
+    same = ("train_mpl.alone=false", f"train_mpl.feedback={feedback}", looks)
     alone = ("train_mpl.alone=true", looks)
+    chosen = [
+        Variant(
+            f"mpl-{name}",
+            label,
+            "train_mpl",
+            (*same, *(f"train_mpl.feedback_options.{change}" for change in changes)),
+            finetuned=True,
+        )
+        for name, (label, changes) in FEEDBACK.items()
+    ]
+    chosen.append(Variant(ALONE, f"{METHODS[settings.method.name]}, alone", "train_mpl", alone))
     if settings.method.name != "supervised":
-        found["alone-supervised"] = (*changes(context, "supervised"), *alone)
-    return found | {"alone": alone}
+        supervised = (*method_changes(context, "supervised"), *alone)
+        chosen.append(Variant(SUPERVISED, "Supervised, alone", "train_mpl", supervised))
+    return chosen
 
 
-def reduced_variants(context: Context) -> dict[str, tuple[str, ...]]:
-    """The same for Reduced MPL, and NoisyStudent on its data."""
-    from pipeline.batches import mixture
-
-    own = mixture(context.recipe.train_reduced, "calibrator")
-    adapts = ("train_reduced.teacher=calibrator",)
-    found = {
-        f"reduced-{key(variant)}": (*adapts, *(f"train_reduced.feedback.{text}" for text in texts))
-        for variant, texts in FEEDBACK.items()
-    }
-    found["reduced-fixed"] = (
-        "train_reduced.teacher=fixed",
-        f"train_reduced.student_data={'pool+labelled' if own.labelled else 'pool'}",
-        f"train_reduced.labelled_target={'label' if own.true_labels else 'teacher'}",
-    )
-    return found
+def reduced_variants(context: Context) -> list[Variant]:
+    """Reduced MPL, and NoisyStudent on its data. Off: a calibrator that stays as it began."""
+    chosen = [
+        Variant(
+            f"reduced-{name}",
+            label,
+            "train_reduced",
+            ("train_reduced.teacher=calibrator", *(f"train_reduced.feedback.{change}" for change in changes)),
+        )
+        for name, (label, changes) in FEEDBACK.items()
+    ]
+    label = "NoisyStudent, the same data"
+    return [*chosen, Variant("reduced-fixed", label, "train_reduced", fixed_on_reduced_data(context))]
 
 
-def key(variant: str) -> str:
-    """Last word, for names of folders."""
-    return variant.split()[-1]
-
-
-def work(
-    context: Context, seeds: range, jobs: int | None, stem: str, feedback: str, reduced: bool
-) -> dict[str, Any]:  # fmt: skip
+def work(context: Context, seeds: range, jobs: int | None, choice: Choice) -> dict[str, Any]:
     """Run everything over seeds, then write tables and figures."""
-    found = run_parts(context, {s: _parts(context, s, feedback, reduced) for s in seeds}, jobs)
+    shared = UPSTREAM if choice.reduced else ()
+    records = run_students(context, seeds, jobs, variants(context, choice), shared)
     runs = [seed_run(context, seed) for seed in seeds]
-    groups = [full_group(context, feedback, found)]
-    training, panels = training_section(context, runs, stem)
-    sections, extra = [training], {"training": {title: _curves(curves) for title, curves in panels.items()}}
-    draw_curves(panels, context.run / f"{stem}-training.png", "Accuracy during training")
-    if reduced:
-        groups.append(reduced_group(found))
-        text, figures = calibration_section(runs, context.run / f"{stem}-calibration.png")
-        sections.append(text)
-        extra["calibration"] = figures
-    ablation = Ablation(
+    training = training_curves(full_variants(context, choice.feedback), runs)
+    draw_curves(training, context.run / choice.training_figure, "Accuracy during training")
+    calibrations = []
+    if choice.reduced:
+        calibrations = [read_calibration(run / "student-reduced-on" / FILE) for run in runs]
+        title = "Reduced MPL: what the calibrator makes of pool images"
+        draw_calibrated(calibrations, context.run / choice.calibration_figure, title)
+    report = report_of(context, choice, records, training, calibrations)
+    report.write(context.run.root)
+    return {"answers": report.answers()}
+
+
+def report_of(
+    context: Context,
+    choice: Choice,
+    records: dict[int, Records],
+    training: dict[str, list[Curve]],
+    calibrations: list[Calibration],
+) -> Ablation:
+    """Tables with their sentences, below them figures 9 and 10."""
+    full = full_variants(context, choice.feedback)
+    groups = [_group(f"Full MPL, {choice.feedback} feedback", "mpl", full, records)]
+    sections = [f"![training and validation accuracy over the steps]({choice.training_figure})", _training(training)]
+    extra: dict[str, Any] = {"training": {title: _as_json(curves) for title, curves in training.items()}}
+    if choice.reduced:
+        groups.append(_group("Reduced MPL", "reduced", reduced_variants(context), records))
+        sections += [
+            f"![calibrated distributions over the quarters of training]({choice.calibration_figure})",
+            f"Figure 10 of the paper, Reduced MPL with feedback on. {sentences(calibrations)}",
+        ]
+        extra["calibration"] = mean_changes(calibrations)
+    options = ["--feedback hard"] * (choice.feedback == "hard") + ["--no-reduced"] * (not choice.reduced)
+    about = About(
+        stem=choice.stem,
         title=f"Does the feedback help? Identical runs on {context.recipe.data.manifest}",
-        seeds=list(seeds),
-        groups=tuple(groups),
-        sections=sections,
-        notes=_notes(context, found, reduced),
-        command=_command(context, seeds, feedback, reduced),
+        command=command_of(context, "ablation", list(records), *options),
+        notes=_notes(context, groups, choice.reduced),
         extra=extra,
     )
-    ablation.write(context.run.root, stem)
-    return {"answers": ablation.answers()}
+    return Ablation(about, tuple(groups), sections)
 
 
-def _parts(context: Context, seed: int, feedback: str, reduced: bool) -> list[Part]:
-    """All students of one seed."""
-    run = seed_run(context, seed)
-    parts = [
-        (trained if name.startswith("alone") else finetuned)("train_mpl", run, name, changed)
-        for name, changed in full_variants(context, feedback).items()
-    ]
-    if reduced:
-        parts.append(Part("teacher", tuple(upstream(run))))
-        parts += [trained("train_reduced", run, name, of) for name, of in reduced_variants(context).items()]
-    return parts
+def _group(title: str, family: str, chosen: list[Variant], records: dict[int, Records]) -> Group:
+    """Variants against the one without feedback; only those of the same family are tested."""
+    off, tested = f"{family}-off", {f"{family}-{name}" for name in TESTED}
+    contrasts = (Contrast(v.label, v.name, off, v.name in tested) for v in chosen if v.name != off)
+    return Group(title, results_of(chosen, records), tuple(contrasts))
 
 
-def full_group(context: Context, feedback: str, found: dict[str, list[Records]]) -> Group:
-    """Full MPL; the method alone is for comparison, not for the test."""
-    of = {variant: results(found[f"mpl-{key(variant)}"]) for variant in FEEDBACK}
-    of[method_alone(context)] = results(found["alone"])
-    if "alone-supervised" in found:
-        of[SUPERVISED] = results(found["alone-supervised"])
-    return Group(f"Full MPL, {feedback} feedback", of, OFF, TESTED, tuple(FEEDBACK))
+def training_curves(full: list[Variant], runs: list[Path]) -> dict[str, list[Curve]]:
+    """Figure 9: curves by panel; the first line is of Supervised alone."""
+    labels = {variant.name: variant.label for variant in full}
+    if SUPERVISED in labels:
+        alone = [(SUPERVISED, "", labels[SUPERVISED], "black", "-"), (ALONE, "", labels[ALONE], "0.55", "--")]
+    else:
+        alone = [(ALONE, "", labels[ALONE], "black", "-")]
+    lines = (  # student, columns' beginning, name for people, colour, style
+        *alone,
+        ("mpl-on", "teacher_", TEACHER, BLUE, "-"),
+        ("mpl-off", "teacher_", "teacher, feedback off", BLUE, ":"),
+        ("mpl-on", "", STUDENT, ORANGE, "-"),
+        ("mpl-off", "", "student, feedback off", ORANGE, ":"),
+    )
 
-
-def reduced_group(found: dict[str, list[Records]]) -> Group:
-    """Reduced MPL; off is a calibrator that stays as it began."""
-    of = {variant: results(found[f"reduced-{key(variant)}"]) for variant in FEEDBACK}
-    of[FIXED] = results(found["reduced-fixed"])
-    return Group("Reduced MPL", of, OFF, TESTED, ())
-
-
-def method_alone(context: Context) -> str:
-    """The teacher's method by itself, for people."""
-    return f"{METHODS[mpl_settings(context.recipe).method.name]}, {ALONE}"
-
-
-def training_section(context: Context, runs: list[Path], stem: str) -> tuple[str, dict[str, list[Curve]]]:
-    """Figure 9: Markdown, and the curves by panel."""
-    supervised = mpl_settings(context.recipe).method.name == "supervised"
-
-    def curves(kind: str) -> list[Curve]:
-        def of(name: str, column: str, text: str, colour: str, style: str = "-") -> Curve:
-            files = [run / f"student-{name}" / "metrics.csv" for run in runs]
-            return read_curve(files, f"{column}{kind}_top1", text, colour, style)
-
-        lines = [] if supervised else [of("alone-supervised", "", SUPERVISED, "black")]
+    def curves(split: str) -> list[Curve]:
         return [
-            *lines,
-            of("alone", "", method_alone(context), "black" if supervised else "0.55", "-" if supervised else "--"),
-            of("mpl-on", "teacher_", "teacher, feedback on", BLUE),
-            of("mpl-off", "teacher_", "teacher, feedback off", BLUE, ":"),
-            of("mpl-on", "", "student, feedback on", ORANGE),
-            of("mpl-off", "", "student, feedback off", ORANGE, ":"),
+            read_curve(
+                [run / f"student-{student}" / "metrics.csv" for run in runs],
+                f"{prefix}{split}_top1",
+                name,
+                colour,
+                style,
+            )
+            for student, prefix, name, colour, style in lines
         ]
 
-    panels = {"on the labelled images, not augmented": curves("train"), "on validation": curves("validation")}
+    return {"on the labelled images, not augmented": curves("train"), "on validation": curves("validation")}
+
+
+def _training(panels: dict[str, list[Curve]]) -> str:
+    """Figure 9 in sentences."""
     lines = panels["on the labelled images, not augmented"]
     first = lines[0]
     averages = ", ".join(f"{line.name} {sum(line.averages) / len(line.averages):.2f}" for line in lines)
     below = "; ".join(
         f"{line.name} − {first.name}: {paired_difference(line.averages, first.averages)}"
         for line in lines
-        if line.name.endswith("feedback on")
+        if line.name in (TEACHER, STUDENT)
     )
-    text = (
-        f"![training and validation accuracy over the steps]({stem}-training.png)\n\n"
+    return (
         f"Accuracy on the labelled images in % (figure 9 of the paper), the mean over {len(first.steps)} looks during "
         f"training: {averages}. {below}. The figures of the students and of what is trained alone are of their moving "
         f"average, the teachers' of their present weights, so that teacher − {first.name} has that in it as well; p is "
         "not adjusted."
     )
-    return text, panels
 
 
-def calibration_section(runs: list[Path], figure: Path) -> tuple[str, dict[str, Any]]:
-    """Figure 10: Markdown, and its figures."""
-    found = [read_calibration(run / "student-reduced-on" / FILE) for run in runs]
-    draw_calibrated(found, figure, "Reduced MPL: what the calibrator makes of pool images")
-    text = f"![calibrated distributions over the quarters of training]({figure.name})\n\n"
-    return text + f"Figure 10 of the paper, Reduced MPL with feedback on. {sentences(found)}", mean_changes(found)
-
-
-def _curves(curves: list[Curve]) -> list[dict[str, Any]]:
+def _as_json(curves: list[Curve]) -> list[dict[str, Any]]:
     return [{"name": c.name, "steps": c.steps.tolist(), "values": c.values.tolist()} for c in curves]
 
 
-def _notes(context: Context, found: dict[str, list[Records]], reduced: bool) -> list[str]:
+def _notes(context: Context, groups: list[Group], reduced: bool) -> list[str]:
     """What was done, in sentences."""
-    settings, of = mpl_settings(context.recipe), context.recipe.train_reduced
-    everyone = [r for name, records in found.items() if name != "teacher" for r in results(records)]
-    seconds = sum(r["seconds"] for r in everyone)
+    settings, own = mpl_settings(context.recipe), context.recipe.train_reduced
+    seconds = [s for group in groups for v in group.results.labels for s in group.results.values(v, "seconds")]
     notes = [
         f"Full MPL: student {settings.model.name}, teacher {(settings.teacher.model or settings.model).name} by "
         f"{METHODS[settings.method.name]}, {settings.steps:,} steps on {settings.batch} pool images, "
@@ -227,20 +255,13 @@ def _notes(context: Context, found: dict[str, list[Records]], reduced: bool) -> 
     ]
     if reduced:
         notes.append(
-            f"Reduced MPL: student {of.model.name}, {of.steps:,} steps on batches of {of.batch}; not finetuned. Off: "
-            f"the calibrator stays at its start, which gives {100 * of.calibrator.floor:.0f}% to the uniform "
+            f"Reduced MPL: student {own.model.name}, {own.steps:,} steps on batches of {own.batch}; not finetuned. "
+            f"Off: the calibrator stays at its start, which gives {100 * own.calibrator.floor:.0f}% to the uniform "
             "distribution; NoisyStudent learns from the stored distributions themselves, on the same images."
         )
     return [
         *notes,
         f"Checkpoint, fixed in advance: the last step's moving average; students of full MPL then have "
         f"{context.recipe.finetune.steps:,} steps of finetuning. Split: test. Nothing was chosen on it. {SEEDS_CHANGE}",
-        f"Budget: {len(everyone)} students, {seconds / 60:.0f} minutes of training in all.",
+        f"Budget: {len(seconds)} students, {sum(seconds) / 60:.0f} minutes of training in all.",
     ]
-
-
-def _command(context: Context, seeds: range, feedback: str, reduced: bool) -> str:
-    text = f"mpl reproduce ablation --recipe {context.recipe.name} {seeds_text(seeds)}"
-    text += f" --feedback {feedback}" if feedback != "soft" else ""
-    text += "" if reduced else " --no-reduced"
-    return text + (" --data DATA" if context.data is not None else "")

@@ -1,18 +1,27 @@
-"""Run the stages over seeds: a chain per seed, every stage in a process (and with a peak memory) of its own."""
+"""Run the stages over seeds: chains of stages side by side, every stage in a process (and peak memory) of its own."""
 
+import importlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from pipeline.errors import UsageError
-from stages.options import Context, Options, make_context
+from pipeline.storage.runs import Action
+from stages.cli import silence_torch
+from stages.console import Console
+from stages.execution import decide, execute
+from stages.options import Context, Options, changed, make_context
 
-PRELOAD = ["stages.train_reduced", "stages.train_mpl", "stages.finetune", "stages.evaluate", "stages.learning",
-           "pipeline.training", "pipeline.lessons", "pipeline.targets.build", "torch.utils.tensorboard"]  # fmt: skip
+PRELOAD = ["stages.filter", "stages.train_reduced", "stages.train_mpl", "stages.finetune", "stages.evaluate",
+           "pipeline.training", "pipeline.targets.build", "torch.utils.tensorboard"]  # fmt: skip
+Records = dict[str, dict[str, Any]]  # of a chain, by the name under which a stage records itself
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -21,28 +30,30 @@ class Step:
 
     Attributes:
         module: of `stages`, with a function `plan(context, **arguments)`.
-        run: run directory.
         changes: `a.b=value` changes of the recipe.
         arguments: further arguments of `plan`.
-        seed: of this stage; None: the chain's key.
     """
 
     module: str
-    run: Path
     changes: tuple[str, ...] = ()
-    arguments: tuple[tuple[str, Any], ...] = ()
-    seed: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
-Chain = Sequence[Step]
+@dataclass(frozen=True)
+class Chain:
+    """Stages that run one after another, with one seed in one run directory."""
+
+    run: Path
+    seed: int
+    steps: tuple[Step, ...]
 
 
-def run_chains(context: Context, chains: dict[int, Chain], jobs: int | None) -> dict[int, list[dict[str, Any]]]:
-    """Run every seed's chain, up to `jobs` at a time; returns the records, in the order of each chain.
+def run_chains(context: Context, chains: Mapping[K, Chain], jobs: int | None) -> dict[K, Records]:
+    """Run all chains, up to `jobs` at a time; returns the records of each.
 
     Args:
         context: recipe, data, device and precision for all.
-        chains: by seed, or by any number where every step has a seed of its own.
+        chains: by any key.
         jobs: chains at a time; None: one on an accelerator, else one per core.
 
     Raises:
@@ -54,19 +65,19 @@ def run_chains(context: Context, chains: dict[int, Chain], jobs: int | None) -> 
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOAD)
-    total, done = sum(map(len, chains.values())), 0
+    total, done = sum(len(chain.steps) for chain in chains.values()), 0
     with (
         ProcessPoolExecutor(jobs, mp_context=processes, max_tasks_per_child=1) as pool,
         ThreadPoolExecutor(jobs) as watchers,
     ):
 
-        def run_chain(seed: int, chain: Chain) -> list[dict[str, Any]]:
-            records = []
-            for step in chain:
+        def run_chain(chain: Chain) -> Records:
+            records = {}
+            for step in chain.steps:
                 if context.console.stop_requested():
                     raise KeyboardInterrupt
-                record = pool.submit(run_step, _portable(context, seed, step), step, threads).result()
-                records.append(record)
+                record = pool.submit(run_step, _portable(context, chain, step), step, threads).result()
+                records[record["stage"]] = record
                 count()
             return records
 
@@ -75,25 +86,24 @@ def run_chains(context: Context, chains: dict[int, Chain], jobs: int | None) -> 
             done += 1
             context.console.progress(done, total, {})
 
-        futures: dict[Future[list[dict[str, Any]]], int] = {
-            watchers.submit(run_chain, seed, chain): seed for seed, chain in chains.items()
-        }
+        futures: dict[Future[Records], K] = {watchers.submit(run_chain, chain): key for key, chain in chains.items()}
         try:
-            return {futures[future]: future.result() for future in as_completed(futures)}
+            records = {futures[future]: future.result() for future in as_completed(futures)}
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
+    return {key: records[key] for key in chains}
 
 
-def _portable(context: Context, seed: int, step: Step) -> dict[str, Any]:
+def _portable(context: Context, chain: Chain, step: Step) -> dict[str, Any]:
     """The context of one step, in values that another process can be sent."""
     return {
-        "run": step.run,
+        "run": chain.run,
         "recipe": context.recipe.model_dump(mode="json"),
         "changes": step.changes,
         "data": context.data,
-        "seed": seed if step.seed is None else step.seed,
+        "seed": chain.seed,
         "device": context.device_name,
         "precision": context.precision,
         "force": context.force,
@@ -102,25 +112,15 @@ def _portable(context: Context, seed: int, step: Step) -> dict[str, Any]:
 
 def run_step(values: dict[str, Any], step: Step, threads: int) -> dict[str, Any]:
     """One stage, in a process of its own."""
-    import importlib
-
-    import torch
-
-    from pipeline.storage.runs import Action
-    from stages.cli import silence_torch
-    from stages.console import Console
-    from stages.execution import decide, execute
-    from stages.options import changed
-
     silence_torch()
     torch.set_num_threads(threads)
     values = dict(values)
     recipe = changed(values.pop("recipe"), values.pop("changes"), "recipe")
-    name = dict(step.arguments).get("name")
-    console = Console(quiet=True, prefix=f"{step.run.name}{f'/{name}' if name else ''} ")
+    name = step.arguments.get("name")
+    console = Console(quiet=True, prefix=f"{values['run'].name}{f'/{name}' if name else ''} ")
     context = make_context(Options(**values), parsed=recipe, console=console)
-    plan: Callable[..., Any] = importlib.import_module(f"stages.{step.module}").plan
+    plan = importlib.import_module(f"stages.{step.module}").plan
     if context.force:  # of a comparison: make again what changed, and only that
-        stage = plan(replace(context, force=False), **dict(step.arguments))
+        stage = plan(replace(context, force=False), **step.arguments)
         context = replace(context, force=decide(replace(context, force=False), stage).action is Action.REFUSE)
-    return execute(context, lambda c: plan(c, **dict(step.arguments)))
+    return execute(context, lambda c: plan(c, **step.arguments))

@@ -4,33 +4,46 @@ Tables 1 of arXiv:2003.10580v1 and 10 of its fourth version. A student with MPL 
 as in the paper, and judged after it; one that has learned from labelled images all along is not.
 """
 
-import json
 from typing import Any
 
-from pipeline.config import TrainMplSettings
 from pipeline.data.manifest import load_manifest
 from pipeline.errors import UsageError
-from pipeline.methods import parse_method
-from pipeline.report.experiments.with_mpl import Row, WithMpl
+from pipeline.report.experiments.pairs import Pairs
+from pipeline.report.experiments.report import About
+from pipeline.report.experiments.results import Contrast, Results
 from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
-from stages.reproduce.commands import SEEDS_CHANGE, comparison_basis, seed_run, seeds_text, upstream
-from stages.reproduce.parts import Part, Records, finetuned, results, run_parts, trained
+from stages.reproduce.experiment import (
+    SEEDS_CHANGE,
+    command_of,
+    comparison_basis,
+    comparison_stage,
+    report_files,
+    run_students,
+    teacher_top1,
+)
+from stages.reproduce.methods import METHODS, NOISY, method_changes, method_settings
+from stages.reproduce.variants import Variant, results_of
 
-NOISY = "noisystudent"
-METHODS = {  # name: for people
-    "supervised": "Supervised",
-    "label_smoothing": "Label smoothing",
-    "randaugment": "RandAugment",
-    "mixup": "Mixup",
-    "pseudo_labels": "Pseudo Labels",
-    "uda": "UDA",
-    "fixmatch": "FixMatch",
-    NOISY: "NoisyStudent",
-}
 WITH_MPL = list(METHODS)[:6]
 PAPERS = {"cifar10-4k": "CIFAR-10-4K", "svhn-1k": "SVHN-1K", "imagenet-10pct": "ImageNet-10%"}  # by manifest
+CONTRASTS = tuple(Contrast(METHODS[name], f"mpl-{name}", f"alone-{name}", tested=True) for name in WITH_MPL)
+
+
+def variants(context: Context) -> list[Variant]:
+    """All students of one seed; the large teacher serves NoisyStudent."""
+    chosen = []
+    for name, title in METHODS.items():
+        changes = method_changes(context, name)
+        if name == NOISY:
+            chosen.append(Variant(f"alone-{name}", title, "train_reduced", changes))
+            continue
+        chosen.append(Variant(f"alone-{name}", title, "train_mpl", (*changes, "train_mpl.alone=true")))
+        if name in WITH_MPL:
+            on_top = (*changes, "train_mpl.alone=false")
+            chosen.append(Variant(f"mpl-{name}", f"{title} + MPL", "train_mpl", on_top, finetuned=True))
+    return chosen
 
 
 def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
@@ -40,76 +53,43 @@ def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
         UsageError: the recipe has no feedback.
         RecipeError: it has no train_mpl section.
     """
-    settings = mpl_settings(context.recipe)
-    if settings.feedback == "none":
+    if mpl_settings(context.recipe).feedback == "none":
         raise UsageError("table1 compares methods with feedback: set train_mpl.feedback to soft or hard")
-    outputs = [context.run / f"table1.{suffix}" for suffix in ("md", "csv", "json", "png")]
-    return Stage(
-        name="table1",
-        basis=comparison_basis(context, seeds) | {"methods": {name: changes(context, name) for name in METHODS}},
-        outputs=outputs,
-        work=lambda: work(context, seeds, jobs),
-        summary=lambda result: f"{result['answer']} {outputs[0]}",
-        replaces=outputs,
-        cheap=frozenset({"seeds", "methods"}),
+    methods = {name: method_changes(context, name) for name in METHODS}
+    return comparison_stage(
+        "table1",
+        comparison_basis(context, seeds) | {"methods": methods},
+        report_files(context, "table1"),
+        lambda: work(context, seeds, jobs),
+        lambda result: result["answer"],
+        frozenset({"methods"}),
     )
 
 
 def work(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
     """Run all methods over seeds, then write the table."""
-    found = run_parts(context, {seed: parts_of(context, seed) for seed in seeds}, jobs)
-    rows = [
-        Row(
-            title,
-            results(found[f"alone-{name}"]),
-            results(found[f"mpl-{name}"]) if name in WITH_MPL else None,
-            tuple(paper_figure(data_set, name) for data_set in papers_of(context)),
-        )
-        for name, title in METHODS.items()
-    ]
-    table = table_of(context, seeds, rows, found["teacher"])
-    table.write(context.run.root, "table1")
-    return {"answer": table.answer()}
+    chosen = variants(context)
+    records = run_students(context, seeds, jobs, chosen)
+    report = report_of(context, results_of(chosen, records), teacher_top1(records.values()))
+    report.write(context.run.root)
+    return {"answer": report.answer()}
 
 
-def parts_of(context: Context, seed: int) -> list[Part]:
-    """All students of one seed; the large teacher serves NoisyStudent."""
-    run = seed_run(context, seed)
-    parts = [Part("teacher", tuple(upstream(run)))]
-    for name in METHODS:
-        stage = "train_reduced" if name == NOISY else "train_mpl"
-        parts.append(trained(stage, run, f"alone-{name}", (*changes(context, name), *_alone(name, True))))
-        if name in WITH_MPL:
-            parts.append(finetuned(stage, run, f"mpl-{name}", (*changes(context, name), *_alone(name, False))))
-    return parts
-
-
-def _alone(name: str, alone: bool) -> tuple[str, ...]:
-    return () if name == NOISY else (f"train_mpl.alone={str(alone).lower()}",)
-
-
-def changes(context: Context, name: str) -> tuple[str, ...]:
-    """Changes of the recipe that make a method: its settings, and the same network, steps and batch for all."""
-    settings = mpl_settings(context.recipe)
-    if name == NOISY:
-        model = json.dumps(settings.model.model_dump(mode="json"))
-        return (
-            "train_reduced.teacher=fixed",
-            f"train_reduced.model={model}",
-            f"train_reduced.steps={settings.steps}",
-            f"train_reduced.batch={settings.batch}",
-        )
-    method = json.dumps(method_settings(context, name))
-    # What sets these two apart is the smoothing; the recipe's own, a part of all others, would make them one.
-    smoothing = ("train_mpl.label_smoothing=0",) if name in ("supervised", "label_smoothing") else ()
-    return (f"train_mpl.method={method}", *smoothing)
-
-
-def method_settings(context: Context, name: str) -> dict[str, Any]:
-    """The recipe's settings of a method: train_mpl.method, reproduce.methods, else the method's defaults."""
-    known = [mpl_settings(context.recipe).method, *context.recipe.reproduce.methods]
-    method = next((method for method in known if method.name == name), None) or parse_method(name)
-    return method.model_dump(mode="json")
+def report_of(context: Context, results: Results, teacher: list[float]) -> Pairs:
+    """The table with its sentences."""
+    data_sets = papers_of(context)
+    about = About(
+        stem="table1",
+        title=f"{context.data_set.manifest.name}: methods alone and with Meta Pseudo Labels",
+        command=command_of(context, "table1", results.seeds),
+        notes=[*_notes(context, teacher), _budget(results), *map(_others, data_sets)],
+        extra={"teacher_validation_top1": teacher, "settings": mpl_settings(context.recipe).model_dump(mode="json")},
+    )
+    contrasts = tuple(contrast for contrast in CONTRASTS if contrast.variant in results.labels)
+    papers = {
+        PAPERS[data_set]: {f"alone-{name}": paper_figure(data_set, name) for name in METHODS} for data_set in data_sets
+    }
+    return Pairs(about, results, contrasts, papers)
 
 
 def papers_of(context: Context) -> list[str]:
@@ -120,34 +100,13 @@ def papers_of(context: Context) -> list[str]:
 
 def paper_figure(data_set: str, method: str) -> str:
     """ "alone → with MPL" in the paper, or a dash."""
-    found = ((load_manifest(data_set).paper or {}).get("table1") or {}).get(method)
-    return "–" if found is None else " → ".join(str(found[key]) for key in ("alone", "mpl") if key in found)
+    figures = ((load_manifest(data_set).paper or {}).get("table1") or {}).get(method)
+    return "–" if figures is None else " → ".join(str(figures[key]) for key in ("alone", "mpl") if key in figures)
 
 
-def table_of(context: Context, seeds: range, rows: list[Row], teachers: list[Records]) -> WithMpl:
-    """The table with its sentences."""
-    from stages.learning import manifest_of
-
-    recipe, settings = context.recipe, mpl_settings(context.recipe)
-    command = f"mpl reproduce table1 --recipe {recipe.name} {seeds_text(seeds)}"
-    if context.data is not None:
-        command += " --data DATA"
-    papers = papers_of(context)
-    teacher = [records[0]["result"]["validation"]["top1"] for records in teachers]
-    return WithMpl(
-        title=f"{manifest_of(context).name}: methods alone and with Meta Pseudo Labels",
-        seeds=list(seeds),
-        rows=rows,
-        papers=tuple(PAPERS[name] for name in papers),
-        notes=[*_notes(context, settings, teacher), _budget(rows), *map(_others, papers)],
-        command=command,
-        extra={"teacher_validation_top1": teacher, "settings": settings.model_dump(mode="json")},
-    )
-
-
-def _notes(context: Context, settings: TrainMplSettings, teacher: list[float]) -> list[str]:
+def _notes(context: Context, teacher: list[float]) -> list[str]:
     """What was done, in sentences."""
-    finetune = context.recipe.finetune
+    settings, finetune = mpl_settings(context.recipe), context.recipe.finetune
     own = settings.teacher.model or settings.model
     return [
         f"Every student: {settings.model.name}, {settings.steps:,} steps, from the same initial weights for all "
@@ -170,9 +129,9 @@ def _described(context: Context, name: str) -> str:
     return f"{METHODS[name]}{f' ({text})' if text else ''}"
 
 
-def _budget(rows: list[Row]) -> str:
+def _budget(results: Results) -> str:
     """Seconds of training."""
-    seconds = [r["seconds"] for row in rows for r in (*row.alone, *(row.mpl or []))]
+    seconds = [value for variant in results.labels for value in results.values(variant, "seconds")]
     return f"Budget: {len(seconds)} students, {sum(seconds) / 60:.0f} minutes of training in all."
 
 

@@ -19,7 +19,8 @@ from pipeline.moons.settings import EVERY, WORKING, MethodName, MoonsSettings
 from pipeline.moons.study import Cell, CellResult, Row, RunCell, rows
 from pipeline.moons.train import cosine, gradient, hard_term, sampled, teacher_objective, train
 from pipeline.report.experiments.moons import MoonsReport, discordant, left_plateau
-from pipeline.report.experiments.moons_figure import apart, smooth
+from pipeline.report.experiments.moons_figure import smooth
+from pipeline.report.experiments.report import About
 from pipeline.student import Student
 
 TINY = WORKING.model_copy(update={"steps": 12, "points": 40, "batch": 5})
@@ -196,9 +197,7 @@ def test_discordant_draws_and_plateaus() -> None:
     assert left_plateau(result, below=0.1) == "more than 30"
 
 
-def test_labels_of_lines_stay_apart_and_near() -> None:
-    assert apart([0.0, 0.01, 0.9, 1.0], 0.1, 1.0) == pytest.approx([-0.045, 0.055, 0.9, 1.0])
-    assert apart([0.98, 1.0], 0.1, 1.0) == pytest.approx([0.9, 1.0])
+def test_smooth_lines_are_means_of_the_looks_around() -> None:
     np.testing.assert_allclose(smooth(np.arange(9.0))[2:-2], np.arange(9.0)[2:-2])
     np.testing.assert_allclose(smooth(np.ones(3)), 1.0)
 
@@ -223,9 +222,8 @@ def test_the_table_tells_what_the_results_say() -> None:
         return CellResult(accuracy, None, [0], *[np.full((1, 3), 0.7)] * 4, np.zeros((3, 1, 1), np.float16))
 
     row = Row("working", "settings", WORKING, ("supervised", "mpl"))
-    text = MoonsReport([row], {"working/supervised": result(bad), "working/mpl": result(good)}, range(3), "c").markdown(
-        "f"
-    )
+    cells = {"working/supervised": result(bad), "working/mpl": result(good)}
+    text = MoonsReport(About("two-moons", "Two moons", "c"), [row], cells, range(3)).markdown()
     assert "| settings | 4,000 | – | **1**; 92.6 ± 11.0 | – | **3**; 99.0 ± 1.0 | – | – |" in text
     assert "**MPL − Supervised**: +6.37" in text
     assert "separates 2 draws that the other does not, and the other 0" in text

@@ -1,16 +1,15 @@
-"""An ablation: variants of one method against the same reference, as Markdown, CSV, JSON and a figure."""
+"""Variants of one method against the same reference, in groups."""
 
-import csv
-import io
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.report.experiments.cells import DIFFERENCE, difference_cells, of_seeds, small, table
-from pipeline.report.experiments.statistics import PairedDifference, holm, p_value, paired_difference, summarise
-from pipeline.report.experiments.with_mpl import FIGURES, ORANGE, Results
-from pipeline.storage.files import whole_file, write_json, write_text
+from pipeline.report.experiments.figures import ORANGE, new_figure, plain, wrapped
+from pipeline.report.experiments.markdown import DIFFERENCE, difference_cells, figure_cells, heads, seeds_text, table
+from pipeline.report.experiments.report import Report
+from pipeline.report.experiments.results import FINETUNED_FIGURES, Contrast, Results
+from pipeline.report.experiments.statistics import PairedDifference, holm_adjusted
 
 WIDE = 25.0  # points: beyond this the figure's scale is linear to 5 points and logarithmic from there
 TICKS = (-80, -40, -20, -10, -5, -2, 0, 2, 5, 10, 20, 40, 80)  # of such a panel
@@ -22,191 +21,148 @@ class Group:
 
     Attributes:
         title: for people.
-        results: variant → by seed, as of `pipeline.report.experiments.with_mpl`.
-        reference: the variant that the tested ones are compared with.
-        tested: variants whose difference from the reference is the question.
-        finetuned: variants that have figures before finetuning as well.
+        results: of all its variants.
+        contrasts: each variant − the reference, named after the variant; the first is what the group is about.
     """
 
     title: str
-    results: dict[str, Results]
-    reference: str
-    tested: tuple[str, ...]
-    finetuned: tuple[str, ...]
+    results: Results
+    contrasts: tuple[Contrast, ...]
 
-    def difference(self, variant: str, key: str = "top1") -> PairedDifference:
-        """Variant − reference, points of top-1, paired by seed."""
-        of = self.results
-        return paired_difference([r[key] for r in of[variant]], [r[key] for r in of[self.reference]])
+    @property
+    def reference(self) -> str:
+        """The variant that all others are compared with."""
+        return self.contrasts[0].against
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """All of an ablation.
+class Ablation(Report):
+    """A table for each group; their tested differences are judged together.
 
     Attributes:
-        title: heading.
-        seeds: in the order of all results.
-        groups: with a table each; their tested differences are judged together.
-        sections: Markdown below the tables: further figures and what they say.
-        notes: paragraphs at the end.
-        command: that makes it.
-        extra: further figures, for the JSON.
+        groups: of variants.
+        further: Markdown below the tables: other figures and what they say.
     """
 
-    title: str
-    seeds: list[int]
     groups: tuple[Group, ...]
-    sections: list[str]
-    notes: list[str]
-    command: str
-    extra: dict[str, Any]
+    further: list[str] = field(default_factory=list)
 
-    def write(self, folder: Path, stem: str) -> list[Path]:
-        """Write STEM.md, .csv, .json and .png; returns their paths."""
-        paths = [folder / f"{stem}.{suffix}" for suffix in ("md", "csv", "json", "png")]
-        write_text(paths[0], self.markdown(f"{stem}.png"))
-        write_text(paths[1], self.csv())
-        write_json(paths[2], self.as_json())
-        self.figure(paths[3])
-        return paths
+    @property
+    def seeds(self) -> list[int]:
+        return self.groups[0].results.seeds
 
     def adjusted(self) -> dict[tuple[str, str], float]:
-        """(group, variant) → p of its difference, adjusted for the number of all that are tested (Holm)."""
-        tests = [(group, variant) for group in self.groups for variant in group.tested]
-        found = holm([p_value(group.difference(variant)) for group, variant in tests])
-        return {(group.title, variant): p for (group, variant), p in zip(tests, found, strict=True)}
+        """(title of a group, name of a tested contrast) → its p, adjusted for their number."""
+        tested: dict[tuple[str, str], PairedDifference] = {
+            (group.title, contrast.name): group.results.difference(contrast)
+            for group in self.groups
+            for contrast in group.contrasts
+            if contrast.tested
+        }
+        return holm_adjusted(tested)
 
     def answers(self) -> list[str]:
-        """A sentence for each group: what the first tested variant adds."""
-        lines = []
-        for group in self.groups:
-            variant = group.tested[0]
-            line = f"**{group.title}: {variant} − {group.reference}**: {group.difference(variant)} (points of top-1)."
-            if group.finetuned:
-                line += f" Before finetuning: {group.difference(variant, 'trained_top1')}."
-            lines.append(line)
-        return lines
+        """A sentence for each group: what its first contrast adds."""
+        return [self._answer(group) for group in self.groups]
 
-    def markdown(self, figure: str) -> str:
-        """For people."""
-        tables = [f"{group.title}:\n\n{self._table(group)}" for group in self.groups]
-        return "\n\n".join(
-            [
-                f"# {self.title}",
-                *self.answers(),
-                f"![differences in top-1 by seed]({figure})",
-                *tables,
-                f"{of_seeds(self.seeds)}; top-1 in %, mean ± standard deviation. Differences from the reference in "
-                "points, paired by seed, with the 95% interval of the t-distribution; Holm: p adjusted for all "
-                f"{len(self.adjusted())} tested differences together, **bold** where below 0.05.",
-                *self.sections,
-                *self.notes,
-                f"Made by `{self.command}`.",
-                "",
-            ]
+    def _answer(self, group: Group) -> str:
+        first, results = group.contrasts[0], group.results
+        text = (
+            f"**{group.title}: {first.name} − {results.labels[group.reference]}**: {results.difference(first)} "
+            "(points of top-1)."
         )
+        if results.finetuned:
+            text += f" Before finetuning: {results.difference(first, 'trained_top1')}."
+        return text
 
-    def _table(self, group: Group) -> str:
-        head = ["", "top-1, %", *DIFFERENCE, *(["before finetuning"] if group.finetuned else []), "NLL, nats", "ECE, %",
-                "training, s"]  # fmt: skip
-        adjusted, rows = self.adjusted(), []
-        for variant, results in group.results.items():
-            of = {key: summarise([result[key] for result in results]) for key in FIGURES}
-            cells = [variant, str(of["top1"])]
-            if variant == group.reference:
-                cells += ["reference", "", "", ""]
-            else:
-                cells += difference_cells(group.difference(variant), adjusted.get((group.title, variant)))
-            if group.finetuned:
-                cells.append(str(of["trained_top1"]) if variant in group.finetuned else "–")
-            rows.append([*cells, small(of["nll"]), str(of["ece"]), f"{of['seconds'].mean:.0f}"])
-        return table(head, rows)
-
-    def csv(self) -> str:
-        """One line per group, variant and seed."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["group", "variant", "seed", *FIGURES])
-        for group in self.groups:
-            for variant, results in group.results.items():
-                for seed, result in zip(self.seeds, results, strict=True):
-                    writer.writerow([group.title, variant, seed, *(result[key] for key in FIGURES)])
-        return text.getvalue()
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything."""
+    def sections(self) -> Iterator[str]:
+        yield from self.answers()
+        yield self.figure("differences in top-1 by seed")
         adjusted = self.adjusted()
-        groups = [
-            {
-                "title": group.title,
-                "reference": group.reference,
-                "results": group.results,
-                "differences": {
-                    variant: vars(group.difference(variant))
-                    | {"holm": adjusted.get((group.title, variant))}
-                    | {"before_finetuning": vars(group.difference(variant, "trained_top1"))}
-                    for variant in group.results
-                    if variant != group.reference
-                },
-            }
-            for group in self.groups
-        ]
-        return {
-            "format": 1,
-            "title": self.title,
-            "command": self.command,
-            "seeds": self.seeds,
-            "groups": groups,
-            "notes": self.notes,
-            **json.loads(json.dumps(self.extra)),
-        }
+        for group in self.groups:
+            yield f"{group.title}:"
+            yield _table(group, adjusted)
+        yield (
+            f"{seeds_text(self.seeds)}; top-1 in %, mean ± standard deviation. Differences from the reference in "
+            "points, paired by seed, with the 95% interval of the t-distribution; Holm: p adjusted for all "
+            f"{len(adjusted)} tested differences together, **bold** where below 0.05."
+        )
+        yield from self.further
+        yield from self.about.notes
 
-    def figure(self, path: Path) -> None:
+    def lines(self) -> Iterator[dict[str, Any]]:
+        for group in self.groups:
+            for variant, label in group.results.labels.items():
+                yield from group.results.lines(variant, FINETUNED_FIGURES, group=group.title, variant=label)
+
+    def values(self) -> dict[str, Any]:
+        adjusted = self.adjusted()
+        return {"groups": [_as_json(group, adjusted) for group in self.groups]}
+
+    def draw(self, path: Path) -> None:
         """Differences from the reference: every seed a dot, mean and interval; a panel for each group."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        counts = [len(group.results) - 1 for group in self.groups]
-        fig, panels = plt.subplots(
-            1, len(self.groups), figsize=(1.6 + 1.35 * sum(counts), 4.4), width_ratios=counts, squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
-        for panel, group in zip(panels[0], self.groups, strict=True):
-            variants = [variant for variant in group.results if variant != group.reference]
-            panel.axhline(0, color="black", linewidth=1, zorder=1)
-            for x, variant in enumerate(variants):
-                d = group.difference(variant)
-                pairs = zip(group.results[variant], group.results[group.reference], strict=True)
-                dots = [a["top1"] - b["top1"] for a, b in pairs]
-                panel.scatter([x + 0.14] * len(dots), dots, s=18, color="0.6", linewidth=0, zorder=2)
-                colour = ORANGE if variant in group.tested else "0.35"
-                reach = None if d.low is None or d.high is None else [[d.mean - d.low], [d.high - d.mean]]
-                panel.errorbar([x - 0.1], [d.mean], yerr=reach, color=colour, marker="o", markersize=7, capsize=4,
-                               elinewidth=2, zorder=3)  # fmt: skip
-            if max(map(abs, panel.get_ylim())) > WIDE:  # a control at chance would hide the rest
-                panel.set_yscale("symlog", linthresh=5)
-                low, high = panel.get_ylim()
-                panel.set_yticks([tick for tick in TICKS if 1.3 * low < tick < 1.3 * high])
-                panel.set_ylim(min(1.3 * low, -3), max(1.3 * high, 3))
-                panel.yaxis.set_major_formatter(lambda tick, _: f"{tick:+g}" if tick else "0")
-                panel.minorticks_off()
-            panel.set_xticks(range(len(variants)), [_lines(variant) for variant in variants], fontsize=8.5)
-            panel.set_xlim(-0.5, len(variants) - 0.5)
-            panel.set_title(f"{group.title}\ndifference from “{group.reference}”", fontsize=10, loc="left")
-            panel.grid(axis="y", color="0.92")
-            panel.set_axisbelow(True)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(length=0)
-        panels[0, 0].set_ylabel("points of top-1 on the test split")
-        with whole_file(path) as temporary:
-            fig.savefig(temporary, dpi=140, format="png")
-        plt.close(fig)
+        counts = [len(group.contrasts) for group in self.groups]
+        with new_figure(path, figsize=(1.6 + 1.35 * sum(counts), 4.4), layout="constrained") as figure:
+            panels = figure.subplots(1, len(self.groups), width_ratios=counts, squeeze=False)[0]
+            for panel, group in zip(panels, self.groups, strict=True):
+                _draw(panel, group)
+            panels[0].set_ylabel("points of top-1 on the test split")
 
 
-def _lines(name: str) -> str:
-    import textwrap
+def _table(group: Group, adjusted: dict[tuple[str, str], float]) -> str:
+    results = group.results
+    before = ["trained_top1"] if results.finetuned else []
+    by_variant = {contrast.variant: contrast for contrast in group.contrasts}
+    rows = []
+    for variant, label in results.labels.items():
+        difference = ["reference", "", "", ""]
+        if variant in by_variant:
+            contrast = by_variant[variant]
+            difference = difference_cells(results.difference(contrast), adjusted.get((group.title, contrast.name)))
+        others = figure_cells(results, variant, *before, "nll", "ece", "seconds")
+        rows.append([label, *figure_cells(results, variant, "top1"), *difference, *others])
+    return table(["", *heads("top1"), *DIFFERENCE, *heads(*before, "nll", "ece", "seconds")], rows)
 
-    return "\n".join(textwrap.wrap(name, 13))
+
+def _as_json(group: Group, adjusted: dict[tuple[str, str], float]) -> dict[str, Any]:
+    results = group.results
+    return {
+        "title": group.title,
+        "reference": results.labels[group.reference],
+        "results": {label: results.by_seed(variant) for variant, label in results.labels.items()},
+        "differences": {
+            contrast.name: vars(results.difference(contrast))
+            | {
+                "holm": adjusted.get((group.title, contrast.name)),
+                "before_finetuning": vars(results.difference(contrast, "trained_top1")),
+            }
+            for contrast in group.contrasts
+        },
+    }
+
+
+def _draw(panel: Any, group: Group) -> None:
+    results = group.results
+    panel.axhline(0, color="black", linewidth=1, zorder=1)
+    for x, contrast in enumerate(group.contrasts):
+        d = results.difference(contrast)
+        pairs = zip(results.values(contrast.variant), results.values(contrast.against), strict=True)
+        differences = [a - b for a, b in pairs]
+        panel.scatter([x + 0.14] * len(differences), differences, s=18, color="0.6", linewidth=0, zorder=2)
+        colour = ORANGE if contrast.tested else "0.35"
+        reach = None if d.low is None or d.high is None else [[d.mean - d.low], [d.high - d.mean]]
+        panel.errorbar([x - 0.1], [d.mean], yerr=reach, color=colour, marker="o", markersize=7, capsize=4,
+                       elinewidth=2, zorder=3)  # fmt: skip
+    if max(map(abs, panel.get_ylim())) > WIDE:  # a control at chance would hide the rest
+        panel.set_yscale("symlog", linthresh=5)
+        low, high = panel.get_ylim()
+        panel.set_yticks([tick for tick in TICKS if 1.3 * low < tick < 1.3 * high])
+        panel.set_ylim(min(1.3 * low, -3), max(1.3 * high, 3))
+        panel.yaxis.set_major_formatter(lambda tick, _: f"{tick:+g}" if tick else "0")
+        panel.minorticks_off()
+    names = [wrapped(contrast.name, 13) for contrast in group.contrasts]
+    panel.set_xticks(range(len(names)), names, fontsize=8.5)
+    panel.set_xlim(-0.5, len(names) - 0.5)
+    reference = results.labels[group.reference]
+    panel.set_title(f"{group.title}\ndifference from “{reference}”", fontsize=10, loc="left")
+    plain(panel)

@@ -1,8 +1,6 @@
-"""The two moons as a table, and its sentences."""
+"""The two moons: a table of settings and methods, cosines of gradients, differences between cells."""
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,134 +11,113 @@ from scipy.stats import binomtest
 
 from pipeline.moons.settings import EVERY, LABELS, MethodName
 from pipeline.moons.study import CellResult, Row
+from pipeline.report.experiments.markdown import decimals, table
+from pipeline.report.experiments.moons_figure import draw_moons
+from pipeline.report.experiments.report import Report
+from pipeline.report.experiments.results import Contrast
 from pipeline.report.experiments.statistics import paired_difference, summarise
-from pipeline.storage.files import write_json, write_text
 
 FINAL = "working"  # the row whose methods are compared pair by pair
-COMPARED: tuple[tuple[MethodName, str, MethodName, str], ...] = (  # a at row, minus b at row
-    ("mpl", FINAL, "supervised", FINAL),
-    ("mpl", FINAL, "pseudo_labels", FINAL),
-    ("mpl", FINAL, "mpl", "off"),
-    ("mpl", FINAL, "mpl", "flipped"),
-    ("mpl_uda", FINAL, "mpl_uda", "off"),
-    ("mpl_uda", FINAL, "mpl", FINAL),
-    ("mpl_uda", FINAL, "uda", FINAL),
+CONTRASTS = (  # between cells, "row/method"
+    Contrast("MPL − Supervised", f"{FINAL}/mpl", f"{FINAL}/supervised"),
+    Contrast("MPL − Pseudo Labels", f"{FINAL}/mpl", f"{FINAL}/pseudo_labels"),
+    Contrast("MPL − MPL, no feedback", f"{FINAL}/mpl", "off/mpl"),
+    Contrast("MPL − MPL, sign flipped", f"{FINAL}/mpl", "flipped/mpl"),
+    Contrast("MPL + UDA − MPL + UDA, no feedback", f"{FINAL}/mpl_uda", "off/mpl_uda"),
+    Contrast("MPL + UDA − MPL", f"{FINAL}/mpl_uda", f"{FINAL}/mpl"),
+    Contrast("MPL + UDA − UDA", f"{FINAL}/mpl_uda", f"{FINAL}/uda"),
 )
 
 
 @dataclass(frozen=True)
-class MoonsReport:
-    """All that was found.
+class MoonsReport(Report):
+    """A row for each settings, a column for each method.
 
     Attributes:
         study: rows, in the order of the table.
         results: by "row/method".
         draws: their numbers.
-        command: that made it.
     """
 
     study: list[Row]
     results: dict[str, CellResult]
     draws: Sequence[int]
-    command: str
 
-    def write(self, folder: Path, stem: str) -> None:
-        """Write STEM.md, .csv, .json and .png."""
-        from pipeline.report.experiments.moons_figure import draw
-
-        write_text(folder / f"{stem}.md", self.markdown(f"{stem}.png"))
-        write_text(folder / f"{stem}.csv", self.csv())
-        write_json(folder / f"{stem}.json", self.as_json())
-        draw(self.study, self.results, self.draws[0], folder / f"{stem}.png")
+    @property
+    def seeds(self) -> Sequence[int]:
+        return self.draws
 
     def result(self, row: Row, method: MethodName) -> CellResult | None:
         """Of a cell, where it was asked for."""
         return self.results.get(f"{row.name}/{method}")
 
+    def separated(self, cell: str) -> list[bool]:
+        """Whether each draw was, by "row/method"."""
+        (row,) = [row for row in self.study if row.name == cell.split("/")[0]]
+        return self.results[cell].successes(row.settings)
+
     def successes(self) -> dict[str, int]:
         """Draws that were separated, by "row/method"."""
-        settings = {row.name: row.settings for row in self.study}
-        return {name: sum(r.successes(settings[name.split("/")[0]])) for name, r in self.results.items()}
+        return {cell: sum(self.separated(cell)) for cell in self.results}
 
-    def markdown(self, figure: str) -> str:
-        """For people."""
+    def sections(self) -> Iterator[str]:
         first = self.study[0].settings
-        lines = [
-            "# Two moons",
-            "",
+        yield (
             f"Draws of {len(self.draws)} in which the student is right on at least {100 * first.success:.0f}% of all "
-            f"{first.points:,} points; below, its accuracy in percent, mean ± standard deviation over the draws.",
-            "",
-            *self._table("networks", EVERY, "settings of all networks"),
-        ]
-        feedback = self._table("feedback", ("mpl", "mpl_uda"), "feedback, in the last row's settings")
-        lines += ["", *feedback] if feedback else []
-        cosines = self._cosines()
-        lines += ["", *cosines] if cosines else []
-        for text in self._differences():
-            lines += ["", text]
-        for note in self._notes():
-            lines += ["", note]
-        lines += ["", f"![decision regions, accuracies and cosines of gradients]({figure})", ""]
-        lines += [f"Made by `{self.command}`.", ""]
-        return "\n".join(lines)
+            f"{first.points:,} points; below, its accuracy in percent, mean ± standard deviation over the draws."
+        )
+        yield from self._table("networks", EVERY, "settings of all networks")
+        yield from self._table("feedback", ("mpl", "mpl_uda"), "feedback, in the last row's settings")
+        yield from self._cosines()
+        yield from self._differences()
+        yield self._settings()
+        yield self._between()
+        yield from self._plateaus()
+        yield self.figure("decision regions, accuracies and cosines of gradients")
 
-    def _table(self, part: str, methods: tuple[MethodName, ...], head: str) -> list[str]:
-        chosen = [row for row in self.study if row.part == part]
-        if not chosen:
-            return []
-        lines = [
-            f"| {head} | steps | " + " | ".join(LABELS[m] for m in methods) + " |",
-            "| --- " * (2 + len(methods)) + "|",
+    def _table(self, part: str, methods: tuple[MethodName, ...], head: str) -> Iterator[str]:
+        rows = [
+            [row.label, f"{row.settings.steps:,}", *(self._cell(row, method) for method in methods)]
+            for row in self.study
+            if row.part == part
         ]
-        for row in chosen:
-            cells = [self._cell(row, method) for method in methods]
-            lines.append(f"| {row.label} | {row.settings.steps:,} | " + " | ".join(cells) + " |")
-        return lines
+        if rows:
+            yield table([head, "steps", *(LABELS[method] for method in methods)], rows)
 
     def _cell(self, row: Row, method: MethodName) -> str:
-        found = self.result(row, method)
-        if found is None:
+        result = self.result(row, method)
+        if result is None:
             return "–"
-        each = summarise(found.accuracy)
-        spread = "" if each.std is None else f" ± {each.std:.1f}"
-        return f"**{sum(found.successes(row.settings))}**; {each.mean:.1f}{spread}"
+        return f"**{sum(result.successes(row.settings))}**; {decimals(summarise(result.accuracy), 1)}"
 
-    def _cosines(self) -> list[str]:
+    def _cosines(self) -> Iterator[str]:
         """Figure 8 as numbers: the second half of the training, mean ± standard deviation over draws."""
-        chosen = [
-            (name, m, LABELS[m] + extra) for name, extra in ((FINAL, ""), ("off", ", no feedback")) for m in EVERY
-        ]
-        head = "cosine of the student's training gradient with its gradient on …, second half of the training"
-        lines = [f"| {head} | the six labels | all true labels |", "| --- | --- | --- |"]
-        for name, method, label in chosen:
-            result = self.results.get(f"{name}/{method}")
-            if result is not None:
-                each = [str(summarise(second_half(c).tolist())) for c in (result.cosine_labelled, result.cosine_true)]
-                lines.append(f"| {label} | {each[0]} | {each[1]} |")
+        rows = []
+        for row, extra in ((FINAL, ""), ("off", ", no feedback")):
+            for method in EVERY:
+                result = self.results.get(f"{row}/{method}")
+                if result is not None:
+                    curves = (result.cosine_labelled, result.cosine_true)
+                    rows.append([LABELS[method] + extra, *(str(summarise(second_half(c).tolist())) for c in curves)])
+        if rows:
+            head = "cosine of the student's training gradient with its gradient on …, second half of the training"
+            yield table([head, "the six labels", "all true labels"], rows)
         on, off = self.results.get(f"{FINAL}/mpl"), self.results.get("off/mpl")
         if on is not None and off is not None:
-            pair = [second_half(result.cosine_labelled).tolist() for result in (on, off)]
-            lines += ["", f"**MPL − MPL, no feedback**, cosine with the six labels: {paired_difference(*pair)}."]
-        return lines if len(lines) > 2 else []
+            a, b = (second_half(result.cosine_labelled).tolist() for result in (on, off))
+            yield f"**MPL − MPL, no feedback**, cosine with the six labels: {paired_difference(a, b)}."
 
-    def _differences(self) -> list[str]:
-        rows, found = {row.name: row for row in self.study}, []
-        for a, row_a, b, row_b in COMPARED:
-            first, second = self.results.get(f"{row_a}/{a}"), self.results.get(f"{row_b}/{b}")
-            if first is None or second is None:
+    def _differences(self) -> Iterator[str]:
+        for contrast in CONTRASTS:
+            if contrast.variant not in self.results or contrast.against not in self.results:
                 continue
-            labels = [LABELS[m] + ("" if r == FINAL else f", {rows[r].label}") for m, r in ((a, row_a), (b, row_b))]
-            won, lost, p = discordant(first.successes(rows[row_a].settings), second.successes(rows[row_b].settings))
-            found.append(
-                f"**{labels[0]} − {labels[1]}**: {paired_difference(first.accuracy, second.accuracy)} (points of "
+            accuracies = (self.results[cell].accuracy for cell in (contrast.variant, contrast.against))
+            won, lost, p = discordant(self.separated(contrast.variant), self.separated(contrast.against))
+            yield (
+                f"**{contrast.name}**: {paired_difference(*accuracies)} (points of "
                 f"accuracy); separates {won} draw{'s' * (won != 1)} that the other does not, and the other {lost} "
                 f"(exact sign test: p = {p:.3f})."
             )
-        return found
-
-    def _notes(self) -> list[str]:
-        return [note for note in (self._settings(), self._between(), self._plateaus()) if note]
 
     def _settings(self) -> str:
         s = self.study[0].settings
@@ -162,68 +139,71 @@ class MoonsReport:
             f"{limit:.0f}%."
         )
 
-    def _plateaus(self) -> str:
-        notes = []
+    def _plateaus(self) -> Iterator[str]:
+        items = []
         for row in self.study:
             all_labels, mpl = self.result(row, "all_labels"), self.result(row, "mpl")
             if row.part != "networks" or all_labels is None:
                 continue
-            parts = [f"the network of all labels after {left_plateau(all_labels)}"]
-            if mpl is not None:
-                parts.append(f"MPL's student after {left_plateau(mpl)}")
-            notes.append(f"- {row.label}: " + ", ".join(parts))
-        head = (
-            "Steps until the loss on the six labels is below 0.6 nats (knowing nothing is 0.69), median of the draws:"
-        )
-        return "\n".join([head, "", *notes]) if notes else ""
+            item = f"- {row.label}: the network of all labels after {left_plateau(all_labels)}"
+            items.append(item if mpl is None else f"{item}, MPL's student after {left_plateau(mpl)}")
+        if items:
+            yield (
+                "Steps until the loss on the six labels is below 0.6 nats (knowing nothing is 0.69), median of the "
+                "draws:"
+            )
+            yield "\n".join(items)
 
-    def csv(self) -> str:
-        """One line per draw, method and row."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["settings", "method", "draw", "accuracy", "teacher_accuracy", "separated", "cosine_labelled",
-                         "cosine_true"])  # fmt: skip
+    def lines(self) -> Iterator[dict[str, Any]]:
         for row in self.study:
             for method in row.methods:
-                r = self.results[f"{row.name}/{method}"]
-                teacher: Sequence[float | str] = r.teacher_accuracy or [""] * len(self.draws)
-                for d, good in enumerate(r.successes(row.settings)):
-                    cosines = [round(float(c[-1, d]), 4) for c in (r.cosine_labelled, r.cosine_true)]
-                    writer.writerow([row.name, method, self.draws[d], r.accuracy[d], teacher[d], int(good), *cosines])
-        return text.getvalue()
+                result = self.results[f"{row.name}/{method}"]
+                for d, (draw, separated) in enumerate(zip(self.draws, result.successes(row.settings), strict=True)):
+                    yield {
+                        "settings": row.name,
+                        "method": method,
+                        "draw": draw,
+                        "accuracy": result.accuracy[d],
+                        "teacher_accuracy": result.teacher_accuracy[d] if result.teacher_accuracy else "",
+                        "separated": int(separated),
+                        "cosine_labelled": round(float(result.cosine_labelled[-1, d]), 4),
+                        "cosine_true": round(float(result.cosine_true[-1, d]), 4),
+                    }
 
-    def as_json(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """Everything but the pictures; curves are means over draws."""
         return {
-            "format": 1,
-            "command": self.command,
             "draws": len(self.draws),
             "first_draw": self.draws[0],
             "rows": {
                 row.name: {
                     "label": row.label,
                     "settings": row.settings.model_dump(mode="json"),
-                    "methods": {m: self._cell_json(row, m) for m in row.methods},
+                    "methods": {method: self._cell_json(row, method) for method in row.methods},
                 }
                 for row in self.study
             },
-            "differences": self._differences(),
+            "differences": list(self._differences()),
         }
 
     def _cell_json(self, row: Row, method: MethodName) -> dict[str, Any]:
-        r = self.results[f"{row.name}/{method}"]
+        result = self.results[f"{row.name}/{method}"]
         curves = {
-            "accuracy": r.curve, "labelled_loss": r.labelled_loss,
-            "cosine_labelled": r.cosine_labelled, "cosine_true": r.cosine_true,
+            "accuracy": result.curve, "labelled_loss": result.labelled_loss,
+            "cosine_labelled": result.cosine_labelled, "cosine_true": result.cosine_true,
         }  # fmt: skip
         return {
-            "separated": sum(r.successes(row.settings)),
-            "accuracy": r.accuracy,
-            "teacher_accuracy": r.teacher_accuracy,
-            "summary": vars(summarise(r.accuracy)),
-            "steps": r.steps,
+            "separated": sum(result.successes(row.settings)),
+            "accuracy": result.accuracy,
+            "teacher_accuracy": result.teacher_accuracy,
+            "summary": vars(summarise(result.accuracy)),
+            "steps": result.steps,
             "mean_curves": {name: np.round(values.mean(axis=1), 5).tolist() for name, values in curves.items()},
         }
+
+    def draw(self, path: Path) -> None:
+        """Decision regions, accuracies, cosines."""
+        draw_moons(self.study, self.results, self.draws[0], path)
 
 
 def discordant(a: list[bool], b: list[bool]) -> tuple[int, int, float]:

@@ -1,6 +1,5 @@
 """The two moons as a figure: decision regions, accuracies of all draws, cosines of gradients."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,56 +9,41 @@ from numpy.typing import NDArray
 from pipeline.moons.data import make_moons
 from pipeline.moons.settings import LABELS, MethodName
 from pipeline.moons.study import CellResult, Row, X, Y, grid
-from pipeline.storage.files import whole_file
+from pipeline.report.experiments.figures import BLUE, ORANGE, PINK, SKY, new_figure, pyplot, spread
 
 SHOWN: tuple[MethodName, ...] = ("supervised", "pseudo_labels", "mpl", "uda", "mpl_uda", "all_labels")
 ROWS = ("paper", "working")  # whose regions are shown
-CLUSTERS = ("#0072B2", "#D55E00")  # Okabe and Ito's palette: told apart by the colour-blind
+CLUSTERS = (BLUE, ORANGE)
 LINES: dict[MethodName, str] = {
-    "supervised": "#000000", "pseudo_labels": "#CC79A7", "mpl": "#D55E00", "uda": "#56B4E9", "mpl_uda": "#0072B2",
+    "supervised": "#000000", "pseudo_labels": PINK, "mpl": ORANGE, "uda": SKY, "mpl_uda": BLUE,
     "all_labels": "#8A8A8A",
 }  # fmt: skip
 TITLES = {"paper": "Paper's settings", "working": "Networks that can learn"}
 SMOOTH = 5  # looks whose mean a point of a cosine's line is
-COLORS = 256  # of the PNG: a palette keeps it small
 
 
-def draw(study: list[Row], results: dict[str, CellResult], first: int, path: Path) -> None:
+def draw_moons(study: list[Row], results: dict[str, CellResult], first: int, path: Path) -> None:
     """Write the figure as PNG; the draw that is shown with its points is the first, which was so before any run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = [row for row in study if row.name in ROWS] or study[:1]
-    with plt.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        fig: Any = plt.figure(figsize=(12.4, 1.34 * len(shown) + 3.9), layout="constrained")
-        upper, lower = fig.subfigures(2, 1, height_ratios=[1.34 * len(shown) + 0.6, 3.3])
+    heights = [1.34 * len(shown) + 0.6, 3.3]
+    looks = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+    with (
+        pyplot().rc_context(looks),
+        new_figure(path, dpi=105, colours=256, figsize=(12.4, sum(heights)), layout="constrained") as figure,
+    ):
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights)
         _regions(upper, shown, results, first)
         _curves(lower, shown[-1], results)
-        with whole_file(path) as temporary:
-            _save(fig, temporary)
-        plt.close(fig)
-
-
-def _save(fig: Any, path: Path) -> None:
-    from PIL import Image
-
-    picture = io.BytesIO()
-    fig.savefig(picture, dpi=105, format="png")
-    Image.open(picture).convert("RGB").quantize(COLORS, Image.Quantize.MAXCOVERAGE).save(
-        path, format="PNG", optimize=True
-    )
 
 
 def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult], first: int) -> None:
     axes = fig.subplots(len(shown), len(SHOWN), squeeze=False, sharex=True, sharey=True)
     for row, line in zip(shown, axes, strict=True):
         for method, ax in zip(SHOWN, line, strict=True):
-            found = results[f"{row.name}/{method}"]
-            _boundaries(ax, found)
+            result = results[f"{row.name}/{method}"]
+            _boundaries(ax, result)
             _points(ax, row, first)
-            text = f"{sum(found.successes(row.settings))} of {len(found.accuracy)}"
+            text = f"{sum(result.successes(row.settings))} of {len(result.accuracy)}"
             box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "none", "alpha": 0.9}
             ax.text(0.975, 0.94, text, transform=ax.transAxes, ha="right", va="top", weight="bold", bbox=box, zorder=6)
             ax.set(xticks=[], yticks=[], xlim=X, ylim=Y, aspect="equal")
@@ -76,13 +60,13 @@ def _regions(fig: Any, shown: list[Row], results: dict[str, CellResult], first: 
     )  # fmt: skip
 
 
-def _boundaries(ax: Any, found: CellResult) -> None:
+def _boundaries(ax: Any, result: CellResult) -> None:
     """Colour: which class more of the draws decide for; a thin line for each draw, a thick one for the first."""
     from matplotlib.colors import LinearSegmentedColormap
 
     pale = LinearSegmentedColormap.from_list("", ["#B9D7EC", "#F7F7F7", "#F6CDB2"])
     x, y = grid()
-    every = found.regions.astype(np.float32)  # (D, y, x)
+    every = result.regions.astype(np.float32)  # (D, y, x)
     share = (every > 0.5).mean(axis=0)
     ax.contourf(x, y, share, levels=np.linspace(-1e-6, 1 + 1e-6, 12), cmap=pale)
     for place, p in enumerate(every):
@@ -94,7 +78,7 @@ def _boundaries(ax: Any, found: CellResult) -> None:
 def _points(ax: Any, row: Row, draw: int) -> None:
     moons = make_moons((draw,), row.settings)
     points, clusters = moons.points[0].numpy(), moons.clusters[0].numpy()
-    stars, labels = (part.numpy() for part in moons.labels)
+    stars, labels = (tensor.numpy() for tensor in moons.labels)
     for cluster, color in enumerate(CLUSTERS):
         ax.scatter(*points[clusters == cluster][::5].T, s=2.2, color=color, linewidths=0, zorder=1)
         mine = stars[labels == cluster].T
@@ -105,8 +89,8 @@ def _curves(fig: Any, row: Row, results: dict[str, CellResult]) -> None:
     strip, labelled, true = fig.subplots(1, 3, width_ratios=[1.15, 1, 1])
     for place, method in enumerate(SHOWN):
         values = np.array(results[f"{row.name}/{method}"].accuracy)
-        spread = np.random.RandomState(0).uniform(-0.22, 0.22, len(values))  # so that equal dots are all seen
-        strip.scatter(values, -place + spread, s=16, color=LINES[method], alpha=0.9, linewidths=0)
+        jitter = np.random.RandomState(0).uniform(-0.22, 0.22, len(values))  # so that equal dots are all seen
+        strip.scatter(values, -place + jitter, s=16, color=LINES[method], alpha=0.9, linewidths=0)
         strip.plot([values.mean()] * 2, [-place - 0.33, -place + 0.33], color="black", linewidth=1.8)
     strip.axvline(100 * row.settings.success, color="0.6", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     strip.set_yticks([-place for place in range(len(SHOWN))], [LABELS[m] for m in SHOWN])
@@ -139,7 +123,7 @@ def _cosines(ax: Any, row: Row, results: dict[str, CellResult], name: str) -> No
     last = results[f"{row.name}/{SHOWN[0]}"].steps[-1]
     ax.set_xlim(0, last)
     ax.set_xticks([0, last // 2, last], [f"{v:,}" for v in (0, last // 2, last)])
-    for (_, method), place in zip(sorted(ends), apart([end for end, _ in sorted(ends)], 0.105, 1.04), strict=True):
+    for (_, method), place in zip(sorted(ends), spread([end for end, _ in sorted(ends)], 0.105, 1.04), strict=True):
         ax.annotate(LABELS[method], (last, place), (4, 0), textcoords="offset points", va="center", fontsize=8,
                     color=LINES[method], annotation_clip=False)  # fmt: skip
 
@@ -148,12 +132,3 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean of the `SMOOTH` looks around each; fewer at the ends."""
     kernel = np.ones(min(SMOOTH, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
-
-def apart(values: list[float], gap: float, top: float) -> list[float]:
-    """The places nearest to ascending values (least squares) that are `gap` apart, none above `top`."""
-    from sklearn.isotonic import isotonic_regression
-
-    shift = gap * np.arange(len(values))
-    places: list[float] = (isotonic_regression(values - shift, y_max=top - shift[-1]) + shift).tolist()
-    return places

@@ -1,11 +1,13 @@
 """Means over seeds and paired differences between methods."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
+K = TypeVar("K", bound=Hashable)
 ROUNDING = 1e-12  # of the values: equal differences of percentages are equal up to this
 
 
@@ -67,11 +69,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     return PairedDifference(n, mean, mean - half, mean + half, p)
 
 
-def p_value(difference: PairedDifference) -> float:
-    """For adjusting: 1 where it cannot be judged, with one seed or the same difference for all seeds."""
-    return 1.0 if difference.p is None else difference.p
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number: one below α stands with all tests together at level α.
 
@@ -83,3 +80,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(order) - place) * p_values[i]))
         adjusted[i] = largest
     return adjusted
+
+
+def holm_adjusted(differences: Mapping[K, PairedDifference]) -> dict[K, float]:
+    """Holm's p of each difference; one that cannot be judged counts as p = 1."""
+    p_values = [1.0 if difference.p is None else difference.p for difference in differences.values()]
+    return dict(zip(differences, holm(p_values), strict=True))

@@ -1,10 +1,18 @@
-"""Chains in this process: the same steps in the same order, without a process for each."""
+"""A tiny recipe, and chains that run in this process: the same steps, without a process for each."""
 
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from stages.options import Context
-from stages.reproduce.chains import Chain, _portable, run_step
+import pytest
+
+from pipeline.config import Recipe
+from pipeline.storage.runs import differences
+from stages.console import Console
+from stages.options import Context, Options, make_context
+from stages.reproduce import chains
 
 TINY = """
 name: tiny
@@ -26,11 +34,27 @@ reproduce: {seeds: 2, methods: [{name: fixmatch, threshold: 0.5}]}
 """
 
 
-def run_here(context: Context, chains: dict[int, Chain], jobs: int | None) -> dict[int, list[dict[str, Any]]]:
-    """In the place of `stages.reproduce.chains.run_chains`."""
-    return {
-        seed: [run_step(_portable(context, seed, step), step, 1) for step in chain] for seed, chain in chains.items()
-    }
+class InThisProcess(Executor):
+    """In the place of the pool of processes: one step after another, on one thread of torch."""
+
+    turn = Lock()
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], values: dict, step: chains.Step, threads: int) -> Future:  # type: ignore[override]
+        future: Future = Future()
+        try:
+            with self.turn:
+                future.set_result(function(values, step, 1))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let chains run in this process."""
+    monkeypatch.setattr(chains, "ProcessPoolExecutor", InThisProcess)
 
 
 def tiny(folder: Path) -> Path:
@@ -38,3 +62,13 @@ def tiny(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(TINY)
     return path
+
+
+def tiny_context(folder: Path) -> Context:
+    """Of the tiny recipe."""
+    return make_context(Options(folder / "run", str(tiny(folder))), console=Console(quiet=True))
+
+
+def different_keys(a: Recipe, b: Recipe) -> set[str]:
+    """Settings in which two recipes differ."""
+    return {line.split(":")[0] for line in differences(a.model_dump(mode="json"), b.model_dump(mode="json"))}

@@ -8,26 +8,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Recipe, load_recipe
+from pipeline.report.experiments.axes import Axis, Level
 from pipeline.storage.files import sha256_file
-from pipeline.storage.runs import differences
 from stages.console import Console
 from stages.options import Context, Options, changed, make_context
 from stages.reproduce import sweep as module
-from stages.reproduce.sweep import (
-    AXES,
-    CONTRASTS,
-    FIXED,
-    METHODS,
-    MPL,
-    MPL_OFF,
-    ORIGIN,
-    REDUCED,
-    REDUCED_OFF,
-    Point,
-    pool_of,
-)
+from stages.reproduce.sweep import FIXED, MPL, MPL_OFF, ORIGIN, REDUCED, REDUCED_OFF, STUDY, Point, Study, pool_of
+from tests.stages.reproduce.comparisons import different_keys, run_here
 
-POINTS = [point for *_, levels in AXES for _, point in levels]
+METHODS = {method.name: method for method in STUDY.methods}
+POINTS = {point.name: point for point in STUDY.points}
 SMALL = (
     "pretrain.steps=6", "pretrain.model.name=wrn_10_1", "pretrain.schedule.warmup_steps=0",
     "train_reduced.batch=8", "train_reduced.schedule.warmup_steps=0", "train_reduced.feedback.batch=8",
@@ -41,35 +31,32 @@ def context(run: Path, *changes: str) -> Context:
 
 def recipe_of(name: str, point: Point = ORIGIN) -> Recipe:
     """What the training stage of a method sees."""
-    chain = module._chain(context(Path("run")), point, 3, 400)
-    (step,) = [s for s in chain if s.module.startswith("train") and s.arguments == (("name", name),)]
-    assert step.module == METHODS[name].stage
-    assert step.seed == 3
+    chain = module.point_chain(context(Path("run")), point, 3, 400)
+    (step,) = [s for s in chain.steps if s.module.startswith("train") and s.arguments == {"name": name}]
+    assert step.module == METHODS[name].module
+    assert chain.seed == 3
     return changed(load_recipe("digits").model_dump(mode="json"), step.changes, "digits")
-
-
-def keys(a: Recipe, b: Recipe) -> set[str]:
-    return {line.split(":")[0] for line in differences(a.model_dump(mode="json"), b.model_dump(mode="json"))}
 
 
 @pytest.mark.parametrize("point", [ORIGIN, Point(outside=0.6), Point(noise=0.4), Point(imbalance=16)])
 def test_pairs_differ_in_the_feedback_alone(point: Point) -> None:
-    assert keys(recipe_of(MPL, point), recipe_of(MPL_OFF, point)) == {"train_mpl.feedback"}
-    assert keys(recipe_of(REDUCED, point), recipe_of(REDUCED_OFF, point)) == {"train_reduced.feedback.weight"}
+    assert different_keys(recipe_of(MPL, point), recipe_of(MPL_OFF, point)) == {"train_mpl.feedback"}
+    assert different_keys(recipe_of(REDUCED, point), recipe_of(REDUCED_OFF, point)) == {"train_reduced.feedback.weight"}
     assert recipe_of(REDUCED_OFF, point).train_reduced.feedback.weight == 0
-    assert {(c.method, c.against) for c in CONTRASTS} == {(MPL, MPL_OFF), (REDUCED, REDUCED_OFF)}
+    assert {(c.variant, c.against) for c in STUDY.contrasts if c.tested} == {(MPL, MPL_OFF), (REDUCED, REDUCED_OFF)}
     assert recipe_of(REDUCED).train_reduced.calibrator.supervised_weight == 0
 
 
 def test_one_thing_changes_along_an_axis() -> None:
-    for *_, levels in AXES:
-        assert levels[0][1] == ORIGIN
-        for (_, a), (_, b) in itertools.pairwise(levels):
-            assert len({key for key in vars(a) if vars(a)[key] != vars(b)[key]}) == 1
-    for point in POINTS:
+    for axis in STUDY.axes:
+        assert axis.levels[0].point == ORIGIN.name
+        for a, b in itertools.pairwise(vars(POINTS[level.point]) for level in axis.levels):
+            assert len({key for key in a if a[key] != b[key]}) == 1
+    for point in STUDY.points:
         for seed in range(10):
-            assert pool_of(point, seed).per_class().sum() + pool_of(point, seed).pieces() == module.SIZE
-    assert len({point.name for point in POINTS}) == len(set(POINTS))
+            assert pool_of(point, seed).per_class().sum() + pool_of(point, seed).pieces() == STUDY.size
+    assert set(POINTS) == {level.point for axis in STUDY.axes for level in axis.levels}
+    assert len(POINTS) == len(STUDY.points)
 
 
 def test_noise_is_the_teachers() -> None:
@@ -78,20 +65,25 @@ def test_noise_is_the_teachers() -> None:
     run = context(Path("run"))
     assert recipe_of(MPL, point).train_mpl.teacher.label_noise == 0.4
     assert recipe_of(MPL).train_mpl.teacher.label_noise == 0.0
-    (pretrain,) = module._teacher_chain(run, point.noise, 0, 400)
+    teacher = module.teacher_chain(run, point.noise, 0, 400)
+    (pretrain,) = teacher.steps
     assert "pretrain.label_noise=0.4" in pretrain.changes
-    chosen = dict(module._chain(run, point, 0, 400)[0].arguments)["teacher"]
-    assert chosen == (pretrain.run / "teacher").resolve()
-    assert keys(recipe_of(FIXED, point), recipe_of(FIXED)) == {"train_mpl.teacher.label_noise"}
+    chosen = module.point_chain(run, point, 0, 400).steps[0].arguments["teacher"]
+    assert chosen == (teacher.run / "teacher").resolve()
+    assert different_keys(recipe_of(FIXED, point), recipe_of(FIXED)) == {"train_mpl.teacher.label_noise"}
 
 
 def test_a_small_sweep_runs_and_goes_on(mpl, monkeypatch, tmp_path: Path) -> None:
     outside = Point(outside=0.5)
-    monkeypatch.setattr(module, "SIZE", 40)
-    monkeypatch.setattr(module, "AXES", (("Outside", "outside", (("50%", outside),)),))
-    monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in (REDUCED_OFF, REDUCED, MPL)})
-    monkeypatch.setattr(module, "CONTRASTS", CONTRASTS[:1])
-    monkeypatch.setattr(module, "OTHERS", ())
+    study = Study(
+        size=40,
+        points=(outside,),
+        axes=(Axis("Outside", "outside", (Level("50%", outside.name),)),),
+        methods=tuple(METHODS[name] for name in (REDUCED_OFF, REDUCED, MPL)),
+        contrasts=STUDY.contrasts[:1],
+    )
+    monkeypatch.setattr(module, "STUDY", study)
+    run_here(monkeypatch)
     small = [word for change in SMALL for word in ("--set", change)]
     line = ["reproduce", "sweep", "--run", tmp_path / "run", "--seeds", 1, "--jobs", 1, "--steps", 4, *small]
     outcome = mpl(*line)
