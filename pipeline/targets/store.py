@@ -6,16 +6,17 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Sample
 from pipeline.errors import TargetsError
 from pipeline.storage.files import Location, is_local
-from pipeline.targets.layout import REMEDY, Dtype
+from pipeline.storage.tables import fixed_numbers
+from pipeline.targets.files import ITEM, Dtype, record_batches
 from pipeline.targets.manifest import check_files, in_threads, read_manifest
-from pipeline.targets.numbers import normalised, stored_rows
-from pipeline.targets.pool_files import record_batches
 
+CACHED = 1 << 17  # numbers that stay in the processor's cache between the passes over them
 BATCH = 256  # rows with images that are read at a time
 ROWS = 1024  # rows without
 HASHED = 4 << 30  # bytes; larger stores are hashed on request only, their pages and images always
@@ -187,17 +188,38 @@ class TargetsStore:
             yield from self._read_entry(entry, columns, batch)
 
     def _read_entry(self, entry: dict[str, Any], columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
-        path = self.folder / entry["name"]
-        try:
-            yield from record_batches(path, columns, batch, tar="tar" in entry)
-        except (OSError, pa.ArrowInvalid) as error:
-            again = "" if is_local(path) else "run the same command again; if it stays so, "
-            which = f"{path} or the tar beside it" if "tar" in entry else path
-            raise TargetsError(f"{which} is damaged ({error}); {again}{REMEDY}") from error
+        yield from record_batches(self.folder / entry["name"], columns, batch, tar="tar" in entry)
 
     def _distributions(self, part: pa.RecordBatch) -> NDArray[np.float32]:
         """(n, C) float32, rows sum to 1."""
         return normalised(stored_rows(part.column("distribution"), self.dtype))
+
+
+def stored_rows(column: pa.Array, dtype: Dtype) -> NDArray[Any]:
+    """Distributions as they lie in the store, read only, (n, C), of `dtype`."""
+    return fixed_numbers(column, ITEM[dtype])
+
+
+def normalised(stored: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Float32 rows that sum to 1, (n, C): float16 rows do so only nearly.
+
+    Args:
+        stored: float16 or float32 rows, (n, C).
+        out: gets the result, where it is given.
+    """
+    result = np.empty(stored.shape, np.float32) if out is None else out
+    step = max(1, CACHED // max(stored.shape[1], 1))
+    half = np.empty((min(step, len(stored)), stored.shape[1]), np.float16)
+    for begin in range(0, len(stored), step):
+        rows, block = stored[begin : begin + step], result[begin : begin + step]
+        if stored.dtype == np.float16:
+            # torch has the processor convert float16, NumPy takes 30 times as long; a copy, as torch wants to write.
+            np.copyto(half[: len(rows)], rows)
+            torch.from_numpy(block).copy_(torch.from_numpy(half[: len(rows)]))
+        else:
+            np.copyto(block, rows)
+        block /= block.sum(axis=1, keepdims=True)
+    return result
 
 
 def _difference(found: Sequence[str], expected: Sequence[str]) -> str:

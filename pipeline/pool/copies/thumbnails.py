@@ -21,7 +21,7 @@ SIDE = 32  # pixels at which images are compared; others are brought to it
 LUMA = (77, 150, 29)  # of 256; ITU-R BT.601
 SAMPLES = 16  # of a window each way
 FREQUENCIES = 7  # each way; of these, the ones nearer than 7 to the mean
-WIDTH = 48  # of a thumbnail: 42 numbers, and noughts for the sake of vector instructions
+WIDTH = 48  # of a thumbnail: 42 numbers, and zeros for the sake of vector instructions
 NORM = 127  # of a thumbnail
 SCALE = 4096  # of the whole numbers that stand for a window's cosines
 LEAST = 1.0  # grey levels of deviation, roughly, below which a window is flat and resembles nothing
@@ -57,7 +57,7 @@ def luminance(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def thumbnails(grey: NDArray[np.uint8], windows: tuple[Window, ...]) -> NDArray[np.float32]:
-    """Of windows of (n, 32, 32) uint8: (n, W, 48), whole numbers, of norm 127; nought if flat."""
+    """Of windows of (n, 32, 32) uint8: (n, W, 48), whole numbers, of norm 127; zero if flat."""
     lines, pairs = _lines(windows)
     low, weight = frequencies()
     rows = lines @ torch.from_numpy(grey).double()[:, None]  # (n, L, 7, 32)
