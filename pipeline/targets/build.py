@@ -33,7 +33,7 @@ from pipeline.targets.files import (
     write_targets,
 )
 from pipeline.targets.manifest import MANIFEST, Origin, StoreSettings, store_fingerprint, write_manifest
-from pipeline.targets.spill import SPILL, Deal, Gather, Plan
+from pipeline.targets.spill import SPILL, Deal, Gather, Shuffle
 from pipeline.targets.store import TargetsStore
 
 LABELLED_ROWS = 1 << 16  # labelled images of one file
@@ -124,29 +124,31 @@ def precompute(
     ingredients.require_agreement()
     discard(folder / MANIFEST)  # unfinished from here on
     remove_leftovers(folder, folder / SPILL)
-    plan = Plan(folder, settings, ingredients.selection, ingredients.shards, ingredients.scorer, ingredients.scores)
-    remove_foreign(folder, plan.fingerprint, settings.format)
-    left = plan.files_left()
-    if len(left) == plan.files and not names_in(folder / SPILL):  # nothing is there yet
-        plan.require_disk(tell)
+    shuffle = Shuffle(
+        folder, settings, ingredients.selection, ingredients.shards, ingredients.scorer, ingredients.scores
+    )
+    remove_foreign(folder, shuffle.fingerprint, settings.format)
+    left = shuffle.files_left()
+    if len(left) == shuffle.files and not names_in(folder / SPILL):  # nothing is there yet
+        shuffle.require_disk(tell)
     if left:
         shards = ingredients.shards
-        run(Deal(plan), np.unique(plan.images.shard).tolist(), name=lambda number: shards[number].name)
-        plan.scorer = plan.scorer.without_weights()  # its work is done
-        run(Gather(plan), left, name=lambda file: f"training shard {file}")
+        run(Deal(shuffle), np.unique(shuffle.images.shard).tolist(), name=lambda number: shards[number].name)
+        shuffle.scorer = shuffle.scorer.without_weights()  # its work is done
+        run(Gather(shuffle), left, name=lambda file: f"training shard {file}")
     skipped = write_labelled(folder, ingredients, settings)
-    stored = sum(read_header(pool_path(folder, file), TARGETS).rows for file in range(plan.files))
-    if stored != len(plan.images.row):
+    stored = sum(read_header(pool_path(folder, file), TARGETS).rows for file in range(shuffle.files))
+    if stored != len(shuffle.images.row):
         raise RunError(
-            f"{folder} has {stored:,} of {len(plan.images.row):,} selected images; run mpl precompute --force"
+            f"{folder} has {stored:,} of {len(shuffle.images.row):,} selected images; run mpl precompute --force"
         )
     discard(folder / SPILL)
     remove_leftovers(folder)  # of workers that died
     return write_manifest(
         folder,
-        Origin(plan.fingerprint, settings.teacher, ingredients.scorer.class_names, settings.dtype, preprocessing),
+        Origin(shuffle.fingerprint, settings.teacher, ingredients.scorer.class_names, settings.dtype, preprocessing),
         {
-            "uses": int(plan.images.repeat.sum()),
+            "uses": int(shuffle.images.repeat.sum()),
             "labelled_skipped": skipped,
             "inferred": ingredients.scores is None,
         },

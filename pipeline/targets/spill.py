@@ -82,7 +82,7 @@ def distinct_images(selection: SelectionFile, shard_names: Sequence[str]) -> Sel
     )
 
 
-class Plan:
+class Shuffle:
     """Which image goes where. Sent to workers; they share it through files alone.
 
     Attributes:
@@ -207,29 +207,29 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Deal:
-    """`Plan.deal` as work for an engine."""
+    """`Shuffle.deal` as work for an engine."""
 
-    plan: Plan
+    shuffle: Shuffle
 
     def placed(self, worker: int, threads: int) -> "Deal":
         """For one of several workers."""
-        self.plan.scorer = self.plan.scorer.placed(worker, threads)
+        self.shuffle.scorer = self.shuffle.scorer.placed(worker, threads)
         return self
 
     def __call__(self, shard: int, progress: Callable[[int], None]) -> int:
-        count = self.plan.deal(shard)
+        count = self.shuffle.deal(shard)
         progress(count)
         return count
 
 
 @dataclass(frozen=True, eq=False)
 class Gather:
-    """`Plan.gather` as work for an engine."""
+    """`Shuffle.gather` as work for an engine."""
 
-    plan: Plan
+    shuffle: Shuffle
 
     def __call__(self, file: int, progress: Callable[[int], None]) -> int:
-        count = self.plan.gather(file)
+        count = self.shuffle.gather(file)
         progress(count)
         return count
 

@@ -104,15 +104,15 @@ class TargetsStore:
 
     def batches(self, batch: int = BATCH) -> Iterator[StoredBatch]:
         """All rows in their stored, shuffled order, `batch` at most at a time; constant memory."""
-        for part in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
-            keys, shards, rows, images = (part.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
+        for stored in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
+            keys, shards, rows, images = (stored.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
             yield StoredBatch(
                 samples=[
                     (shard, Sample(row, key, data))
                     for shard, row, key, data in zip(shards, rows, keys, images, strict=True)
                 ],
-                distributions=self._distributions(part),
-                repeats=part.column("repeat").to_numpy(),
+                distributions=self._distributions(stored),
+                repeats=stored.column("repeat").to_numpy(),
             )
 
     def samples(self) -> Iterator[tuple[str, Sample]]:
@@ -141,8 +141,8 @@ class TargetsStore:
 
     def repeats(self) -> NDArray[np.int64]:
         """How often each image is used in an epoch, (N,)."""
-        parts = [part.column(0).to_numpy() for part in self._read("pool", ["repeat"])]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        repeats = [batch.column(0).to_numpy() for batch in self._read("pool", ["repeat"])]
+        return np.concatenate([np.empty(0, np.int64), *repeats])
 
     def uses(self) -> NDArray[np.int64]:
         """How often the images of each training shard are used in an epoch, (F,)."""
@@ -165,14 +165,14 @@ class TargetsStore:
 
     def labelled(self) -> LabelledTargets:
         """The labelled images' keys, identity, labels and distributions."""
-        parts = list(self._read("labelled", ["key", "shard", "row", "label", "distribution"]))
+        batches = list(self._read("labelled", ["key", "shard", "row", "label", "distribution"]))
         empty = np.empty((0, len(self.class_names)), np.float32)
         return LabelledTargets(
-            keys=[key for part in parts for key in part.column("key").to_pylist()],
-            shard=[name for part in parts for name in part.column("shard").to_pylist()],
-            row=np.concatenate([np.empty(0, np.int64), *(part.column("row").to_numpy() for part in parts)]),
-            labels=np.concatenate([np.empty(0, np.int64), *(part.column("label").to_numpy() for part in parts)]),
-            distributions=np.concatenate([empty, *(self._distributions(part) for part in parts)]),
+            keys=[key for batch in batches for key in batch.column("key").to_pylist()],
+            shard=[name for batch in batches for name in batch.column("shard").to_pylist()],
+            row=np.concatenate([np.empty(0, np.int64), *(batch.column("row").to_numpy() for batch in batches)]),
+            labels=np.concatenate([np.empty(0, np.int64), *(batch.column("label").to_numpy() for batch in batches)]),
+            distributions=np.concatenate([empty, *(self._distributions(batch) for batch in batches)]),
         )
 
     def read_file(self, file: int, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
@@ -225,5 +225,5 @@ def normalised(stored: NDArray[Any], out: NDArray[np.float32] | None = None) -> 
 def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
     if len(found) != len(expected):
         return f"{len(found)} classes, expected {len(expected)}"
-    at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-    return f"class {at} is {found[at]!r}, expected {expected[at]!r}; run `mpl precompute` again"
+    label = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    return f"class {label} is {found[label]!r}, expected {expected[label]!r}; run `mpl precompute` again"

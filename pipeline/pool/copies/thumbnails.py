@@ -42,17 +42,17 @@ def luminance(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     weights, total = _resampling(size)
     result = np.empty((len(images), SIDE, SIDE), np.uint8)
     step = max(1, (1 << 20) // (size * size))
-    for at in range(0, len(images), step):
-        part = images[at : at + step]
+    for begin in range(0, len(images), step):
+        part = images[begin : begin + step]
         grey = part[..., 0] * np.uint16(LUMA[0])
         grey += part[..., 1] * np.uint16(LUMA[1])
         grey += part[..., 2] * np.uint16(LUMA[2])
         if size == SIDE:
-            result[at : at + step] = (grey + np.uint16(128)) >> 8
+            result[begin : begin + step] = (grey + np.uint16(128)) >> 8
         else:
             small = weights @ torch.from_numpy(grey.astype(np.float64)) @ weights.T
             small = (small / (256 * total * total)).round().clamp(0, 255)
-            result[at : at + step] = small.to(torch.uint8).numpy()
+            result[begin : begin + step] = small.to(torch.uint8).numpy()
     return result
 
 
@@ -61,11 +61,11 @@ def thumbnails(grey: NDArray[np.uint8], windows: tuple[Window, ...]) -> NDArray[
     lines, pairs = _lines(windows)
     low, weight = frequencies()
     rows = lines @ torch.from_numpy(grey).double()[:, None]  # (n, L, 7, 32)
-    found = torch.stack([(rows[:, down] @ lines[across].T).flatten(1)[:, low] for across, down in pairs], 1) * weight
-    norm = torch.linalg.vector_norm(found, dim=2, keepdim=True)
+    values = torch.stack([(rows[:, down] @ lines[across].T).flatten(1)[:, low] for across, down in pairs], 1) * weight
+    norm = torch.linalg.vector_norm(values, dim=2, keepdim=True)
     flat = norm < LEAST * SCALE**2 * SAMPLES
     result = torch.zeros(len(grey), len(windows), WIDTH)
-    result[:, :, : len(low)] = torch.where(flat, 0.0, found * (NORM / norm.clamp_min(1e-9))).round()
+    result[:, :, : len(low)] = torch.where(flat, 0.0, values * (NORM / norm.clamp_min(1e-9))).round()
     return result.numpy()
 
 

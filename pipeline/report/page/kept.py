@@ -150,7 +150,7 @@ def choose_shards(selected: SelectedRows, shards: Sequence[str], wanted: int, li
     lies = dict(zip(places.tolist(), selected.take(places, ["shard"]).column(0).to_pylist(), strict=True))
     chosen = list(dict.fromkeys(lies[place] for _, place in turns))[:limit]
     every = np.linspace(0, len(shards) - 1, limit).astype(int)  # others, evenly, where the examples need few
-    chosen = list(dict.fromkeys(chosen + [shards[at] for at in every]))[:limit]
+    chosen = list(dict.fromkeys(chosen + [shards[i] for i in every]))[:limit]
     return [shard for shard in shards if shard in set(chosen)]
 
 
