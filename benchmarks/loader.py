@@ -22,13 +22,15 @@ import pyarrow as pa
 import torch
 import webdataset as wds
 from PIL import Image
-from pipeline.student_data import PoolSet
 from torch import Tensor
 
 from benchmarks.record import write_table
 from pipeline.data.decoded import load_images
+from pipeline.data.sets import PoolSet
 from pipeline.storage.tables import fixed_binary
-from pipeline.targets import TargetsStore, labelled_schema, pool_schema, write_manifest, write_pool_file, write_targets
+from pipeline.targets import TargetsStore
+from pipeline.targets.files import labelled_schema, pool_schema, write_pool_file, write_targets
+from pipeline.targets.manifest import Origin, write_manifest
 from pipeline.targets.stream import StreamedPool
 
 CLASSES = 10
@@ -55,7 +57,7 @@ def write_store(folder: Path, images: list[bytes], format: str) -> TargetsStore:
     """A finished store of these images."""
     rows = len(images) // FILES
     q = np.random.RandomState(0).dirichlet(np.full(CLASSES, 0.1), rows).astype(np.float16)
-    schema = pool_schema(CLASSES, "float16", "f")
+    schema = pool_schema(CLASSES, "float16")
     for number in range(FILES):
         table = pa.table(
             {
@@ -68,11 +70,11 @@ def write_store(folder: Path, images: list[bytes], format: str) -> TargetsStore:
                 "repeat": np.ones(rows, np.int64),
             }
         )
-        write_pool_file(folder, number, table.cast(schema), format)  # type: ignore[arg-type]
+        write_pool_file(folder, number, table.cast(schema), "f", format)  # type: ignore[arg-type]
     none = pa.table({name: [] for name in ("key", "shard", "row", "label", "distribution")})
-    write_targets(folder / "labelled-00000.parquet", none.cast(labelled_schema(CLASSES, "float16", "f")))
+    write_targets(folder / "labelled-00000.parquet", none.cast(labelled_schema(CLASSES, "float16")), "f")
     names = [str(c) for c in range(CLASSES)]
-    write_manifest(folder, fingerprint="f", teacher="t", class_names=names, dtype="float16", preprocessing={}, more={})
+    write_manifest(folder, Origin("f", "t", names, "float16", {}), {})
     return TargetsStore.open(folder)
 
 
@@ -103,7 +105,7 @@ def contenders(side: int, folder: Path) -> dict[str, Callable[[], Iterator[Tenso
     stores = {format: write_store(folder / format, images, format) for format in ("parquet", "webdataset")}
     store = stores["parquet"]
     decoded = load_images(store.samples(), side).images
-    pool = PoolSet(decoded, torch.from_numpy(store.distributions()), torch.from_numpy(store.repeats()))
+    pool = PoolSet(decoded, torch.from_numpy(store.repeats()), torch.from_numpy(store.distributions()))
     readers: dict[str, Callable[[], Iterator[Tensor]]] = {"in memory, random access": partial(from_memory, pool, batch)}
     for workers in WORKERS:
         for format in stores:

@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 
 from benchmarks.record import write_table
 from pipeline.storage.tables import fixed_binary
-from pipeline.targets import TargetsStore, labelled_schema, pool_schema, write_manifest, write_pool_file, write_targets
-from pipeline.targets.numbers import normalised
+from pipeline.targets import TargetsStore
+from pipeline.targets.files import labelled_schema, pool_schema, write_pool_file, write_targets
+from pipeline.targets.manifest import Origin, write_manifest
+from pipeline.targets.store import normalised
 
 Rows = NDArray[np.float16]
 SHARD_ROWS = 20_000
@@ -50,7 +52,7 @@ class Pool:
 
     def _table(self, part: slice) -> pa.Table:
         shard, row, best = self.shard[part], self.row[part], self.best[part]
-        count, schema = len(row), pool_schema(self.q.shape[1], "float16", "f")
+        count, schema = len(row), pool_schema(self.q.shape[1], "float16")
         columns = {
             "key": pa.array([f"pool-{s:05d}-{r}" for s, r in zip(shard, row, strict=True)]),
             "shard": pa.array([f"pool-{s:05d}" for s in shard]),
@@ -82,11 +84,11 @@ def teacher(rows: int, classes: int, seed: int = 0) -> Rows:
 def write_store(folder: Path, pool: Pool) -> None:
     """All of a row but the image: key, shard, row, distribution, classes, repeat."""
     for number, table in enumerate(pool.tables):
-        write_pool_file(folder, number, table)
+        write_pool_file(folder, number, table, "f")
     none = pa.table({name: [] for name in ("key", "shard", "row", "label", "distribution")})
-    write_targets(folder / "labelled-00000.parquet", none.cast(labelled_schema(pool.q.shape[1], "float16", "f")))
+    write_targets(folder / "labelled-00000.parquet", none.cast(labelled_schema(pool.q.shape[1], "float16")), "f")
     names = [str(c) for c in range(pool.q.shape[1])]
-    write_manifest(folder, fingerprint="f", teacher="t", class_names=names, dtype="float16", preprocessing={}, more={})
+    write_manifest(folder, Origin("f", "t", names, "float16", {}), {})
 
 
 def read_store(folder: Path, pool: Pool) -> NDArray[np.float32]:
@@ -96,7 +98,7 @@ def read_store(folder: Path, pool: Pool) -> NDArray[np.float32]:
 def write_column(folder: Path, pool: Pool) -> None:
     """The distribution alone, to compare with formats that hold no more."""
     for number, table in enumerate(pool.tables):
-        write_targets(folder / f"pool-{number:05d}.parquet", table.select(["distribution"]))
+        write_targets(folder / f"pool-{number:05d}.parquet", table.select(["distribution"]), "f")
 
 
 def nested(kind: str) -> tuple[Callable[[Path, Pool], None], Callable[[Path, Pool], NDArray[np.float32]]]:

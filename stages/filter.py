@@ -1,25 +1,35 @@
 """`mpl filter`: teacher + pool → scores/, selection.parquet, rejected/."""
 
-from dataclasses import asdict
+import json
+import math
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import numpy as np
+import torch
 
-from pipeline.errors import UsageError
+from pipeline.data.readers.shard import Shard
+from pipeline.data.sources import Split
+from pipeline.errors import DataError, MissingDataError, UsageError
+from pipeline.models import CONFIG, WEIGHTS, Network, load_network, require_classes, to_device
+from pipeline.pool.copies.index import VERSION, CopyIndex, default_threshold
+from pipeline.pool.filter import REJECTED_FOLDER, SELECTION_FILE, filter_pool
+from pipeline.pool.infer import Scorer
+from pipeline.pool.rejected import REJECTED
+from pipeline.pool.score import ScoreWork
+from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_file
+from pipeline.pool.selection import Rules
+from pipeline.storage.files import fingerprint, remove_leftovers, sha256_file
+from pipeline.storage.workers import EngineSettings
+from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
 from stages.workers import engine_options, is_elsewhere, run_shards
 
-if TYPE_CHECKING:
-    from pipeline.data.readers.shard import Shard
-    from pipeline.models import Network
-    from pipeline.pool.copies.index import CopyIndex
-    from pipeline.pool.filter import Rules
-    from pipeline.pool.infer import Scorer
-    from pipeline.storage.workers import EngineSettings
-    from stages.execution import Stage
-
 SHOWN = 20  # classes in the table at the end
+SCORED_BY = {"teacher", "evaluation", "precision"}  # keys of the basis that scores depend on, the shard's content apart
 INDEXED = 64  # pixels of an evaluation image, at most; they are compared at 32
 
 
@@ -32,15 +42,7 @@ INDEXED = 64  # pixels of an evaluation image, at most; they are compared at 32
 @click.option("--upsample/--no-upsample", default=None, help="Classes short of K get a repeat count.")
 @click.option("--teacher", type=click.Path(path_type=Path, file_okay=False),
               help="A teacher of your own: a folder in timm's layout. [default: the run's teacher/]")  # fmt: skip
-def command(
-    context: Context,
-    k: int | None,
-    assign: str | None,
-    min_probability: float | None,
-    upsample: bool | None,
-    teacher: Path | None,
-    engine: "EngineSettings",
-) -> None:
+def command(context: Context, teacher: Path | None, engine: EngineSettings, **rules: object) -> None:
     """Score the pool and keep the K most probable images of each class.
 
     Copies of evaluation images are removed; for every image that is dropped the reason is kept. Another K,
@@ -48,15 +50,7 @@ def command(
 
     Reads: teacher/ (or --teacher) and the pool. Writes: scores/, selection.parquet, rejected/.
     """
-    from stages.execution import execute
-
-    context = with_changes(
-        context,
-        filter__k=k,
-        filter__assign=assign,
-        filter__min_probability=min_probability,
-        filter__upsample=upsample,
-    )
+    context = with_changes(context, **{f"filter__{name}": value for name, value in rules.items()})
     record = execute(context, lambda c: plan(c, teacher, engine))
     if "result" in record:
         for line in class_table(record["result"]):
@@ -71,67 +65,54 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
     return Path(known["result"]["teacher"]) if known is not None else (context.run / "teacher").resolve()
 
 
-def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings | None" = None) -> "Stage":
+def plan(context: Context, teacher: Path | None = None, engine: EngineSettings | None = None) -> Stage:
     """Plan the stage."""
-    from pipeline.models import WEIGHTS
-    from pipeline.pool.copies.index import VERSION
-    from pipeline.storage.files import sha256_file
-    from pipeline.storage.workers import EngineSettings
-    from stages.execution import Stage
-    from stages.learning import split_of
-
     engine = engine or EngineSettings()
     folder = teacher_folder(context, teacher)
     if folder == (context.run / "teacher").resolve():
         context.run.require("pretrain", "mpl pretrain")
     if not (folder / WEIGHTS).is_file():
-        from pipeline.models import load_network
-
         load_network(folder)  # for its message
     settings = context.recipe.filter
     copies = settings.copies.enabled
     basis = {
         "teacher": sha256_file(folder / WEIGHTS),
-        "pool": split_of(context, "unlabelled").fingerprint(),
+        "pool": context.data_set.split("unlabelled").fingerprint(),
         "evaluation": [VERSION, *(split.fingerprint() for split in evaluation_splits(context))] if copies else [],
         "precision": context.precision,
         "rules": asdict(rules(context)),
+        "rejected_format": REJECTED.version,
     }
     return Stage(
         name="filter",
         basis=basis,
-        outputs=[context.store / "selection.parquet", context.store / "scores"],
+        outputs=[context.store / SELECTION_FILE, context.store / "scores"],
         work=lambda: work(context, folder, basis, engine),
         summary=summary,
-        replaces=[context.store / name for name in ("selection.parquet", "scores", "rejected")],
-        cheap=frozenset({"rules", "pool"}),  # only shards that are new or changed are scored again
+        replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
+        cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
     )
 
 
-def evaluation_splits(context: Context) -> "list[Any]":
+def evaluation_splits(context: Context) -> list[Split]:
     """The splits whose copies must not be in the pool.
 
     Raises:
         DataError: there is none, or its files are not there, and nobody said that this is meant.
     """
-    from pipeline.errors import DataError, MissingDataError
-    from stages.learning import manifest_of, split_of
-
     remedy = "To go on without looking for copies of evaluation images: --set filter.copies.enabled=false"
-    names = [name for name in ("validation", "test") if name in manifest_of(context).splits]
+    manifest = context.data_set.manifest
+    names = [name for name in ("validation", "test") if name in manifest.splits]
     if not names:
-        raise DataError(f"data set {manifest_of(context).name} has neither a validation nor a test split. {remedy}")
+        raise DataError(f"data set {manifest.name} has neither a validation nor a test split. {remedy}")
     try:
-        return [split_of(context, name) for name in names]
+        return [context.data_set.split(name) for name in names]
     except MissingDataError as error:
         raise DataError(f"{error}. {remedy}") from error
 
 
-def rules(context: Context) -> "Rules":
+def rules(context: Context) -> Rules:
     """What is kept, from the recipe."""
-    from pipeline.pool.copies.index import default_threshold
-    from pipeline.pool.filter import Rules
-
     settings = context.recipe.filter
     threshold = settings.copies.threshold
     if threshold is None:
@@ -163,8 +144,6 @@ def summary(result: dict[str, Any]) -> str:
 
 def class_table(result: dict[str, Any]) -> list[str]:
     """Available, kept, short and threshold of each class, as lines; of many classes those that are most short."""
-    import math
-
     classes = result["classes"]
     shown = sorted(classes, key=lambda c: -c["short"])[:SHOWN] if len(classes) > SHOWN else classes
     width = max(5, *(len(c["name"]) for c in shown))
@@ -178,24 +157,18 @@ def class_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def work(context: Context, folder: Path, basis: dict[str, Any], engine: "EngineSettings") -> dict[str, Any]:
+def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSettings) -> dict[str, Any]:
     """Score every shard that is not scored yet, then select."""
-    from pipeline.errors import DataError
-    from pipeline.pool.filter import filter_pool
-    from pipeline.pool.scored import gone_shards, not_scored, open_scored
-    from pipeline.storage.files import fingerprint, remove_leftovers
-    from stages.learning import split_of
-
-    shards = split_of(context, "unlabelled").shards
+    shards = context.data_set.split("unlabelled").shards
     scores = context.store / "scores"
-    remove_leftovers(context.store, scores, context.store / "rejected")
+    remove_leftovers(context.store, scores, context.store / REJECTED_FOLDER)
     if gone := gone_shards(shards, scores):
         raise DataError(
             f"{len(gone):,} shards that were scored are no longer in the pool ({', '.join(gone[:3])}"
             f"{', …' if len(gone) > 3 else ''}). Bring them back; or, if they are meant to be gone, remove their "
-            f"scores ({scores}/part-{gone[0]}.parquet)"
+            f"scores ({shard_file(scores, gone[0])})"
         )
-    mark = fingerprint({key: value for key, value in basis.items() if key not in ("rules", "pool")})
+    mark = fingerprint({key: value for key, value in basis.items() if key in SCORED_BY})
     left = not_scored(shards, scores, mark)
     scoring = None
     if left:
@@ -216,14 +189,8 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: "EngineS
     }
 
 
-def _score(
-    context: Context, shards: "list[Shard]", folder: Path, mark: str, engine: "EngineSettings"
-) -> dict[str, float]:
+def _score(context: Context, shards: list[Shard], folder: Path, mark: str, engine: EngineSettings) -> dict[str, float]:
     """Score `shards`, one file each; images a second, and the share of time in which the network waited."""
-    import time
-
-    from pipeline.pool.score import ScoreWork
-
     device_of(context, engine)  # before anything takes time
     network, copies = load_teacher(context, folder, engine), copy_index(context, folder)
     work = ScoreWork(scorer(context, network, engine), context.store / "scores", mark, copies)
@@ -238,24 +205,22 @@ def _score(
     )
     images, seconds = sum(count.rows for count in counts), time.monotonic() - began
     busy, waiting = sum(count.seconds for count in counts), sum(count.waiting for count in counts)
-    found = {
+    figures = {
         "images": images,
         "images_per_second": round(images / seconds, 1),
         "waiting_share": round(waiting / max(busy, 1e-9), 3),
     }
     context.console.note(
-        f"scored {images:,} images, {found['images_per_second']:,.0f} a second; "
-        f"{100 * found['waiting_share']:.0f}% of the time the network waited for images"
+        f"scored {images:,} images, {figures['images_per_second']:,.0f} a second; "
+        f"{100 * figures['waiting_share']:.0f}% of the time the network waited for images"
     )
-    return found
+    return figures
 
 
 def scorer(
-    context: Context, network: "Network", engine: "EngineSettings | None" = None, batch: int | None = None
-) -> "Scorer":
+    context: Context, network: Network, engine: EngineSettings | None = None, batch: int | None = None
+) -> Scorer:
     """The teacher as the pool's scorer: here on its device, for workers elsewhere on the CPU until it gets there."""
-    from pipeline.pool.infer import Scorer
-
     return Scorer.of(
         network,
         batch=batch or context.recipe.filter.batch,
@@ -264,7 +229,7 @@ def scorer(
     )
 
 
-def device_of(context: Context, engine: "EngineSettings | None") -> str:
+def device_of(context: Context, engine: EngineSettings | None) -> str:
     """Where the network runs: for Ray what its tasks reserve, whatever this machine has.
 
     Raises:
@@ -281,39 +246,24 @@ def device_of(context: Context, engine: "EngineSettings | None") -> str:
     return device
 
 
-def load_teacher(context: Context, folder: Path, engine: "EngineSettings | None" = None) -> "Network":
+def load_teacher(context: Context, folder: Path, engine: EngineSettings | None = None) -> Network:
     """The teacher, on its device unless workers will bring it there, with the data set's classes."""
-    from dataclasses import replace
-
-    import torch
-
-    from pipeline.models import load_network
-    from stages.learning import check_classes, split_of, to_device
-
     device = torch.device("cpu") if engine is not None and is_elsewhere(engine) else context.device
     network = to_device(load_network(folder), device)
-    names = split_of(context, "labelled").class_names
-    check_classes(network, names, f"teacher {folder}")
+    names = context.data_set.split("labelled").class_names
+    require_classes(network, names, f"teacher {folder}")
     network.model.eval()
     return replace(network, class_names=list(names))
 
 
-def copy_index(context: Context, folder: Path) -> "CopyIndex | None":
+def copy_index(context: Context, folder: Path) -> CopyIndex | None:
     """Index of the validation and test images; None where the recipe turns it off."""
-    import json
-
-    import numpy as np
-
-    from pipeline.models import CONFIG
-    from pipeline.pool.copies.index import CopyIndex
-    from stages.learning import load_split
-
     if not context.recipe.filter.copies.enabled:
         return None
     size = min(INDEXED, json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1])
     pixels, names = [], []
     for split in evaluation_splits(context):
-        images = load_split(context, split, size)
+        images = context.data_set.images(split, size)
         pixels.append(images.images.permute(0, 2, 3, 1).numpy())
         names += [f"{split.name}/{shard}/{row}" for shard, row in zip(images.shards, images.rows, strict=True)]
     return CopyIndex(np.concatenate(pixels), names) if pixels else None

@@ -1,21 +1,28 @@
 """`mpl precompute`: teacher + selection → targets/."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from pipeline.errors import RunError, TargetsError
+from pipeline.models import WEIGHTS
+from pipeline.pool.filter import SELECTION_FILE
+from pipeline.pool.scores import open_scored
+from pipeline.pool.selection import read_selection
+from pipeline.storage.files import sha256_file
+from pipeline.storage.runs import Run
+from pipeline.storage.workers import EngineSettings
+from pipeline.targets import TargetsStore
+from pipeline.targets.build import Ingredients, check_targets, precompute
+from pipeline.targets.manifest import MANIFEST, StoreSettings
+from stages.execution import Stage, execute
+from stages.filter import load_teacher, scorer, teacher_folder
 from stages.options import Context, stage_options
 from stages.workers import engine_options, run_shards
-
-if TYPE_CHECKING:
-    from pipeline.storage.runs import Run
-    from pipeline.storage.workers import EngineSettings
-    from pipeline.targets.build import StoreSettings
-    from stages.execution import Stage
 
 
 @click.command()
@@ -25,27 +32,19 @@ if TYPE_CHECKING:
               help="Another teacher than the one that scored the pool; its distributions are inferred.")  # fmt: skip
 @click.option("--check", type=click.IntRange(1), metavar="N",
               help="Infer N stored rows again and report the largest difference; writes nothing.")  # fmt: skip
-def command(context: Context, teacher: Path | None, check: int | None, engine: "EngineSettings") -> None:
+def command(context: Context, teacher: Path | None, check: int | None, engine: EngineSettings) -> None:
     """Store the selected images with the teacher's distributions, and those of the labelled images.
 
     Reads: selection.parquet, scores/, the pool. Writes: targets/.
     """
-    from stages.execution import execute
-
     if check is not None:
         _check(context, check)
         return
     execute(context, lambda c: plan(c, teacher, engine))
 
 
-def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings | None" = None) -> "Stage":
+def plan(context: Context, teacher: Path | None = None, engine: EngineSettings | None = None) -> Stage:
     """Plan the stage."""
-    from pipeline.models import WEIGHTS
-    from pipeline.storage.files import sha256_file
-    from stages.execution import Stage
-    from stages.filter import teacher_folder
-    from stages.learning import split_of
-
     filtered = require_fresh_selection(context.run)
     folder = teacher_folder(context, teacher)
     settings = context.recipe.precompute
@@ -54,7 +53,7 @@ def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings 
     basis = {
         "selection": filtered["result"]["fingerprint"],
         "teacher": used,
-        "labelled": split_of(context, "labelled").fingerprint(),
+        "labelled": context.data_set.split("labelled").fingerprint(),
         "settings": settings.model_dump(mode="json", exclude={"batch"}),
         "seed": context.seed,
         "precision": filtered["basis"]["precision"] if used == scored_by else context.precision,
@@ -62,7 +61,7 @@ def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings 
     return Stage(
         name="precompute",
         basis=basis,
-        outputs=[context.store / "targets" / "_manifest.json"],
+        outputs=[context.store / "targets" / MANIFEST],
         work=lambda: work(context, folder, basis, engine),
         summary=lambda result: (
             f"{result['pool']:,} pool images and {result['labelled']:,} labelled ones, "
@@ -72,7 +71,7 @@ def plan(context: Context, teacher: Path | None = None, engine: "EngineSettings 
     )
 
 
-def require_fresh_selection(run: "Run") -> dict[str, Any]:
+def require_fresh_selection(run: Run) -> dict[str, Any]:
     """The record of `filter`, made with the run's present teacher.
 
     Raises:
@@ -86,7 +85,7 @@ def require_fresh_selection(run: "Run") -> dict[str, Any]:
     return filtered
 
 
-def require_fresh_targets(run: "Run") -> dict[str, Any]:
+def require_fresh_targets(run: Run) -> dict[str, Any]:
     """The record of `precompute`, made from the run's present selection.
 
     Raises:
@@ -99,10 +98,8 @@ def require_fresh_targets(run: "Run") -> dict[str, Any]:
     return record
 
 
-def store_settings(context: Context, basis: dict[str, Any]) -> "StoreSettings":
+def store_settings(context: Context, basis: dict[str, Any]) -> StoreSettings:
     """How the store is made."""
-    from pipeline.targets.build import StoreSettings
-
     settings = context.recipe.precompute
     return StoreSettings(
         teacher=basis["teacher"],
@@ -114,37 +111,30 @@ def store_settings(context: Context, basis: dict[str, Any]) -> "StoreSettings":
     )
 
 
-def work(
-    context: Context, folder: Path, basis: dict[str, Any], engine: "EngineSettings | None" = None
-) -> dict[str, Any]:
+def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSettings | None = None) -> dict[str, Any]:
     """Gather stored distributions where the teacher is the one that scored, else infer; then write."""
-    from pipeline.pool.scored import open_scored
-    from pipeline.pool.selection import read_selection
-    from pipeline.storage.workers import EngineSettings
-    from pipeline.targets.build import precompute
-    from stages.filter import load_teacher, scorer
-    from stages.learning import split_of
-
     context = replace(context, precision=basis["precision"])  # of the pool's distributions and the labelled images'
     filtered = context.run.require("filter", "mpl filter")["result"]
-    shards = split_of(context, "unlabelled").shards
+    shards = context.data_set.split("unlabelled").shards
     network = load_teacher(context, folder, engine)
     pool = open_scored(shards, context.store / "scores", filtered["scores_fingerprint"])  # refuses changed shards
-    selection = read_selection(context.store / "selection.parquet")
+    selection = read_selection(context.store / SELECTION_FILE)
     if selection.fingerprint != filtered["fingerprint"]:
         raise RunError(f"{context.store} does not hold the selection of {context.run.root}; run mpl filter again")
     manifest = precompute(
         context.store / "targets",
-        selection,
-        shards,
-        split_of(context, "labelled").read(),
-        scorer(context, network, engine, context.recipe.precompute.batch),
+        Ingredients(
+            selection=selection,
+            shards=shards,
+            labelled=context.data_set.split("labelled").read(),
+            scorer=scorer(context, network, engine, context.recipe.precompute.batch),
+            scores=pool if basis["teacher"] == filtered["teacher_sha256"] else None,
+            here=scorer(context, network),
+        ),
         store_settings(context, basis),
-        scores=pool if basis["teacher"] == filtered["teacher_sha256"] else None,
-        here=scorer(context, network),
+        preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
         run=partial(run_shards, context, engine or EngineSettings(), images=lambda count: count),
         tell=context.console.note,
-        preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
     )
     return {
         "fingerprint": manifest["fingerprint"],
@@ -160,12 +150,6 @@ def work(
 
 def _check(context: Context, rows: int) -> None:
     """`--check N`."""
-    import json
-
-    from pipeline.targets import TargetsStore
-    from pipeline.targets.build import check_targets
-    from stages.filter import load_teacher, scorer
-
     record = context.run.require("precompute", "mpl precompute")["result"]
     context = replace(context, precision=record["precision"])
     network = load_teacher(context, Path(record["teacher"]))

@@ -1,16 +1,14 @@
-"""What the two pool stages share: who does the work (`--workers`, `--engine ray`), and how it is told."""
+"""What the two pool stages share: who does the work (`--workers`, `--engine ray`), and how a person sees it go on."""
 
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
+from pipeline.storage.workers import EngineSettings, Work, run_all
 from stages.options import Context
-
-if TYPE_CHECKING:
-    from pipeline.storage.workers import EngineSettings, Work
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,8 +38,6 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         cpus_per_worker: float | None,
         **others: Any,
     ) -> Any:
-        from pipeline.storage.workers import EngineSettings
-
         ray = engine == "ray"
         if not ray and (address is not None or gpus_per_worker or cpus_per_worker is not None):
             raise click.UsageError("--address, --gpus-per-worker and --cpus-per-worker belong to --engine ray")
@@ -59,16 +55,16 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def is_elsewhere(engine: "EngineSettings") -> bool:
+def is_elsewhere(engine: EngineSettings) -> bool:
     """Whether the work is sent to other processes."""
     return engine.kind == "ray" or engine.workers > 1
 
 
 def run_shards(
     context: Context,
-    engine: "EngineSettings",
-    work: "Work[Item, Result]",
-    items: "Sequence[Item]",
+    engine: EngineSettings,
+    work: Work[Item, Result],
+    items: Sequence[Item],
     *,
     name: Callable[[Item], str],
     images: Callable[[Result], int],
@@ -79,8 +75,6 @@ def run_shards(
         WorkFailed: some items could not be done; the others are.
         KeyboardInterrupt: asked for by Ctrl-C; items that are done stay.
     """
-    from pipeline.storage.workers import run_all
-
     results: list[Result] = []
     began, seen, finished = time.monotonic(), 0, 0
 

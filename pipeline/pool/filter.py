@@ -7,55 +7,23 @@ selection.parquet stands, all of it belongs together.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError, UsageError
-from pipeline.pool.rejected import CANDIDATE, NEEDED, Lines, Verdicts, rejected_path, write_rejected
+from pipeline.errors import DataError
+from pipeline.pool.rejected import CANDIDATE, JUDGED_BY, REJECTED, Lines, Rejects, Verdicts
 from pipeline.pool.repeats import Hashed, count_repeats, find_repeats, hash_texts
-from pipeline.pool.scored import ScoredPool
-from pipeline.pool.select.top_k import Assign, Selection, checked_assign, checked_k, select_top_k, upsample
-from pipeline.pool.selection import read_selection, write_selection
+from pipeline.pool.scores import ScoredPool, shard_file
+from pipeline.pool.select.top_k import Selection, select_top_k
+from pipeline.pool.selection import SELECTION, Rules, selection_fingerprint, write_selection
 from pipeline.storage.files import Location, discard, names_in, whole_file
-from pipeline.storage.files import fingerprint as fingerprint_of
-from pipeline.storage.tables import fixed_numbers
+from pipeline.storage.tables import fixed_numbers, header_if_whole
 
-SELECTION, REJECTED = "selection.parquet", "rejected"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is kept.
-
-    Attributes:
-        k: images per class.
-        assign: "any" (an image may serve several classes) or "argmax" (its most probable one).
-        min_probability: that the teacher must give the class; 0 is no floor.
-        copy_threshold: images at least as similar to an evaluation image are left out; None keeps them.
-        upsample: fill classes short of k by a repeat count.
-    """
-
-    k: int
-    assign: Assign = "any"
-    min_probability: float = 0.0
-    copy_threshold: float | None = None
-    upsample: bool = False
-
-    def __post_init__(self) -> None:
-        checked_k(self.k)
-        checked_assign(self.assign)
-        if not 0 <= self.min_probability < 1:
-            raise UsageError(f"min_probability (={self.min_probability}) must be at least 0 and below 1")
-
-    @property
-    def min_log_odds(self) -> float | None:
-        """The floor in nats; None where there is none."""
-        p = self.min_probability
-        return float(np.log(p) - np.log1p(-p)) if p > 0 else None
+SELECTION_FILE, REJECTED_FOLDER = "selection.parquet", "rejected"
 
 
 @dataclass(frozen=True)
@@ -92,18 +60,17 @@ class Filtered:
     fingerprint: str
 
 
-def selection_fingerprint(pool: ScoredPool, rules: Rules) -> str:
-    """Of the scores and the rules."""
-    return fingerprint_of(["selection", pool.fingerprint(), asdict(rules)])
-
-
 def is_filtered(pool: ScoredPool, folder: Location, rules: Rules) -> bool:
-    """Whether `folder` holds the whole selection of these scores under these rules."""
-    try:
-        found = read_selection(folder / SELECTION).fingerprint
-    except DataError:
-        return False
-    return found == selection_fingerprint(pool, rules)
+    """Whether `folder` holds the whole selection of these scores under these rules, and its rejects.
+
+    Raises:
+        RunError: the folder cannot be reached.
+    """
+    files = [(folder / SELECTION_FILE, SELECTION)]
+    files += [(shard_file(folder / REJECTED_FOLDER, scores.shard), REJECTED) for scores in pool.shards]
+    headers = (header_if_whole(path, kind) for path, kind in files)
+    mark = selection_fingerprint(pool, rules)
+    return all(header is not None and header.fingerprint == mark for header in headers)
 
 
 def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
@@ -113,39 +80,28 @@ def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
     the keys of what is kept, and buffers of bounded size.
 
     Raises:
-        DataError: no image can serve any class; what befell each is in rejected/.
+        DataError: no image can serve any class; what happened to each is in rejected/.
         RunError: a file cannot be written.
     """
-    mark = selection_fingerprint(pool, rules)
-    discard(folder / SELECTION)  # it never stands beside rejects of other rules
+    discard(folder / SELECTION_FILE)  # it never stands beside rejects of other rules
     verdicts = Verdicts(rules.copy_threshold, find_repeats(pool.rows, lambda: _pixel_hashes(pool)))
     chosen = select_top_k(_candidates(pool, verdicts), rules.k, rules.assign, min_log_odds=rules.min_log_odds)
-    lines = _lines(chosen, rules)
-    reasons, keys = _reject(pool, folder / REJECTED, verdicts, lines, mark)
+    lines = Lines(chosen, rules)
+    reasons, keys = _reject(Rejects(pool, rules, verdicts, lines), folder / REJECTED_FOLDER)
     if len(lines.kept) + reasons.total() != pool.rows:
         raise AssertionError(f"{len(lines.kept)} kept and {reasons} rejected do not make {pool.rows}")
     if not len(lines.kept):
-        told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        raise DataError(f"no image of the pool can be kept: of {pool.rows:,} images, {told}")
-    counts = [len(rows) for rows in chosen.rows]
-    write_selection(
-        folder / SELECTION,
-        pool,
-        chosen,
-        kept=lines.kept,
-        keys=keys,
-        repeats=upsample(counts, rules.k if rules.upsample else 1),
-        fingerprint=mark,
-        rules=asdict(rules),
-    )
+        counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise DataError(f"no image of the pool can be kept: of {pool.rows:,} images, {counted}")
+    write_selection(folder / SELECTION_FILE, pool, rules, chosen, lines.kept, keys)
     return Filtered(
         images=pool.rows,
         kept=len(lines.kept),
-        rows=sum(counts),
+        rows=sum(len(rows) for rows in chosen.rows),
         rejected=dict(reasons),
         classes=class_counts(pool.class_names, chosen, rules.k),
         repeated_keys=_repeated_keys(pool),
-        fingerprint=mark,
+        fingerprint=selection_fingerprint(pool, rules),
     )
 
 
@@ -154,17 +110,6 @@ def class_counts(names: tuple[str, ...], chosen: Selection, k: int) -> tuple[Cla
     return tuple(
         ClassCount(name, int(available), len(scores), k - len(scores), float(scores[-1]) if len(scores) else None)
         for name, available, scores in zip(names, chosen.available, chosen.scores, strict=True)
-    )
-
-
-def _lines(chosen: Selection, rules: Rules) -> Lines:
-    floor = rules.min_log_odds
-    return Lines(
-        chosen=chosen,
-        kept=np.unique(np.concatenate(chosen.rows)),
-        k=rules.k,
-        argmax=rules.assign == "argmax",
-        floor=-np.inf if floor is None else floor,
     )
 
 
@@ -183,23 +128,21 @@ def _repeated_keys(pool: ScoredPool) -> int:
 
 
 def _candidates(pool: ScoredPool, verdicts: Verdicts) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    for ordinals, batch in pool.stream([*NEEDED, "log_odds"]):
+    for ordinals, batch in pool.stream([*JUDGED_BY, "log_odds"]):
         free = verdicts(ordinals, batch) == CANDIDATE
         yield ordinals[free], fixed_numbers(batch.column("log_odds"), "<f4")[free]
 
 
-def _reject(
-    pool: ScoredPool, folder: Location, verdicts: Verdicts, lines: Lines, mark: str
-) -> tuple[Counter[str], pa.Array]:
+def _reject(rejects: Rejects, folder: Location) -> tuple[Counter[str], pa.Array]:
     """Write all rejects; count the reasons, and gather the keys of what is kept, in order."""
-    paths = [rejected_path(folder, part.shard) for part in pool.parts]
+    paths = [shard_file(folder, scores.shard) for scores in rejects.pool.shards]
     names = {path.name for path in paths}
     discard(*(folder / name for name in names_in(folder) - names))  # of shards that the pool no longer has
     reasons: Counter[str] = Counter()
-    keys: list[pa.Array] = []
-    for at, path in enumerate(paths):
+    keys = [pa.array([], pa.string())]
+    for shard, path in enumerate(paths):
         with whole_file(path) as temporary:
-            counts, found = write_rejected(temporary, pool, at, verdicts, lines, mark)
+            counts, kept = rejects.write(temporary, shard)
         reasons.update(counts)
-        keys.extend(found)
-    return reasons, pa.concat_arrays([pa.array([], pa.string()), *keys])
+        keys.extend(kept)
+    return reasons, pa.concat_arrays(keys)

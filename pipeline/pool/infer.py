@@ -131,6 +131,10 @@ class Scorer:
             device = torch.device("cuda", worker % count)
         return replace(self, device=str(device), threads=threads)
 
+    def without_weights(self) -> "Scorer":
+        """The same without its network, for workers that do not ask it."""
+        return replace(self, model=nn.Identity())
+
     def logits(self, pixels: NDArray[np.uint8]) -> Tensor:
         """Logits of decoded images (B, S, S, 3): float32 (B, C) on the scorer's device.
 
@@ -207,9 +211,9 @@ def infer_batches(
             return Inferred(decoded, np.empty((0, len(scorer.class_names)), np.float32), None, 0.0)
         with turn:
             began = time.perf_counter()
-            found = scorer.log_odds(decoded.pixels)
+            values = scorer.log_odds(decoded.pixels)
             seconds = time.perf_counter() - began
-        return Inferred(decoded, found, also(decoded.pixels) if also else None, seconds)
+        return Inferred(decoded, values, also(decoded.pixels) if also else None, seconds)
 
     stream = iter(samples)
     with ThreadPoolExecutor(scorer.thread_count, "score", initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -225,6 +229,18 @@ def infer_batches(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def infer_distributions(samples: Iterable[Encoded], scorer: Scorer) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Distributions (m, C) of those samples that decode and have finite logits, and their places (m,)."""
+    inferred, good, begin = [np.empty((0, len(scorer.class_names)))], [np.empty(0, np.intp)], 0
+    batch: Inferred[None]
+    for batch in infer_batches(samples, scorer):
+        finite = ~np.isnan(batch.log_odds[:, 0])
+        inferred.append(distributions(batch.log_odds[finite]))
+        good.append(batch.decoded.good[finite] + begin)
+        begin += len(batch.decoded.samples)
+    return np.concatenate(inferred), np.concatenate(good)
+
+
 def decode_batch(samples: Sequence[Encoded], size: int) -> Decoded:
     """Decode samples to `size` × `size` pixels; what does not decode has a status."""
     pixels = np.empty((len(samples), size, size, 3), np.uint8)
@@ -233,11 +249,11 @@ def decode_batch(samples: Sequence[Encoded], size: int) -> Decoded:
     detail: list[str | None] = []
     good: list[int] = []
     for place, sample in enumerate(samples):
-        found, outcome, why = decode(sample.data, size)
+        image, outcome, why = decode(sample.data, size)
         status.append(str(outcome))
         detail.append(why or None)
-        if found is not None:
-            digest = hashlib.blake2b(found.data, digest_size=HASH_BYTES).digest()
-            pixels[len(good)], hashes[len(good)] = found, np.frombuffer(digest, np.uint8)
+        if image is not None:
+            digest = hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest()
+            pixels[len(good)], hashes[len(good)] = image, np.frombuffer(digest, np.uint8)
             good.append(place)
     return Decoded(samples, status, detail, np.array(good, np.intp), pixels[: len(good)], hashes[: len(good)])

@@ -1,6 +1,6 @@
 """Exact repeats inside the pool, and keys that occur twice, in bounded memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +25,12 @@ class Repeats:
 
     def first_of(self, ordinals: NDArray[np.int64]) -> NDArray[np.int64]:
         """The earliest row with the same pixels, or -1 for a row that is no repeat."""
-        at = np.searchsorted(self.later, ordinals)
-        found = np.full(len(ordinals), -1, np.int64)
-        inside = np.flatnonzero(at < len(self.later))
-        hit = inside[self.later[at[inside]] == ordinals[inside]]
-        found[hit] = self.first[at[hit]]
-        return found
+        place = np.searchsorted(self.later, ordinals)
+        first = np.full(len(ordinals), -1, np.int64)
+        inside = np.flatnonzero(place < len(self.later))
+        repeat = inside[self.later[place[inside]] == ordinals[inside]]
+        first[repeat] = self.first[place[repeat]]
+        return first
 
 
 Hashed = tuple[NDArray[np.int64], NDArray[np.uint64]]  # ordinals (n,), increasing; hashes (n, 2)
@@ -100,6 +100,3 @@ def _bucket(stream: Iterator[Hashed], bucket: int, buckets: int) -> Hashed:
         ordinals.append(places[mine])
         hashes.append(words[mine])
     return np.concatenate(ordinals), np.concatenate(hashes)
-
-
-__all__: Sequence[str] = ["Repeats", "count_repeats", "find_repeats", "hash_texts"]

@@ -3,19 +3,22 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
 from pipeline.pool.copies.index import CopyIndex, Matches, descriptor
 from pipeline.pool.infer import Inferred, Scorer, infer_batches
-from pipeline.pool.parts import PartWriter, Rows, part_is_done, part_path, part_schema
+from pipeline.pool.scores import SCORES, group_rows, is_scored, score_fingerprint, score_schema, shard_file
 from pipeline.storage.files import Location, whole_file
-from pipeline.storage.files import fingerprint as fingerprint_of
+from pipeline.storage.tables import fixed_binary, table_writer
 
 ADDRESS = re.compile(r" object at 0x[0-9a-fA-F]+")  # in Pillow's messages; it differs from run to run
 
@@ -25,7 +28,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What became of a shard.
+    """What a pass over a shard came to.
 
     Attributes:
         shard: its name.
@@ -43,7 +46,7 @@ class ShardCounts:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class Compared:
     """What is looked up in the pixels of m images: descriptors (m, D), and matches where there is an index."""
 
     descriptors: NDArray[np.uint8]
@@ -79,17 +82,6 @@ class ScoreWork:
         )
 
 
-def score_fingerprint(shard: Shard, fingerprint: str) -> str:
-    """The fingerprint of a shard's scores: the shard's content, and the caller's `fingerprint` of the rest."""
-    return fingerprint_of(["scores", shard.name, shard.fingerprint(), fingerprint])
-
-
-def is_scored(shard: Shard, folder: Location, fingerprint: str) -> bool:
-    """Whether `folder` holds the whole scores of this shard, content and settings unchanged."""
-    rows = shard.rows() if shard.knows_its_rows else None
-    return part_is_done(part_path(folder, shard.name), shard.name, score_fingerprint(shard, fingerprint), rows)
-
-
 def score_shard(
     shard: Shard,
     scorer: Scorer,
@@ -114,22 +106,21 @@ def score_shard(
     """
     began = time.perf_counter()
     mark = score_fingerprint(shard, fingerprint)
-    schema = part_schema(shard.name, mark, scorer.class_names, descriptor_bytes())
     status: Counter[str] = Counter()
     network = 0.0
 
-    def look(pixels: NDArray[np.uint8]) -> Seen:
-        return Seen(descriptor(pixels), copies.find(pixels) if copies else None)
+    def compare(pixels: NDArray[np.uint8]) -> Compared:
+        return Compared(descriptor(pixels), copies.find(pixels) if copies else None)
 
-    with whole_file(part_path(folder, shard.name)) as temporary:
-        with PartWriter(temporary, schema) as writer:
-            for batch in infer_batches(shard.read(), scorer, look):
-                rows = score_rows(batch, copies)
+    with whole_file(shard_file(folder, shard.name)) as temporary:
+        with ScoreWriter(temporary, shard.name, mark, scorer.class_names) as writer:
+            for batch in infer_batches(shard.read(), scorer, compare):
+                rows = score_rows(batch, copies, writer.schema)
                 writer.add(rows)
-                status.update(rows.status)
+                status.update(rows.column("status").to_pylist())
                 network += batch.seconds
                 if progress is not None:
-                    progress(len(rows.row))
+                    progress(rows.num_rows)
         if score_fingerprint(shard, fingerprint) != mark:
             raise DataError(f"shard {shard.name} changed while it was being scored; run the same command again")
     seconds = time.perf_counter() - began
@@ -138,29 +129,90 @@ def score_shard(
     )
 
 
-def score_rows(batch: Inferred[Seen], copies: CopyIndex | None) -> Rows:
-    """The rows of one batch."""
-    decoded, good = batch.decoded, batch.decoded.good
-    status = list(decoded.status)
-    detail = [text and ADDRESS.sub("", text) for text in decoded.detail]
+def score_rows(batch: Inferred[Compared], copies: CopyIndex | None, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of one batch of n images, of which m decoded."""
+    samples, good = batch.decoded.samples, batch.decoded.good
+    status = list(batch.decoded.status)
+    detail = [text and ADDRESS.sub("", text) for text in batch.decoded.detail]
     for place in good[np.isnan(batch.log_odds[:, 0])].tolist():
         status[place], detail[place] = "nonfinite", "the teacher's logits are not finite"
-    matches = batch.more.matches if batch.more is not None else None
-    return Rows(
-        row=np.array([sample.row for sample in decoded.samples], np.int64),
-        key=[sample.key for sample in decoded.samples],
-        status=status,
-        detail=detail,
-        good=good,
-        log_odds=batch.log_odds,
-        pixel_hash=decoded.hashes,
-        descriptor=batch.more.descriptors if batch.more is not None else np.empty((0, descriptor_bytes()), np.uint8),
-        match=None if matches is None or copies is None else [copies.names[i] for i in matches.index.tolist()],
-        similarity=None if matches is None else matches.similarity,
-        mirrored=None if matches is None else matches.mirrored,
-    )
+    source = np.full(len(samples), -1, np.int64)  # (n,) of each image among the m
+    source[good] = np.arange(len(good))
+    compared = batch.more or Compared(np.empty((0, descriptor_bytes()), np.uint8), None)
+    matches, names = compared.matches, [] if copies is None else copies.names
+
+    def of_decoded(column: str, values: Sequence[Any] | NDArray[Any] | None) -> pa.Array:
+        """(m,) values as a column of n, null where nothing decoded."""
+        kind = schema.field(column).type
+        if values is None:
+            return pa.nulls(len(samples), kind)
+        return pa.array(values, kind).take(pa.array(source, mask=source < 0))
+
+    columns = {
+        "row": pa.array([sample.row for sample in samples], pa.int64()),
+        "key": pa.array([sample.key for sample in samples], pa.string()),
+        "status": pa.array(status, pa.string()),
+        "detail": pa.array(detail, pa.string()),
+        "log_odds": fixed_binary(_scatter(batch.log_odds, source), np.array(status) == "ok"),
+        "pixel_hash": fixed_binary(_scatter(batch.decoded.hashes, source), source >= 0),
+        "descriptor": fixed_binary(_scatter(compared.descriptors, source), source >= 0),
+        "match": of_decoded("match", None if matches is None else [names[i] for i in matches.index.tolist()]),
+        "similarity": of_decoded("similarity", None if matches is None else matches.similarity),
+        "mirrored": of_decoded("mirrored", None if matches is None else matches.mirrored),
+    }
+    return pa.record_batch([columns[field.name] for field in schema], schema=schema)
+
+
+def _scatter(values: NDArray[Any], source: NDArray[np.int64]) -> NDArray[Any]:
+    """(m, D) values as (n, D), zero where `source` is -1."""
+    if len(values) == len(source):
+        return values
+    spread = np.zeros((len(source), values.shape[1]), values.dtype)
+    spread[source >= 0] = values
+    return spread
 
 
 def descriptor_bytes() -> int:
     """Bytes of one copy descriptor."""
     return int(descriptor(np.zeros((1, 8, 8, 3), np.uint8)).shape[1])
+
+
+class ScoreWriter:
+    """Writes the scores of a shard in row groups of a fixed size, whatever the size of the batches that come in.
+
+    Args:
+        path: on disk, from `whole_file`.
+        shard: its name.
+        fingerprint: see `score_fingerprint`.
+        class_names: of the teacher.
+    """
+
+    def __init__(self, path: Path, shard: str, fingerprint: str, class_names: Sequence[str]) -> None:
+        self.schema, self.group = score_schema(len(class_names), descriptor_bytes()), group_rows(len(class_names))
+        self._waiting: list[pa.RecordBatch] = []
+        self._count = 0
+        notes = {"shard": shard, "fingerprint": fingerprint, "class_names": list(class_names)}
+        self._writer = table_writer(path, SCORES, self.schema, notes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush(everything=True)
+        self._writer.close()
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Append rows; order is kept."""
+        self._waiting.append(rows)
+        self._count += rows.num_rows
+        self._flush(everything=False)
+
+    def _flush(self, everything: bool) -> None:
+        if not self._waiting or (self._count < self.group and not everything):
+            return
+        table = pa.Table.from_batches(self._waiting, self.schema)
+        whole = self._count if everything else self._count // self.group * self.group
+        self._writer.write_table(table.slice(0, whole), row_group_size=self.group)
+        rest = table.slice(whole)
+        self._waiting, self._count = rest.to_batches(), rest.num_rows

@@ -1,27 +1,55 @@
-"""The format of selection.parquet: one row per image and class that it serves, by class and rank.
+"""The rules of a selection, and selection.parquet: one row per image and class that it serves, by class and rank.
 
 Columns: `key` · `shard`, `row`: the image's identity · `class`: its index · `rank`: 0 is the best ·
 `log_odds`, nats, float32, and `probability`, of that class · `repeat`: how often it is used for the class.
-The schema's metadata has version, the rules, the class names, and the fingerprints of rules with scores,
-and of the scores alone.
+The header has the rules, the class names, and the fingerprints of rules with scores, and of the scores alone.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
-from pipeline.pool.scored import ScoredPool
-from pipeline.pool.select.top_k import Selection
-from pipeline.storage.files import Location, whole_file
-from pipeline.storage.tables import open_parquet
+from pipeline.errors import UsageError
+from pipeline.pool.scores import ScoredPool
+from pipeline.pool.select.top_k import Assign, Selection, checked_assign, checked_k, upsample
+from pipeline.storage.files import Location
+from pipeline.storage.files import fingerprint as fingerprint_of
+from pipeline.storage.tables import TableFormat, open_table, write_table
 
-FORMAT, VERSION = "mpl-selection", "1"
+SELECTION = TableFormat("mpl-selection", 1, remedy="run mpl filter again")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is kept.
+
+    Attributes:
+        k: images per class.
+        assign: "any" (an image may serve several classes) or "argmax" (its most probable one).
+        min_probability: that the teacher must give the class; 0 is no floor.
+        copy_threshold: images at least as similar to an evaluation image are left out; None keeps them.
+        upsample: fill classes short of k by a repeat count.
+    """
+
+    k: int
+    assign: Assign = "any"
+    min_probability: float = 0.0
+    copy_threshold: float | None = None
+    upsample: bool = False
+
+    def __post_init__(self) -> None:
+        checked_k(self.k)
+        checked_assign(self.assign)
+        if not 0 <= self.min_probability < 1:
+            raise UsageError(f"min_probability (={self.min_probability}) must be at least 0 and below 1")
+
+    @property
+    def min_log_odds(self) -> float | None:
+        """The floor in nats; None where there is none."""
+        p = self.min_probability
+        return float(np.log(p) - np.log1p(-p)) if p > 0 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,54 +69,46 @@ class SelectionFile:
     class_names: tuple[str, ...]
 
 
+def selection_fingerprint(pool: ScoredPool, rules: Rules) -> str:
+    """Of the scores and the rules."""
+    return fingerprint_of(["selection", pool.fingerprint(), asdict(rules)])
+
+
 def write_selection(
-    path: Location,
-    pool: ScoredPool,
-    chosen: Selection,
-    *,
-    kept: NDArray[np.int64],
-    keys: pa.Array,
-    repeats: Sequence[NDArray[np.int64]],
-    fingerprint: str,
-    rules: dict[str, object],
+    path: Location, pool: ScoredPool, rules: Rules, chosen: Selection, kept: NDArray[np.int64], keys: pa.Array
 ) -> None:
     """Write selection.parquet, whole or not at all.
 
     Args:
         path: of the file.
         pool: the scores.
+        rules: that were followed.
         chosen: rows by ordinal.
         kept: the ordinals in `chosen`, increasing, each once.
         keys: their keys.
-        repeats: per class, how often each row is used.
-        fingerprint: of rules and scores.
-        rules: to be told in the metadata.
     """
     counts = [len(rows) for rows in chosen.rows]
     ordinals, scores = np.concatenate(chosen.rows), np.concatenate(chosen.scores)  # (rows,)
-    part, row = pool.place(ordinals)
-    shards = pa.array([info.shard for info in pool.parts], pa.string())
+    shard, row = pool.place(ordinals)
+    names = pa.array([scores.shard for scores in pool.shards], pa.string())
     table = pa.table(
         {
             "key": keys.take(pa.array(np.searchsorted(kept, ordinals))),
-            "shard": pa.DictionaryArray.from_arrays(pa.array(part.astype(np.int32)), shards),
+            "shard": pa.DictionaryArray.from_arrays(pa.array(shard.astype(np.int32)), names),
             "row": row,
             "class": np.repeat(np.arange(len(counts), dtype=np.int32), counts),
             "rank": np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
             "log_odds": scores,
             "probability": 1 / (1 + np.exp(-scores.astype(np.float64))),
-            "repeat": np.concatenate(repeats),
+            "repeat": np.concatenate(upsample(counts, rules.k if rules.upsample else 1)),
         }
     )
-    metadata = {f"mpl.{name}": str(value) for name, value in rules.items()} | {
-        "mpl.format": FORMAT,
-        "mpl.version": VERSION,
-        "mpl.fingerprint": fingerprint,
-        "mpl.scores": pool.fingerprint(),
-        "mpl.class_names": json.dumps(pool.class_names, ensure_ascii=False),
+    notes = asdict(rules) | {
+        "fingerprint": selection_fingerprint(pool, rules),
+        "scores": pool.fingerprint(),
+        "class_names": pool.class_names,
     }
-    with whole_file(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", write_page_checksum=True)
+    write_table(path, SELECTION, table, notes)
 
 
 def read_selection(path: Location) -> SelectionFile:
@@ -96,19 +116,12 @@ def read_selection(path: Location) -> SelectionFile:
 
     Raises:
         DataError: the file is missing, cut short, damaged, or not a selection of this version.
+        RunError: it cannot be reached.
     """
-    try:
-        with open_parquet(path, page_checksum_verification=True) as file:
-            meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
-            found = (meta.get("mpl.format", "no selection"), meta.get("mpl.version", "?"))
-            if found != (FORMAT, VERSION):
-                raise DataError(f"{path} is {found[0]} version {found[1]}, expected {FORMAT} version {VERSION}")
-            table = file.read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} is not a whole selection ({error}); select again") from error
-    return SelectionFile(
-        table=table,
-        fingerprint=meta["mpl.fingerprint"],
-        scores=meta["mpl.scores"],
-        class_names=tuple(json.loads(meta["mpl.class_names"])),
-    )
+    with open_table(path, SELECTION) as file:
+        return SelectionFile(
+            table=file.read(),
+            fingerprint=file.header.notes["fingerprint"],
+            scores=file.header.notes["scores"],
+            class_names=file.header.class_names,
+        )

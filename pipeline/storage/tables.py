@@ -1,7 +1,13 @@
-"""Dense rows of numbers in Arrow and Parquet: fixed-size binary values, moved without a copy per row."""
+"""Parquet files of ours: one header, one writer, one reader.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+The header is the schema's metadata, under names that begin with `mpl.`: `mpl.format`, `mpl.version`, and the notes of
+the format, such as `mpl.fingerprint` and `mpl.class_names` (JSON). Every page has a checksum, which reading verifies.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +16,189 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import RunError
-from pipeline.storage.files import Location, opened
+from pipeline.errors import DataError, RunError, UserError
+from pipeline.storage.files import Location, opened, storage_errors, whole_file
+
+PREFIX = "mpl."
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """A kind of file.
+
+    Attributes:
+        name: of the format, in the header.
+        version: that is written.
+        remedy: what a person does about a file that is missing, damaged, or of a version that is not read.
+        readable: versions that are read; the one that is written unless given.
+        error: raised with the remedy.
+        plain: columns that are not compressed, as compression would not make them smaller.
+        dictionary: columns whose values recur; True: try all.
+        statistics: whether the footer has the least and the greatest value of each row group.
+    """
+
+    name: str
+    version: int
+    remedy: str
+    readable: tuple[int, ...] = ()
+    error: type[UserError] = DataError
+    plain: frozenset[str] = frozenset()
+    dictionary: tuple[str, ...] | bool = True
+    statistics: bool = True
+
+    def require(self, path: Location, notes: Mapping[str, str]) -> None:
+        """Refuse a file with the notes of another format, or of a version that is not read."""
+        name, version = notes.get("format", "no file of ours"), notes.get("version", "?")
+        if name != self.name or version not in map(str, self.readable or (self.version,)):
+            raise self.error(
+                f"{path} is {name} version {version}, expected {self.name} version {self.version}; {self.remedy}"
+            )
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the footer of a file says of it: the rows in it, and the notes in its header by name."""
+
+    rows: int
+    notes: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of all that the file was made from."""
+        return self.notes.get("fingerprint")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, in order."""
+        return tuple(json.loads(self.notes["class_names"]))
+
+
+class TableReader:
+    """A file of ours, opened for reading. See `open_table`."""
+
+    def __init__(self, path: Location, kind: TableFormat, file: pq.ParquetFile):
+        self.path, self.kind, self.file = path, kind, file
+        notes = file.metadata.metadata or {}
+        self.header = Header(
+            rows=file.metadata.num_rows,
+            notes={
+                name.decode().removeprefix(PREFIX): text.decode()
+                for name, text in notes.items()
+                if name.startswith(PREFIX.encode())
+            },
+        )
+
+    def batches(self, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of the file in order, at most `rows` at a time.
+
+        Raises:
+            UserError: the file is damaged (the format's `error`), or cannot be reached (RunError).
+        """
+        with self._damage():
+            yield from self.file.iter_batches(batch_size=rows, columns=list(columns))
+
+    def take(self, places: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        """The rows at these places of the file (n,), increasing; row groups without any are not read."""
+        tables, begin = [self.file.schema_arrow.empty_table().select(list(columns))], 0
+        for group in range(self.file.num_row_groups):
+            size = self.file.metadata.row_group(group).num_rows
+            first, last = np.searchsorted(places, [begin, begin + size])
+            if first < last:
+                with self._damage():
+                    table = self.file.read_row_group(group, columns=list(columns))
+                tables.append(table.take(pa.array(places[first:last] - begin)))
+            begin += size
+        return pa.concat_tables(tables)
+
+    def read(self) -> pa.Table:
+        """The whole file."""
+        with self._damage():
+            return self.file.read()
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            with storage_errors():
+                yield
+        except (OSError, pa.ArrowInvalid) as error:
+            require_absence(self.path, error)
+            raise self.kind.error(f"{self.path} is damaged ({error}); {self.kind.remedy}") from error
+
+
+@contextmanager
+def open_table(path: Location, kind: TableFormat) -> Iterator[TableReader]:
+    """Open a file of this format.
+
+    Raises:
+        UserError: the format's `error`: the file is missing, cut short, of another format or version.
+        RunError: it cannot be reached.
+    """
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_parquet(path, page_checksum_verification=True))
+        except (OSError, pa.ArrowInvalid) as error:
+            require_absence(path, error)
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged, or no Parquet file ({error})"
+            raise kind.error(f"{path} {what}; {kind.remedy}") from error
+        reader = TableReader(path, kind, file)
+        kind.require(path, reader.header.notes)
+        yield reader
+
+
+def read_header(path: Location, kind: TableFormat) -> Header:
+    """The header of a file; raises what `open_table` raises."""
+    with open_table(path, kind) as table:
+        return table.header
+
+
+def header_if_whole(path: Location, kind: TableFormat) -> Header | None:
+    """The header of a whole file of this format in a version that is read, or None.
+
+    Raises:
+        RunError: its place cannot be reached, so that nobody knows.
+    """
+    try:
+        return read_header(path, kind)
+    except kind.error:
+        return None
+
+
+def table_writer(path: Path, kind: TableFormat, schema: pa.Schema, notes: Mapping[str, object]) -> pq.ParquetWriter:
+    """Begin a file of ours with columns of `schema`; a context manager, whose `write_table` appends.
+
+    Args:
+        path: on disk, from `whole_file`.
+        kind: of file.
+        schema: of the tables that follow.
+        notes: for the header; sequences become JSON, everything else text.
+    """
+    header = {"format": kind.name, "version": kind.version, **notes}
+    texts = {
+        PREFIX + name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple) else str(value)
+        for name, value in header.items()
+    }
+    codecs = {name: "none" if name in kind.plain else "zstd" for name in schema.names}
+    return pq.ParquetWriter(
+        path,
+        schema.with_metadata(texts),
+        compression=codecs,
+        compression_level={name: 1 for name, codec in codecs.items() if codec == "zstd"},
+        use_dictionary=kind.dictionary if isinstance(kind.dictionary, bool) else list(kind.dictionary),
+        write_statistics=kind.statistics,
+        write_page_checksum=True,
+    )
+
+
+def write_table(
+    path: Location, kind: TableFormat, table: pa.Table, notes: Mapping[str, object], *, group: int | None = None
+) -> None:
+    """Write a file of ours, whole or not at all, in row groups of `group` rows.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with whole_file(path) as temporary, table_writer(temporary, kind, table.schema, notes) as writer:
+        writer.write_table(table, row_group_size=group)
 
 
 def require_absence(place: Location, error: Exception) -> None:

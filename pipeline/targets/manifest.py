@@ -1,43 +1,73 @@
-"""_manifest.json: what a finished store consists of; and whether its files are those."""
+"""What a store is made from, and _manifest.json: what a finished one consists of, and whether its files are those."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import pyarrow as pa
-
 from pipeline.errors import TargetsError
+from pipeline.pool.selection import SelectionFile
 from pipeline.storage.files import Location, opened, sha256_file, write_json
-from pipeline.targets.layout import FORMAT, MANIFEST, READABLE, REMEDY, VERSION, Dtype
-from pipeline.targets.tables import footer
+from pipeline.storage.files import fingerprint as fingerprint_of
+from pipeline.storage.tables import read_header
+from pipeline.targets.files import TARGETS, Dtype, PoolFormat
 
+MANIFEST = "_manifest.json"
+REMEDY = TARGETS.remedy
 REQUIRED = {"fingerprint", "teacher", "class_names", "dtype", "pool", "labelled"}
 THREADS = 4  # that read and hash files; hashing and waiting for storage leave the interpreter's lock
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def write_manifest(
-    folder: Location,
-    *,
-    fingerprint: str,
-    teacher: str,
-    class_names: Sequence[str],
-    dtype: Dtype,
-    preprocessing: dict[str, Any],
-    more: dict[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StoreSettings:
+    """How the store is made.
+
+    Attributes:
+        teacher: fingerprint of the teacher.
+        labelled: fingerprint of the labelled split.
+        dtype: of the stored distributions.
+        format: "parquet", or "webdataset": tars with the distributions in files beside them.
+        shard_rows: images of a training shard, at most.
+        seed: of the shuffle.
+    """
+
+    teacher: str
+    labelled: str
+    dtype: Dtype = "float16"
+    format: PoolFormat = "parquet"
+    shard_rows: int = 20_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a store was made from.
+
+    Attributes:
+        fingerprint: of all of it.
+        teacher: fingerprint of the teacher.
+        class_names: in order.
+        dtype: of the distributions.
+        preprocessing: size, mean, std; told in the manifest.
+    """
+
+    fingerprint: str
+    teacher: str
+    class_names: Sequence[str]
+    dtype: Dtype
+    preprocessing: dict[str, Any]
+
+
+def write_manifest(folder: Location, origin: Origin, counts: dict[str, Any]) -> dict[str, Any]:
     """Write _manifest.json over the files that lie in `folder`, and return it; this completes the store.
 
     Args:
         folder: targets/.
-        fingerprint: of all that the store was made from.
-        teacher: fingerprint of the teacher.
-        class_names: in order.
-        dtype: of the distributions.
-        preprocessing: size, mean, std.
-        more: counts for people.
+        origin: of the store.
+        counts: further ones, for people.
     """
     kinds: dict[str, dict[str, Any]] = {}
     for kind in ("pool", "labelled"):
@@ -55,14 +85,14 @@ def write_manifest(
         **kinds["pool"],
     }
     manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": fingerprint,
-        "teacher": teacher,
-        "class_names": list(class_names),
-        "dtype": dtype,
-        "preprocessing": preprocessing,
-        **more,
+        "format": TARGETS.name,
+        "version": TARGETS.version,
+        "fingerprint": origin.fingerprint,
+        "teacher": origin.teacher,
+        "class_names": list(origin.class_names),
+        "dtype": origin.dtype,
+        "preprocessing": origin.preprocessing,
+        **counts,
         **kinds,
     }
     write_json(folder / MANIFEST, manifest)
@@ -84,12 +114,24 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TargetsError(f"{path} cannot be read ({error}); {REMEDY}") from error
     kind, version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-    if kind != FORMAT or version not in READABLE:
-        raise TargetsError(f"{path} is {kind} version {version}, expected {FORMAT} version {VERSION}; {REMEDY}")
+    TARGETS.require(path, {"format": str(kind), "version": str(version)})
     lacking = REQUIRED - manifest.keys()
     if lacking:
         raise TargetsError(f"{path} lacks {', '.join(sorted(lacking))}; {REMEDY}")
     return manifest
+
+
+def store_fingerprint(selection: SelectionFile, settings: StoreSettings) -> str:
+    """Of all that the store is made from."""
+    return fingerprint_of(["targets", selection.fingerprint, asdict(settings)])
+
+
+def is_precomputed(folder: Location, selection: SelectionFile, settings: StoreSettings) -> bool:
+    """Whether `folder` holds the finished store of this selection under these settings."""
+    try:
+        return bool(read_manifest(folder)["fingerprint"] == store_fingerprint(selection, settings))
+    except TargetsError:
+        return False
 
 
 def check_files(folder: Location, manifest: dict[str, Any], full: bool) -> None:
@@ -110,36 +152,39 @@ def in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def _entry(path: Location) -> dict[str, Any]:
-    rows, notes = footer(path)
-    entry = {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    if "uses" in notes:
-        entry["uses"] = int(notes["uses"])  # of the pool, in an epoch
-    if "tar.bytes" in notes:
+    header = read_header(path, TARGETS)
+    entry = {"name": path.name, "rows": header.rows, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    if "uses" in header.notes:
+        entry["uses"] = int(header.notes["uses"])  # of the pool, in an epoch
+    if "tar.bytes" in header.notes:
         name = path.with_suffix(".tar").name
-        entry["tar"] = {"name": name, "bytes": int(notes["tar.bytes"]), "sha256": notes["tar.sha256"]}
+        entry["tar"] = {
+            "name": name,
+            "bytes": int(header.notes["tar.bytes"]),
+            "sha256": header.notes["tar.sha256"],
+        }
     return entry
 
 
 def _check_file(folder: Location, file: dict[str, Any], mark: str, full: bool) -> None:
     path = folder / file["name"]
-    for one in (file, *([file["tar"]] if "tar" in file else [])):
-        _check_size(folder / one["name"], one)
-    try:
-        rows, notes = footer(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise TargetsError(f"{path} is not a whole Parquet file ({error}); {REMEDY}") from error
-    if rows != file["rows"]:
-        raise TargetsError(f"{path} has {rows:,} rows, its manifest says {file['rows']:,}; {REMEDY}")
-    if notes.get("fingerprint") != mark:
+    entries = [file, file["tar"]] if "tar" in file else [file]
+    for entry in entries:
+        _check_size(folder / entry["name"], entry)
+    header = read_header(path, TARGETS)
+    written_as = header.notes.get("file", path.stem)
+    if header.rows != file["rows"]:
+        raise TargetsError(f"{path} has {header.rows:,} rows, its manifest says {file['rows']:,}; {REMEDY}")
+    if header.fingerprint != mark:
         raise TargetsError(f"{path} belongs to another store; {REMEDY}")
-    if notes.get("file", path.stem) != path.stem:
-        raise TargetsError(f"{path} was written as {notes['file']}: files were swapped or renamed; {REMEDY}")
-    if "tar" in file and notes.get("tar.sha256") != file["tar"]["sha256"]:
+    if written_as != path.stem:
+        raise TargetsError(f"{path} was written as {written_as}: files were swapped or renamed; {REMEDY}")
+    if "tar" in file and header.notes.get("tar.sha256") != file["tar"]["sha256"]:
         raise TargetsError(f"{path} belongs to another tar than {file['tar']['name']}; {REMEDY}")
-    for one in (file, *([file["tar"]] if "tar" in file else [])) if full else ():
-        if sha256_file(folder / one["name"]) != one["sha256"]:
+    for entry in entries if full else ():
+        if sha256_file(folder / entry["name"]) != entry["sha256"]:
             raise TargetsError(
-                f"{folder / one['name']} is not the file that was written: its checksum differs; {REMEDY}"
+                f"{folder / entry['name']} is not the file that was written: its checksum differs; {REMEDY}"
             )
 
 

@@ -6,16 +6,17 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Sample
 from pipeline.errors import TargetsError
 from pipeline.storage.files import Location, is_local
-from pipeline.targets.layout import REMEDY, Dtype
+from pipeline.storage.tables import fixed_numbers
+from pipeline.targets.files import ITEM, Dtype, record_batches
 from pipeline.targets.manifest import check_files, in_threads, read_manifest
-from pipeline.targets.numbers import normalised, stored_rows
-from pipeline.targets.pool_files import record_batches
 
+CACHED = 1 << 17  # numbers that stay in the processor's cache between the passes over them
 BATCH = 256  # rows with images that are read at a time
 ROWS = 1024  # rows without
 HASHED = 4 << 30  # bytes; larger stores are hashed on request only, their pages and images always
@@ -103,15 +104,15 @@ class TargetsStore:
 
     def batches(self, batch: int = BATCH) -> Iterator[StoredBatch]:
         """All rows in their stored, shuffled order, `batch` at most at a time; constant memory."""
-        for part in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
-            keys, shards, rows, images = (part.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
+        for stored in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
+            keys, shards, rows, images = (stored.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
             yield StoredBatch(
                 samples=[
                     (shard, Sample(row, key, data))
                     for shard, row, key, data in zip(shards, rows, keys, images, strict=True)
                 ],
-                distributions=self._distributions(part),
-                repeats=part.column("repeat").to_numpy(),
+                distributions=self._distributions(stored),
+                repeats=stored.column("repeat").to_numpy(),
             )
 
     def samples(self) -> Iterator[tuple[str, Sample]]:
@@ -140,8 +141,8 @@ class TargetsStore:
 
     def repeats(self) -> NDArray[np.int64]:
         """How often each image is used in an epoch, (N,)."""
-        parts = [part.column(0).to_numpy() for part in self._read("pool", ["repeat"])]
-        return np.concatenate([np.empty(0, np.int64), *parts])
+        repeats = [batch.column(0).to_numpy() for batch in self._read("pool", ["repeat"])]
+        return np.concatenate([np.empty(0, np.int64), *repeats])
 
     def uses(self) -> NDArray[np.int64]:
         """How often the images of each training shard are used in an epoch, (F,)."""
@@ -164,14 +165,14 @@ class TargetsStore:
 
     def labelled(self) -> LabelledTargets:
         """The labelled images' keys, identity, labels and distributions."""
-        parts = list(self._read("labelled", ["key", "shard", "row", "label", "distribution"]))
+        batches = list(self._read("labelled", ["key", "shard", "row", "label", "distribution"]))
         empty = np.empty((0, len(self.class_names)), np.float32)
         return LabelledTargets(
-            keys=[key for part in parts for key in part.column("key").to_pylist()],
-            shard=[name for part in parts for name in part.column("shard").to_pylist()],
-            row=np.concatenate([np.empty(0, np.int64), *(part.column("row").to_numpy() for part in parts)]),
-            labels=np.concatenate([np.empty(0, np.int64), *(part.column("label").to_numpy() for part in parts)]),
-            distributions=np.concatenate([empty, *(self._distributions(part) for part in parts)]),
+            keys=[key for batch in batches for key in batch.column("key").to_pylist()],
+            shard=[name for batch in batches for name in batch.column("shard").to_pylist()],
+            row=np.concatenate([np.empty(0, np.int64), *(batch.column("row").to_numpy() for batch in batches)]),
+            labels=np.concatenate([np.empty(0, np.int64), *(batch.column("label").to_numpy() for batch in batches)]),
+            distributions=np.concatenate([empty, *(self._distributions(batch) for batch in batches)]),
         )
 
     def read_file(self, file: int, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
@@ -187,21 +188,42 @@ class TargetsStore:
             yield from self._read_entry(entry, columns, batch)
 
     def _read_entry(self, entry: dict[str, Any], columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
-        path = self.folder / entry["name"]
-        try:
-            yield from record_batches(path, columns, batch, tar="tar" in entry)
-        except (OSError, pa.ArrowInvalid) as error:
-            again = "" if is_local(path) else "run the same command again; if it stays so, "
-            which = f"{path} or the tar beside it" if "tar" in entry else path
-            raise TargetsError(f"{which} is damaged ({error}); {again}{REMEDY}") from error
+        yield from record_batches(self.folder / entry["name"], columns, batch, tar="tar" in entry)
 
     def _distributions(self, part: pa.RecordBatch) -> NDArray[np.float32]:
         """(n, C) float32, rows sum to 1."""
         return normalised(stored_rows(part.column("distribution"), self.dtype))
 
 
+def stored_rows(column: pa.Array, dtype: Dtype) -> NDArray[Any]:
+    """Distributions as they lie in the store, read only, (n, C), of `dtype`."""
+    return fixed_numbers(column, ITEM[dtype])
+
+
+def normalised(stored: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Float32 rows that sum to 1, (n, C): float16 rows do so only nearly.
+
+    Args:
+        stored: float16 or float32 rows, (n, C).
+        out: gets the result, where it is given.
+    """
+    result = np.empty(stored.shape, np.float32) if out is None else out
+    step = max(1, CACHED // max(stored.shape[1], 1))
+    half = np.empty((min(step, len(stored)), stored.shape[1]), np.float16)
+    for begin in range(0, len(stored), step):
+        rows, block = stored[begin : begin + step], result[begin : begin + step]
+        if stored.dtype == np.float16:
+            # torch has the processor convert float16, NumPy takes 30 times as long; a copy, as torch wants to write.
+            np.copyto(half[: len(rows)], rows)
+            torch.from_numpy(block).copy_(torch.from_numpy(half[: len(rows)]))
+        else:
+            np.copyto(block, rows)
+        block /= block.sum(axis=1, keepdims=True)
+    return result
+
+
 def _difference(found: Sequence[str], expected: Sequence[str]) -> str:
     if len(found) != len(expected):
         return f"{len(found)} classes, expected {len(expected)}"
-    at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-    return f"class {at} is {found[at]!r}, expected {expected[at]!r}; run `mpl precompute` again"
+    label = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    return f"class {label} is {found[label]!r}, expected {expected[label]!r}; run `mpl precompute` again"

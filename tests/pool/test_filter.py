@@ -8,12 +8,12 @@ import pytest
 
 from pipeline.errors import DataError, UsageError
 from pipeline.pool.copies.index import CopyIndex
-from pipeline.pool.filter import Rules, filter_pool, is_filtered
+from pipeline.pool.filter import filter_pool, is_filtered
 from pipeline.pool.infer import log_odds
-from pipeline.pool.parts import part_path
 from pipeline.pool.repeats import find_repeats, hash_texts
 from pipeline.pool.score import score_shard
-from pipeline.pool.scored import open_scored
+from pipeline.pool.scores import open_scored, shard_file
+from pipeline.pool.selection import Rules
 
 
 @pytest.fixture
@@ -71,6 +71,8 @@ def test_every_image_is_accounted_for(dirty_pool, scorer, tmp_path, assign, floo
     assert result.kept == len(kept)
     assert len(out) == len(rejected)
     copies = {("pool-a", 11), ("pool-a", 12)}
+    floor_odds = np.log(floor / (1 - floor)) if floor else -np.inf
+    lines = {row["class"]: row["log_odds"] for row in selection if row["rank"] == k - 1}  # of the classes that are full
     for place, said in told.items():
         reason = out[place]["reason"] if place in out else None
         if isinstance(said, str):
@@ -78,12 +80,24 @@ def test_every_image_is_accounted_for(dirty_pool, scorer, tmp_path, assign, floo
         elif place in copies:
             assert (reason, out[place]["match"]) == ("eval_copy", f"t/{place[1] - 11}")
             assert out[place]["similarity"] > 0.95
+            assert out[place]["mirrored"] is False
         elif isinstance(said, tuple):
             assert (reason, out[place]["match"]) == ("repeat_of", f"{said[0]}/{said[1]}")
         elif place in out:
             low = 1 / (1 + np.exp(-said.max())) < floor
             assert reason == ("below_probability" if low else "below_k")
-            assert out[place]["detail"].split(":")[0] in scorer.class_names
+            gaps = {c: said[c] - line for c, line in lines.items() if said[c] >= floor_odds}
+            nearest = int(said.argmax()) if low or assign == "argmax" else max(gaps, key=gaps.get)
+            assert out[place]["class"] == nearest
+            assert out[place]["log_odds"] == pytest.approx(said[nearest], rel=1e-4, abs=1e-5)
+            assert out[place]["needed"] == pytest.approx(floor_odds if low else lines[nearest])
+            assert out[place]["log_odds"] <= out[place]["needed"]
+        if isinstance(said, str | tuple) or place in copies:
+            assert {out[place][name] for name in ("class", "log_odds", "needed")} == {None}
+        if not isinstance(said, str) and place in out:
+            assert out[place]["detail"] is None
+        if place in out and place not in copies:
+            assert out[place]["mirrored"] is None
     for c in range(4):
         able = {
             place: said[c]
@@ -169,17 +183,17 @@ def test_scores_that_are_missing_or_foreign(dirty_pool, make_shards, shard_of, t
         open_scored([shards[0], shards[0]], folder, "f")
     with pytest.raises(DataError, match="no shard"):
         open_scored([], folder, "f")
-    part_path(folder, "pool-b").unlink()
+    shard_file(folder, "pool-b").unlink()
     with pytest.raises(DataError, match=r"3 shards, 1 are missing in .* \(pool-b\)"):
         open_scored(shards, folder, "f")
-    shutil.copy(part_path(folder, "pool-a"), part_path(folder, "pool-b"))
+    shutil.copy(shard_file(folder, "pool-a"), shard_file(folder, "pool-b"))
     with pytest.raises(DataError, match="score it again"):
         open_scored(shards, folder, "f")
 
 
 def test_a_damaged_page_is_found(dirty_pool, tmp_path):
     _shards, pool = dirty_pool
-    path = part_path(tmp_path / "scores", "pool-b")
+    path = shard_file(tmp_path / "scores", "pool-b")
     data = bytearray(path.read_bytes())
     at = data.find(pq.read_table(path).column("log_odds").combine_chunks().buffers()[1].to_pybytes()[40:80])
     data[at] ^= 1

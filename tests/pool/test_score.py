@@ -11,20 +11,22 @@ from torch import nn
 from pipeline.errors import DataError, RunError
 from pipeline.pool.copies.index import CopyIndex, default_threshold
 from pipeline.pool.infer import log_odds
-from pipeline.pool.parts import part_path, part_schema, read_info, read_part
-from pipeline.pool.score import is_scored, score_shard
+from pipeline.pool.score import score_shard
+from pipeline.pool.scores import is_scored, read_scores, read_shard_scores, score_schema, shard_file
 from pipeline.storage.tables import fixed_numbers
 
 
 def read_log_odds(path):
-    return np.concatenate([fixed_numbers(batch.column(0), "<f4") for batch in read_part(read_info(path), ["log_odds"])])
+    return np.concatenate(
+        [fixed_numbers(batch.column(0), "<f4") for batch in read_scores(read_shard_scores(path), ["log_odds"])]
+    )
 
 
 def test_every_row_is_scored_as_the_model_says(make_shards, scorer, images_of, tmp_path):
     shard = make_shards([30])[0]
     told = []
     counts = score_shard(shard, scorer, tmp_path, fingerprint="f", progress=lambda images: told.append(images))
-    path = part_path(tmp_path, shard.name)
+    path = shard_file(tmp_path, shard.name)
     expected = log_odds(scorer.logits(images_of(30, 0))).numpy()
     np.testing.assert_allclose(read_log_odds(path), expected, rtol=1e-5, atol=1e-5)
     table = pq.read_table(path)
@@ -48,7 +50,7 @@ def test_bad_images_and_bad_logits_keep_their_rows(make_shards, scorer, shard_of
     files[2], files[5], files[6] = b"", b"\x89PNG nonsense", files[6][:50]
     dirty = shard_of("dirty", tuple(files), first=40)
     score_shard(dirty, replace(scorer, model=Broken(), mean=(-20, -20, -20)), tmp_path, fingerprint="f")
-    table = pq.read_table(part_path(tmp_path, "dirty"))
+    table = pq.read_table(shard_file(tmp_path, "dirty"))
     status = table.column("status").to_pylist()
     assert status[2] == "empty"
     assert status[5] == status[6] == "decode_error"
@@ -63,7 +65,7 @@ def test_the_same_bytes_again(make_shards, scorer, tmp_path):
     shard = make_shards([50])[0]
     for folder, workers in (("a", 1), ("b", 4)):
         score_shard(shard, replace(scorer, threads=workers), tmp_path / folder, fingerprint="f")
-    assert part_path(tmp_path / "a", shard.name).read_bytes() == part_path(tmp_path / "b", shard.name).read_bytes()
+    assert shard_file(tmp_path / "a", shard.name).read_bytes() == shard_file(tmp_path / "b", shard.name).read_bytes()
 
 
 def test_done_means_whole_and_of_these_inputs(make_shards, scorer, shard_of, tmp_path):
@@ -73,7 +75,7 @@ def test_done_means_whole_and_of_these_inputs(make_shards, scorer, shard_of, tmp
     assert is_scored(shard, tmp_path, "f")
     assert not is_scored(shard, tmp_path, "another teacher")
     assert not is_scored(shard_of(shard.name, shard.files[:-1]), tmp_path, "f")
-    path = part_path(tmp_path, shard.name)
+    path = shard_file(tmp_path, shard.name)
     path.write_bytes(path.read_bytes()[:-20])
     assert not is_scored(shard, tmp_path, "f")
     path.write_bytes(b"")
@@ -117,7 +119,7 @@ def test_copies_are_written_with_their_match(make_shards, scorer, images_of, tmp
     shard = make_shards([20])[0]
     index = CopyIndex(images_of(20, 0)[[4, 17]], ["test/t/0", "test/t/1"])
     score_shard(shard, scorer, tmp_path, fingerprint="f", copies=index)
-    table = pq.read_table(part_path(tmp_path, shard.name))
+    table = pq.read_table(shard_file(tmp_path, shard.name))
     similarity = np.array(table.column("similarity").to_pylist())
     assert np.flatnonzero(similarity >= default_threshold(8)).tolist() == [4, 17]
     assert table.column("match").to_pylist()[4] == "test/t/0"
@@ -128,8 +130,8 @@ def test_names_that_are_no_file_names(scorer, shard_of, make_shards, tmp_path):
     name = "../a b/c%2F☃"
     score_shard(shard_of(name, make_shards([3])[0].files), scorer, tmp_path, fingerprint="f")
     (path,) = tmp_path.iterdir()
-    assert path == part_path(tmp_path, name)
-    assert read_info(path).shard == name
+    assert path == shard_file(tmp_path, name)
+    assert read_shard_scores(path).shard == name
 
 
 def test_no_row_at_all(scorer, shard_of, tmp_path):
@@ -144,7 +146,6 @@ def test_a_file_that_is_no_part(tmp_path, change):
     if change == "text":
         path.write_text("hello")
     else:
-        schema = part_schema("x", "f", ["a", "b"], 3)
-        pq.write_table(schema.remove_metadata().empty_table(), path)
+        pq.write_table(score_schema(2, 3).empty_table(), path)
     with pytest.raises(DataError, match=r"part-x\.parquet"):
-        read_info(path)
+        read_shard_scores(path)

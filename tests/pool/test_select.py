@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DataError, UsageError
-from pipeline.pool.select import buffer as best
-from pipeline.pool.select import scan
+from pipeline.pool.select import buffer, scan
 from pipeline.pool.select import top_k as select
 from pipeline.pool.select.buffer import Packed, Paired
 from pipeline.pool.select.top_k import TopK, float32_floor, select_top_k, upsample
@@ -20,9 +19,9 @@ from pipeline.pool.select.top_k import TopK, float32_floor, select_top_k, upsamp
 ROWWISE = {"STRETCH": 40, "LOOK": 16, "LEAST_THREADED": 1, "PENDING": 9, "PENDING_PER_CLASS": 0, "BATCH": 4}
 WAYS = {
     "as it is": {},
-    "by class": {"DENSE": -1.0, "LEAST_DENSE": -1, "ROWS_DENSE": 7},
-    "by row": {"DENSE": 2.0} | ROWWISE,
-    "in turns": {"DENSE": 0.3, "LEAST_DENSE": 1, "ROWS_DENSE": 5} | ROWWISE,
+    "by class": {"BY_CLASS": -1.0, "LEAST_BY_CLASS": -1, "ROWS_BY_CLASS": 7},
+    "by row": {"BY_CLASS": 2.0} | ROWWISE,
+    "in turns": {"BY_CLASS": 0.3, "LEAST_BY_CLASS": 1, "ROWS_BY_CLASS": 5} | ROWWISE,
 }
 SMALL_BLOCKS = {"BLOCK": 24, "BLOCK_TRANSPOSED": 40, "STRIP": 4}
 
@@ -34,7 +33,7 @@ def taken(way):
         if WAYS[way]:
             stack.enter_context(mock.patch.multiple(select, **WAYS[way]))
             stack.enter_context(mock.patch.multiple(scan, **SMALL_BLOCKS))
-            stack.enter_context(mock.patch.object(best, "LEAST_ROOM", 1))
+            stack.enter_context(mock.patch.object(buffer, "LEAST_ROOM", 1))
         yield
 
 
@@ -201,7 +200,7 @@ def test_memory_does_not_grow_with_the_stream():
     random = np.random.RandomState(0)
     for at in range(60):
         state.add(np.arange(at * 5000, (at + 1) * 5000), random.rand(5000, 4).astype(np.float32))
-        assert sum(one.buffer.nbytes for one in state.best) <= 4 * (24 * 100 + 8 * best.LEAST_ROOM)
+        assert sum(each.slots.nbytes for each in state.buffers) <= 4 * (24 * 100 + 8 * buffer.LEAST_ROOM)
         assert state._waiting <= select.PENDING
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.data.readers.digits import digits_shards
+from pipeline.storage.files import fingerprint
 
 IMAGES, BELOW = 9, 3
 
@@ -113,14 +114,10 @@ def test_the_page_shows_what_the_files_hold(mpl, run) -> None:
 
 def test_those_below_the_line_are_rejected_and_the_nearest(mpl, run) -> None:
     page = report(mpl, run, "--images", IMAGES)
-    parsed = [
-        (row, *re.fullmatch(r"(\d): log-odds (\S+), needs (\S+)", row["detail"]).groups()) for row in rejects(run)
-    ]
+    lost = rejects(run)
     seen = 0
     for c in range(10):
-        near = sorted(
-            (float(need) - float(own), row["shard"], row["row"]) for row, name, own, need in parsed if name == str(c)
-        )
+        near = sorted((row["needed"] - row["log_odds"], row["shard"], row["row"]) for row in lost if row["class"] == c)
         tiles = [tile for tile in page.of("below_k") if tile["data-class"] == str(c)]
         assert [(t["data-shard"], int(t["data-row"])) for t in tiles] == [place[1:] for place in near[:BELOW]]
         seen += len(tiles)
@@ -188,11 +185,12 @@ def test_copies_stand_beside_their_match(mpl, run) -> None:
     rows = pq.read_table(path).to_pylist()
     copy, repeat, broken = rows[0]["row"], rows[1]["row"], rows[2]["row"]
     changes = {
-        copy: {"reason": "eval_copy", "detail": "mirrored", "similarity": 0.875, "match": "test/test/7"},
-        repeat: {"reason": "repeat_of", "detail": None, "similarity": 1.0, "match": "pool-00000/5"},
+        copy: {"reason": "eval_copy", "mirrored": True, "similarity": 0.875, "match": "test/test/7"},
+        repeat: {"reason": "repeat_of", "similarity": 1.0, "match": "pool-00000/5"},
         broken: {"reason": "decode_error", "detail": "OSError: <b>cut</b>"},
     }
-    rewrite(path, lambda row: row | changes.get(row["row"], {}))
+    above = {"class": None, "log_odds": None, "needed": None}
+    rewrite(path, lambda row: row | above | changes[row["row"]] if row["row"] in changes else row)
     record = json.loads((run / "filter/record.json").read_text())
     page = report(mpl, run)
     pool, (test,) = digits_shards("pool", False), digits_shards("test", True)
@@ -205,6 +203,48 @@ def test_copies_stand_beside_their_match(mpl, run) -> None:
     assert "0.875 mirrored" in page.texts
     assert "OSError: <b>cut</b>" in page.texts
     assert any(f"record counts {record['result']['rejected']}" in text for text in page.texts)
+
+
+def as_before(run: Path) -> None:
+    """Put rejected/ and the record of `filter` back into what the version before wrote: numbers in a sentence."""
+    for path in (run / "rejected").glob("*.parquet"):
+        table = pq.read_table(path)
+        rows = [
+            row | {"detail": f"{row['class']}: log-odds {row['log_odds']:.4f}, needs {row['needed']:.4f}"}
+            for row in table.to_pylist()
+        ]
+        schema = pa.schema([table.schema.field(name) for name in ("key", "shard", "row", "reason", "detail",
+                                                                 "similarity", "match")])  # fmt: skip
+        metadata = {**table.schema.metadata, b"mpl.version": b"1"}
+        pq.write_table(pa.Table.from_pylist(rows, schema).replace_schema_metadata(metadata), path)
+    path = run / "filter/record.json"
+    record = json.loads(path.read_text())
+    del record["basis"]["rejected_format"]
+    path.write_text(json.dumps(record | {"fingerprint": fingerprint(record["basis"])}))
+
+
+def test_rejects_of_the_version_before_are_made_again_from_the_same_scores(mpl, run) -> None:
+    """The page says what to run; `mpl filter` does it without the teacher, and the targets stay fresh."""
+    wanted = {path: path.read_bytes() for path in [run / "selection.parquet", *(run / "rejected").iterdir()]}
+    scores = {path: path.stat().st_mtime_ns for path in (run / "scores").iterdir()}
+    before = report(mpl, run)
+    as_before(run)
+    page = report(mpl, run)
+    assert page.of("kept") == before.of("kept")
+    assert not page.of("below_k")
+    (note,) = (text for text in page.texts if "version 1" in text)
+    assert "2 of 2 files of rejected/ cannot be used" in note
+    assert "run mpl filter, which makes rejected/ again from the same scores, without the teacher" in note
+    assert "already done" in mpl("precompute", "--run", run).err
+    outcome = mpl("filter", "--run", run)
+    assert outcome.status == 0
+    assert "filter: made again: rejected_format: None → 2" in outcome.err
+    assert "images a second" not in outcome.err
+    assert {path: path.read_bytes() for path in wanted} == wanted
+    assert {path: path.stat().st_mtime_ns for path in scores} == scores
+    for stage in ("filter", "precompute", "train-reduced"):
+        assert "already done" in mpl(stage, "--run", run).err
+    assert report(mpl, run).tiles == before.tiles
 
 
 def test_without_the_pool_the_page_has_no_pictures_and_says_so(mpl, run) -> None:

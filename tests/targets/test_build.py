@@ -8,19 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, RunError
-from pipeline.pool.filter import Rules, filter_pool
+from pipeline.pool.filter import filter_pool
 from pipeline.pool.score import score_shard
-from pipeline.pool.scored import open_scored
-from pipeline.pool.selection import read_selection
+from pipeline.pool.scores import open_scored
+from pipeline.pool.selection import Rules, read_selection
 from pipeline.storage.workers import WorkFailed
 from pipeline.targets import TargetsStore
-from pipeline.targets.build import (
-    StoreSettings,
-    check_targets,
-    distinct_images,
-    is_precomputed,
-    precompute,
-)
+from pipeline.targets.build import Ingredients, check_targets, precompute
+from pipeline.targets.manifest import StoreSettings, is_precomputed
+from pipeline.targets.spill import distinct_images
 
 SETTINGS = StoreSettings(teacher="t", labelled="l", shard_rows=13)
 
@@ -47,8 +43,8 @@ def labelled(make_shards):
 
 def run(folder, selected, labelled, scorer, settings=SETTINGS, **changes):
     shards, pool, selection = selected
-    arguments = {"scores": pool, "preprocessing": {"size": 16}} | changes
-    return precompute(folder, selection, shards, labelled, scorer, settings, **arguments)
+    ingredients = Ingredients(selection, shards, labelled, scorer, **{"scores": pool} | changes)
+    return precompute(folder, ingredients, settings, preprocessing={"size": 16})
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -15,21 +15,20 @@ from upath import UPath
 
 from pipeline.errors import TargetsError
 from pipeline.storage.tables import fixed_binary
-from pipeline.targets import (
-    MANIFEST,
-    TargetsStore,
+from pipeline.targets import TargetsStore
+from pipeline.targets.files import (
     file_is_done,
     labelled_schema,
     pool_file_is_done,
     pool_schema,
+    record_batches,
     remove_foreign,
-    write_manifest,
+    suffix,
     write_pool_file,
     write_targets,
 )
-from pipeline.targets.numbers import normalised
-from pipeline.targets.pool_files import record_batches
-from pipeline.targets.tar import suffix
+from pipeline.targets.manifest import MANIFEST, Origin, write_manifest
+from pipeline.targets.store import normalised
 
 NAMES = ("ant", "bee", "cat")
 FORMATS = ("parquet", "webdataset")
@@ -39,7 +38,7 @@ def random_distributions(rows, seed):
     return np.random.RandomState(seed).dirichlet(np.full(len(NAMES), 0.3), rows)
 
 
-def pool_table(file, count, dtype="float16", fingerprint="f", image=None):
+def pool_table(file, count, dtype="float16", image=None):
     """A training shard of random numbers, and its distributions as they went in."""
     q = random_distributions(count, file)
     image = image or (lambda at: b"image %d %d" % (file, at))
@@ -54,7 +53,7 @@ def pool_table(file, count, dtype="float16", fingerprint="f", image=None):
             "repeat": np.arange(count) + 1,
         }
     )
-    return table.cast(pool_schema(3, dtype, fingerprint)), q
+    return table.cast(pool_schema(3, dtype)), q
 
 
 def write_store(folder, dtype="float16", rows=(5, 4), labelled=6, format="parquet"):
@@ -63,7 +62,7 @@ def write_store(folder, dtype="float16", rows=(5, 4), labelled=6, format="parque
     for file, count in enumerate(rows):
         table, q = pool_table(file, count, dtype)
         wanted.append(q)
-        write_pool_file(folder, file, table, format)
+        write_pool_file(folder, file, table, "f", format)
     q = random_distributions(labelled, 99)
     table = pa.table(
         {
@@ -74,16 +73,8 @@ def write_store(folder, dtype="float16", rows=(5, 4), labelled=6, format="parque
             "distribution": fixed_binary(q.astype(dtype)),
         }
     )
-    write_targets(folder / "labelled-00000.parquet", table.cast(labelled_schema(3, dtype, "f")))
-    write_manifest(
-        folder,
-        fingerprint="f",
-        teacher="t" * 64,
-        class_names=NAMES,
-        dtype=dtype,
-        preprocessing={"size": 8},
-        more={},
-    )
+    write_targets(folder / "labelled-00000.parquet", table.cast(labelled_schema(3, dtype)), "f")
+    write_manifest(folder, Origin("f", "t" * 64, NAMES, dtype, {"size": 8}), {})
     return np.concatenate(wanted), q
 
 
@@ -142,10 +133,8 @@ def test_tiny_probabilities_survive_float16(tmp_path):
             "repeat": [1],
         }
     )  # fmt: skip
-    write_targets(tmp_path / "pool-00000.parquet", table.cast(pool_schema(3, "float16", "f")))
-    write_manifest(
-        tmp_path, fingerprint="f", teacher="t", class_names=NAMES, dtype="float16", preprocessing={}, more={}
-    )
+    write_targets(tmp_path / "pool-00000.parquet", table.cast(pool_schema(3, "float16")), "f")
+    write_manifest(tmp_path, Origin("f", "t", NAMES, "float16", {}), {})
     assert TargetsStore.open(tmp_path).distributions().tolist() == [[0.0, 1.0, 0.0]]
 
 
@@ -178,7 +167,7 @@ def test_the_tar_is_one_that_others_read(tmp_path):
         return buffer.getvalue()
 
     table, _ = pool_table(3, len(kinds), image=image)
-    write_pool_file(tmp_path, 3, table, "webdataset")
+    write_pool_file(tmp_path, 3, table, "f", "webdataset")
     path = tmp_path / "pool-00003.tar"
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
@@ -193,7 +182,7 @@ def test_the_tar_is_one_that_others_read(tmp_path):
     assert sidecar.drop(["bytes", "crc32"]).equals(table.drop(["image"]))
     assert sidecar.schema.metadata[b"mpl.tar.sha256"].decode() == hashlib.sha256(path.read_bytes()).hexdigest()
     again = tmp_path / "again"
-    write_pool_file(again, 3, table, "webdataset")
+    write_pool_file(again, 3, table, "f", "webdataset")
     for name in ("pool-00003.tar", "pool-00003.parquet"):
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
 
@@ -203,7 +192,7 @@ def test_images_of_any_length_lie_where_they_are_looked_for(tmp_path, batch):
     """At the edges of a tar's blocks of 512 bytes, too."""
     lengths = (512, 0, 511, 513, 1024, 1, 1536)
     table, _ = pool_table(0, len(lengths), image=lambda at: bytes([65 + at]) * lengths[at])
-    write_pool_file(tmp_path, 0, table, "webdataset")
+    write_pool_file(tmp_path, 0, table, "f", "webdataset")
     found = [
         image
         for part in record_batches(tmp_path / "pool-00000.parquet", ["image"], batch, tar=True)
@@ -270,7 +259,7 @@ def state_sizes(folder):
 
 
 def put_a_file_of_another_store(folder):
-    write_targets(folder / "pool-00000.parquet", pool_table(0, 5, fingerprint="g")[0])
+    write_targets(folder / "pool-00000.parquet", pool_table(0, 5)[0], "g")
 
 
 def remove_the_manifest(folder):
@@ -358,7 +347,7 @@ def test_a_sidecar_of_another_tar_is_noticed(tmp_path):
     """The shard was made again with other images; its sidecar is of the former."""
     write_store(tmp_path, format="webdataset")
     new = tmp_path / "new"
-    write_pool_file(new, 0, pool_table(0, 5, image=lambda at: b"other %d %d" % (0, at))[0], "webdataset")
+    write_pool_file(new, 0, pool_table(0, 5, image=lambda at: b"other %d %d" % (0, at))[0], "f", "webdataset")
     (new / "pool-00000.parquet").rename(tmp_path / "pool-00000.parquet")
     state_sizes(tmp_path)
     with pytest.raises(TargetsError, match=r"belongs to another tar than pool-00000\.tar"):
@@ -405,7 +394,7 @@ def test_whole_files_of_this_store_are_done(folder, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_not_this_stores_is_removed(folder, format):
     write_store(folder, rows=(5, 4, 3, 2), format=format)
-    write_pool_file(folder, 2, pool_table(2, 3, fingerprint="g")[0], format)
+    write_pool_file(folder, 2, pool_table(2, 3)[0], "g", format)
     cut_a_file(folder)
     kept = {"pool-00000", "pool-00003", "labelled-00000"}
     remove_foreign(folder, "f", format)
@@ -419,7 +408,8 @@ def test_a_store_of_the_former_version_is_read(tmp_path):
     write_store(tmp_path)
     for path in tmp_path.glob("*.parquet"):
         table = pq.read_table(path)
-        pq.write_table(table.replace_schema_metadata({"mpl.fingerprint": "f"}), path)
+        header = {"mpl.format": "mpl-targets", "mpl.version": "1", "mpl.fingerprint": "f"}
+        pq.write_table(table.replace_schema_metadata(header), path)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     for file in manifest["pool"]["files"] + manifest["labelled"]["files"]:
         data = (tmp_path / file["name"]).read_bytes()

@@ -22,15 +22,10 @@ from pipeline.errors import DataError, TargetsError
 from pipeline.models import build_network
 from pipeline.seeds import permutation
 from pipeline.storage.tables import fixed_binary
-from pipeline.targets import (
-    TargetsStore,
-    labelled_schema,
-    pool_schema,
-    write_manifest,
-    write_pool_file,
-    write_targets,
-)
-from pipeline.targets import shards as shards_module
+from pipeline.targets import TargetsStore
+from pipeline.targets import stream as stream_module
+from pipeline.targets.files import labelled_schema, pool_schema, write_pool_file, write_targets
+from pipeline.targets.manifest import Origin, write_manifest
 from pipeline.targets.stream import StreamedPool
 from pipeline.teachers import FixedTargets
 from pipeline.training import Interrupted, Journal, Training
@@ -64,11 +59,11 @@ def write_pool(folder, rows=ROWS, format="parquet", images=None, dtype="float16"
                 "repeat": repeats(count, file),
             }
         )
-        write_pool_file(folder, file, table.cast(pool_schema(2, dtype, "f")), format)
+        write_pool_file(folder, file, table.cast(pool_schema(2, dtype)), "f", format)
         begin += count
     nothing = pa.table({name: [] for name in ("key", "shard", "row", "label", "distribution")})
-    write_targets(folder / "labelled-00000.parquet", nothing.cast(labelled_schema(2, dtype, "f")))
-    write_manifest(folder, fingerprint="f", teacher="t", class_names=("a", "b"), dtype=dtype, preprocessing={}, more={})
+    write_targets(folder / "labelled-00000.parquet", nothing.cast(labelled_schema(2, dtype)), "f")
+    write_manifest(folder, Origin("f", "t", ("a", "b"), dtype, {}), {})
     return TargetsStore.open(folder)
 
 
@@ -231,9 +226,9 @@ def test_slices_of_ranks_make_up_the_batch(store, ranks):
 
 def test_a_rank_decodes_its_slice_alone(store, monkeypatch):
     decoded = []
-    work = shards_module.TrainingShard.take
+    work = stream_module.TrainingShard.take
     monkeypatch.setattr(
-        shards_module.TrainingShard, "take", lambda shard, rows: decoded.extend(rows) or work(shard, rows)
+        stream_module.TrainingShard, "take", lambda shard, rows: decoded.extend(rows) or work(shard, rows)
     )
     with StreamedPool(store, SIZE, workers=0) as pool:
         for step in range(4):
@@ -246,7 +241,7 @@ def test_two_training_shards_are_in_memory_at_most(tmp_path, monkeypatch, worker
     """Whatever is drawn; and each is read once an epoch, in turn, and by a resumed run from where it stands."""
     store = write_pool(tmp_path, rows=(5,) * 12)
     alive, most, reads = weakref.WeakSet(), [], []
-    read = shards_module.read_shard
+    read = stream_module.read_shard
 
     def counting(store, file):
         most.append(len(alive))
@@ -255,7 +250,7 @@ def test_two_training_shards_are_in_memory_at_most(tmp_path, monkeypatch, worker
         alive.add(shard)
         return shard
 
-    monkeypatch.setattr(shards_module, "read_shard", counting)
+    monkeypatch.setattr(stream_module, "read_shard", counting)
     length = int(store.uses().sum())
     with StreamedPool(store, SIZE, workers=workers) as pool:
         for step in range(length // 3):

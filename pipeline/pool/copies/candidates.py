@@ -115,9 +115,9 @@ class Thumbnails:
             )
             for look in LOOKS
         ]
-        for at in range(0, len(grey), 1024):
+        for begin in range(0, len(grey), 1024):
             for look, index in zip(LOOKS, self._indexes, strict=True):
-                index.add(thumbnails(grey[at : at + 1024], look.windows).reshape(-1, WIDTH))
+                index.add(thumbnails(grey[begin : begin + 1024], look.windows).reshape(-1, WIDTH))
 
     def __getstate__(self) -> list[NDArray[np.uint8]]:
         return [load_faiss().serialize_index(index) for index in self._indexes]
@@ -131,24 +131,24 @@ class Thumbnails:
         load_faiss().omp_set_num_threads(torch.get_num_threads())
         queries, order, sign, sources = _questions()
         seen = thumbnails(grey, queries)
-        found, at = [], 0
+        results, first = [], 0
         for look, searched in zip(LOOKS, self._indexes, strict=True):
-            to = at + len(look.turns)
-            sought = np.take_along_axis(seen[:, sources[at:to]], order[None, at:to], 2) * sign[at:to]  # (n, T, WIDTH)
+            mine = slice(first, first + len(look.turns))
+            sought = np.take_along_axis(seen[:, sources[mine]], order[None, mine], 2) * sign[mine]  # (n, T, WIDTH)
             score, place = searched.search(sought.reshape(-1, WIDTH), min(look.nearest, searched.ntotal))
             which = np.array([WINDOWS.index(window) for window in look.windows])[place % len(look.windows)]
             turns = np.tile(look.turns, n)[:, None].repeat(place.shape[1], 1)
             alike = (place >= 0) & (score >= look.likely * NORM**2)
             above = np.where(place >= 0, score - look.likely * NORM**2, -np.inf)
             columns = (place // len(look.windows), which, turns, alike, above)
-            found.append([torch.from_numpy(x.reshape(n, -1)) for x in columns])
-            at = to
-        index, window, turn, likely, margin = (torch.cat(column, 1) for column in zip(*found, strict=True))
+            results.append([torch.from_numpy(x.reshape(n, -1)) for x in columns])
+            first = mine.stop
+        index, window, turn, likely, margin = (torch.cat(column, 1) for column in zip(*results, strict=True))
         return _distinct(index, window, turn, likely, margin, wanted)
 
 
 def _distinct(index: Tensor, window: Tensor, turn: Tensor, likely: Tensor, margin: Tensor, wanted: int) -> Candidates:
-    """The best of every evaluation image among (n, k) found; equal ones in the order of the evaluation images."""
+    """The best of every evaluation image among (n, k); equal ones in the order of the evaluation images."""
     order = index.argsort(dim=1, stable=True)
     order = order.gather(1, margin.gather(1, order).argsort(dim=1, descending=True, stable=True))
     index, window, turn, likely = (x.gather(1, order) for x in (index, window, turn, likely))

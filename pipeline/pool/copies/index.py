@@ -96,22 +96,22 @@ class CopyIndex:
             index, similarity, mirrored = self._small.find(images)
             return Matches(index, similarity.round(DECIMALS).astype(np.float32), mirrored)
         grey = luminance(images)
-        found = self._thumbnails.candidates(grey, CANDIDATES)
-        alike = self._compared(torch.from_numpy(grey), found)  # (n, m)
+        candidates = self._thumbnails.candidates(grey, CANDIDATES)
+        alike = self._compared(torch.from_numpy(grey), candidates)  # (n, m)
         best = alike.argmax(1, keepdim=True)
         return Matches(
-            found.index.gather(1, best)[:, 0].numpy(),
+            candidates.index.gather(1, best)[:, 0].numpy(),
             alike.gather(1, best)[:, 0].numpy(),
-            MIRRORED[found.turn.gather(1, best)[:, 0]].numpy(),
+            MIRRORED[candidates.turn.gather(1, best)[:, 0]].numpy(),
         )
 
-    def _compared(self, grey: Tensor, found: Candidates) -> Tensor:
+    def _compared(self, grey: Tensor, candidates: Candidates) -> Tensor:
         """Similarity, (n, m), of the likely candidates; 0 of the others."""
-        result = torch.zeros(found.likely.shape)
-        image, rank = found.likely.nonzero(as_tuple=True)
-        for at in range(0, len(image), TOGETHER):
-            i, r = image[at : at + TOGETHER], rank[at : at + TOGETHER]
-            of, window, turn = found.index[i, r], found.window[i, r], found.turn[i, r]
+        result = torch.zeros(candidates.likely.shape)
+        image, rank = candidates.likely.nonzero(as_tuple=True)
+        for begin in range(0, len(image), TOGETHER):
+            i, r = image[begin : begin + TOGETHER], rank[begin : begin + TOGETHER]
+            of, window, turn = candidates.index[i, r], candidates.window[i, r], candidates.turn[i, r]
             pairs = Pairs(
                 torch.from_numpy(self._grey[of.numpy()]).float(),
                 turned(grey[i].float(), turn),

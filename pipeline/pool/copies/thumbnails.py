@@ -21,7 +21,7 @@ SIDE = 32  # pixels at which images are compared; others are brought to it
 LUMA = (77, 150, 29)  # of 256; ITU-R BT.601
 SAMPLES = 16  # of a window each way
 FREQUENCIES = 7  # each way; of these, the ones nearer than 7 to the mean
-WIDTH = 48  # of a thumbnail: 42 numbers, and noughts for the sake of vector instructions
+WIDTH = 48  # of a thumbnail: 42 numbers, and zeros for the sake of vector instructions
 NORM = 127  # of a thumbnail
 SCALE = 4096  # of the whole numbers that stand for a window's cosines
 LEAST = 1.0  # grey levels of deviation, roughly, below which a window is flat and resembles nothing
@@ -42,30 +42,30 @@ def luminance(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     weights, total = _resampling(size)
     result = np.empty((len(images), SIDE, SIDE), np.uint8)
     step = max(1, (1 << 20) // (size * size))
-    for at in range(0, len(images), step):
-        part = images[at : at + step]
+    for begin in range(0, len(images), step):
+        part = images[begin : begin + step]
         grey = part[..., 0] * np.uint16(LUMA[0])
         grey += part[..., 1] * np.uint16(LUMA[1])
         grey += part[..., 2] * np.uint16(LUMA[2])
         if size == SIDE:
-            result[at : at + step] = (grey + np.uint16(128)) >> 8
+            result[begin : begin + step] = (grey + np.uint16(128)) >> 8
         else:
             small = weights @ torch.from_numpy(grey.astype(np.float64)) @ weights.T
             small = (small / (256 * total * total)).round().clamp(0, 255)
-            result[at : at + step] = small.to(torch.uint8).numpy()
+            result[begin : begin + step] = small.to(torch.uint8).numpy()
     return result
 
 
 def thumbnails(grey: NDArray[np.uint8], windows: tuple[Window, ...]) -> NDArray[np.float32]:
-    """Of windows of (n, 32, 32) uint8: (n, W, 48), whole numbers, of norm 127; nought if flat."""
+    """Of windows of (n, 32, 32) uint8: (n, W, 48), whole numbers, of norm 127; zero if flat."""
     lines, pairs = _lines(windows)
     low, weight = frequencies()
     rows = lines @ torch.from_numpy(grey).double()[:, None]  # (n, L, 7, 32)
-    found = torch.stack([(rows[:, down] @ lines[across].T).flatten(1)[:, low] for across, down in pairs], 1) * weight
-    norm = torch.linalg.vector_norm(found, dim=2, keepdim=True)
+    values = torch.stack([(rows[:, down] @ lines[across].T).flatten(1)[:, low] for across, down in pairs], 1) * weight
+    norm = torch.linalg.vector_norm(values, dim=2, keepdim=True)
     flat = norm < LEAST * SCALE**2 * SAMPLES
     result = torch.zeros(len(grey), len(windows), WIDTH)
-    result[:, :, : len(low)] = torch.where(flat, 0.0, found * (NORM / norm.clamp_min(1e-9))).round()
+    result[:, :, : len(low)] = torch.where(flat, 0.0, values * (NORM / norm.clamp_min(1e-9))).round()
     return result.numpy()
 
 

@@ -35,8 +35,8 @@ class Packed:
         low, high = (int(rows.min()), int(rows.max())) if rows.size else (0, 0)
         if high - low >= SPAN:
             return Paired()
-        around = low - (SPAN - 1 - (high - low)) // 2
-        return cls(0 if low >= 0 and high < SPAN else min(max(around, -(2**63)), 2**63 - SPAN))
+        base = low - (SPAN - 1 - (high - low)) // 2  # ids in the middle
+        return cls(0 if low >= 0 and high < SPAN else min(max(base, -(2**63)), 2**63 - SPAN))
 
     def holds(self, rows: Ids) -> bool:
         """Whether all these ids can be packed."""
@@ -102,8 +102,8 @@ class Paired:
         return scores[order], rows[order]
 
 
-class Best:
-    """The k best entries of one class: a buffer that is cut back to k when about 1.5 k are in it.
+class Buffer:
+    """The k best entries of one class, and some more: it is cut back to k when about 1.5 k are in it.
 
     With each cut `threshold`, the lowest score that can still enter, rises. With half of k between two cuts, the cuts
     and the entries that a late threshold lets in cost about the same.
@@ -112,12 +112,12 @@ class Best:
     def __init__(self, k: int, kind: Packed | Paired):
         self.k, self.kind, self.room = k, kind, max(k // 2, LEAST_ROOM)
         self.count, self.threshold = 0, np.float32(-np.inf)
-        self.buffer = np.empty(0, kind.dtype)
+        self.slots = np.empty(0, kind.dtype)
 
     @property
     def entries(self) -> Entries:
-        """What is in the buffer, in no order: a view."""
-        return self.buffer[: self.count]
+        """What is in it, in no order: a view."""
+        return self.slots[: self.count]
 
     def add(self, entries: Entries) -> None:
         """Take in entries, (m,)."""
@@ -141,10 +141,10 @@ class Best:
 
     def _append(self, entries: Entries) -> None:
         end = self.count + entries.size
-        if end > self.buffer.size:
+        if end > self.slots.size:
             size = min(self.k + self.room, 2 * end)
-            self.buffer = np.concatenate([self.entries, np.empty(size - self.count, self.kind.dtype)])
-        self.buffer[self.count : end] = entries
+            self.slots = np.concatenate([self.entries, np.empty(size - self.count, self.kind.dtype)])
+        self.slots[self.count : end] = entries
         self.count = end
 
     def _cut(self) -> None:
@@ -153,11 +153,11 @@ class Best:
 
     def change(self, kind: Packed | Paired) -> None:
         """Hold entries of another kind from now on."""
-        self.buffer = kind.pack(*self.kind.unpack(self.entries))
+        self.slots = kind.pack(*self.kind.unpack(self.entries))
         self.kind = kind
 
 
 def _rising(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     """The bits of float32 as integers in the order of the floats, and back."""
-    found: NDArray[np.int32] = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-    return found
+    rising: NDArray[np.int32] = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return rising

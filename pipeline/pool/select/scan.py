@@ -32,7 +32,7 @@ def not_below(flat: Scores, tile: Scores) -> tuple[Places, Scores]:
 
     "Not below" rather than "at least": a NaN is then found too, at no cost.
     """
-    places, found = [], []
+    places, values = [], []
     padded = np.empty(-(-tile.size // 64) * 64, bool)
     for start in range(0, flat.size, tile.size):
         part = flat[start : start + tile.size]
@@ -41,12 +41,12 @@ def not_below(flat: Scores, tile: Scores) -> tuple[Places, Scores]:
         np.less(part, tile[: part.size], out=less[: part.size])
         hits = _false_places(less)
         if hits.size:
-            found.append(part.take(hits))
+            values.append(part.take(hits))
             hits += start
             places.append(hits)
     if not places:
         return np.empty(0, np.intp), np.empty(0, np.float32)
-    return np.concatenate(places), np.concatenate(found)
+    return np.concatenate(places), np.concatenate(values)
 
 
 def _false_places(flags: NDArray[np.bool_]) -> Places:
@@ -58,11 +58,11 @@ def _false_places(flags: NDArray[np.bool_]) -> Places:
     words = flags.view(np.uint64)
     mixed = words != ALL_TRUE  # (n / 8,)
     lines = mixed.view(np.uint64)
-    at = (lines != 0).nonzero()[0]  # of booleans far quicker than of integers
-    inside = lines.take(at).view(bool).nonzero()[0]
-    at = at.take(inside >> 3) * 8 + (inside & 7)
-    inside = (words.take(at) ^ ALL_TRUE).view(bool).nonzero()[0]
-    places: Places = at.take(inside >> 3) * 8 + (inside & 7)
+    line = (lines != 0).nonzero()[0]  # of booleans far quicker than of integers
+    inside = lines.take(line).view(bool).nonzero()[0]
+    word = line.take(inside >> 3) * 8 + (inside & 7)
+    inside = (words.take(word) ^ ALL_TRUE).view(bool).nonzero()[0]
+    places: Places = word.take(inside >> 3) * 8 + (inside & 7)
     return places
 
 
@@ -100,7 +100,7 @@ def count_at_least(scores: Scores, floor: np.float32) -> NDArray[np.int64]:
 
 def spans(size: int, parts: int) -> list[slice]:
     """0 … size in at most `parts` slices of nearly equal length, none of them empty."""
-    edges = [size * at // parts for at in range(parts + 1)]
+    edges = [size * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 

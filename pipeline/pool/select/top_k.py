@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, UsageError
-from pipeline.pool.select.buffer import Best, Entries, Ids, Packed, Paired, Scores
+from pipeline.pool.select.buffer import Buffer, Entries, Ids, Packed, Paired, Scores
 from pipeline.pool.select.scan import columns, cores, count_at_least, in_threads, not_below, spans, tiled
 
 Assign = Literal["any", "argmax"]
 Hits = tuple[NDArray[Any], Entries]  # classes and entries of candidates, (m,) each
 
-DENSE = 1 / 8  # share of scores that can enter, above which classes are served one by one
-LEAST_DENSE = 256  # candidates per class and stretch that make up for a class's fixed cost
-ROWS_DENSE = 1 << 14  # between two looks at the thresholds
+BY_CLASS = 1 / 8  # share of scores that can enter, above which classes are served one by one
+LEAST_BY_CLASS = 256  # candidates per class and stretch that make up for a class's fixed cost
+ROWS_BY_CLASS = 1 << 14  # between two looks at the thresholds
 STRETCH = 1 << 22  # scores between two looks at the thresholds
 LOOK = 1 << 20  # scores whose candidates are packed together
 PENDING, PENDING_PER_CLASS = 1 << 16, 1 << 10  # candidates gathered before they are dealt out to their classes
@@ -111,7 +111,7 @@ class TopK:
         self.threads = threads or min(MOST_THREADS, cores())
         self.available = np.zeros(classes, np.int64)
         self.kind: Packed | Paired | None = None  # of entries; known once there are row ids
-        self.best: list[Best] = []
+        self.buffers: list[Buffer] = []
         self.thresholds = np.full(classes, self.floor, np.float32)  # (C,) a lower score cannot be kept
         self._share = 1.0  # of the scores looked at last, those that were not below
         self._tile: Scores | None = None  # the thresholds for a block; None when they have risen
@@ -127,14 +127,15 @@ class TopK:
         self._fit(rows)
         if self.assign == "any" and self.floor == -np.inf:
             self.available += len(rows)
-        at = 0
-        while at < len(rows):
-            dense = self.assign == "any" and self._share > DENSE and self._share * (len(rows) - at) > LEAST_DENSE
-            end = min(len(rows), at + (ROWS_DENSE if dense else max(1, STRETCH // self.classes)))
-            part = rows[at:end], scores[at:end]
-            found = self._add_dense(*part) if dense else self._add_sparse(*part)
-            self._share = found / part[1].size
-            at = end
+        begin = 0
+        while begin < len(rows):
+            entering = self._share * (len(rows) - begin)  # candidates of a class, about
+            by_class = self.assign == "any" and self._share > BY_CLASS and entering > LEAST_BY_CLASS
+            end = min(len(rows), begin + (ROWS_BY_CLASS if by_class else max(1, STRETCH // self.classes)))
+            stretch = rows[begin:end], scores[begin:end]
+            candidates = self._add_by_class(*stretch) if by_class else self._add_by_row(*stretch)
+            self._share = candidates / stretch[1].size
+            begin = end
 
     def merge(self, other: "TopK") -> None:
         """Take in the state of another part of the same stream, with no row in common."""
@@ -143,9 +144,9 @@ class TopK:
         if mine != theirs:
             raise UsageError(f"cannot merge selections of different settings: {mine} and {theirs}")
         other._deal()
-        for c, best in enumerate(other.best):
-            if best.count:
-                scores, rows = best.kind.unpack(best.entries)
+        for c, buffer in enumerate(other.buffers):
+            if buffer.count:
+                scores, rows = buffer.kind.unpack(buffer.entries)
                 self._give(c, self._fit(rows).pack(scores, rows))
         self.available += other.available
 
@@ -164,7 +165,7 @@ class TopK:
         )
 
     def _ranked(self, classes: slice) -> list[tuple[Scores, Ids]]:
-        kept = [best.ranked() for best in self.best[classes]]
+        kept = [buffer.ranked() for buffer in self.buffers[classes]]
         for c, (_, rows) in enumerate(kept, classes.start):
             ids = np.sort(rows)
             twice = np.flatnonzero(ids[1:] == ids[:-1])
@@ -192,15 +193,15 @@ class TopK:
         """A kind of entries that holds these ids too."""
         if self.kind is None:
             self.kind = Packed.of(rows)
-            self.best = [Best(self.k, self.kind) for _ in range(self.classes)]
+            self.buffers = [Buffer(self.k, self.kind) for _ in range(self.classes)]
         elif not self.kind.holds(rows):
             self._deal()
             self.kind = Paired()
-            for best in self.best:
-                best.change(self.kind)
+            for buffer in self.buffers:
+                buffer.change(self.kind)
         return self.kind
 
-    def _add_dense(self, rows: Ids, scores: Scores) -> int:
+    def _add_by_class(self, rows: Ids, scores: Scores) -> int:
         """Class by class; the number of scores that were not below their threshold."""
         if self.floor > -np.inf:
             self.available += count_at_least(scores, self.floor)
@@ -208,43 +209,43 @@ class TopK:
         return sum(in_threads(lambda classes: self._take_columns(rows, scores, classes), parts))
 
     def _take_columns(self, rows: Ids, scores: Scores, classes: slice) -> int:
-        found = 0
+        candidates = 0
         for c, column in zip(range(self.classes)[classes], columns(scores[:, classes]), strict=True):
             hits = (~(column < self.thresholds[c])).nonzero()[0]  # a NaN is not below
-            found += hits.size
+            candidates += hits.size
             if hits.size:
                 self._give(c, self._entries(c, column.take(hits), rows.take(hits)))
-        return found
+        return candidates
 
-    def _add_sparse(self, rows: Ids, scores: Scores) -> int:
+    def _add_by_row(self, rows: Ids, scores: Scores) -> int:
         """Row by row; the number of scores that were not below their threshold."""
         if self._tile is None:
             self._tile = tiled(self.thresholds)
         parts = spans(len(rows), self.threads if scores.size >= LEAST_THREADED else 1)
         look = self._look_argmax if self.assign == "argmax" else self._look_any
         results = in_threads(lambda part: look(rows[part], scores[part]), parts)
-        found = 0
+        candidates = 0
         for available, hits in results:
             self.available += available
-            found += sum(column.size for column, _ in hits)
+            candidates += sum(column.size for column, _ in hits)
             self._pending.extend(hits)
-        self._waiting += found
+        self._waiting += candidates
         if self._waiting >= max(PENDING, PENDING_PER_CLASS * self.classes):
             self._deal()
-        return found
+        return candidates
 
     def _look_any(self, rows: Ids, scores: Scores) -> tuple[Ids | int, list[Hits]]:
         assert self._tile is not None
         available = count_at_least(scores, self.floor) if self.floor > -np.inf else 0
         hits = []
         step = max(1, LOOK // self.classes)
-        for at in range(0, len(rows), step):
-            places, found = not_below(scores[at : at + step].reshape(-1), self._tile)
+        for begin in range(0, len(rows), step):
+            places, values = not_below(scores[begin : begin + step].reshape(-1), self._tile)
             if places.size:
                 row = places // self.classes
                 column = places - row * self.classes
-                row += at
-                hits.append((column.astype(self._narrow), self._entries(column, found, rows.take(row))))
+                row += begin
+                hits.append((column.astype(self._narrow), self._entries(column, values, rows.take(row))))
         return available, hits
 
     def _look_argmax(self, rows: Ids, scores: Scores) -> tuple[Ids | int, list[Hits]]:
@@ -274,10 +275,10 @@ class TopK:
 
     def _give(self, c: int, entries: Entries) -> None:
         """Candidates to class c; its threshold rises."""
-        best = self.best[c]
-        best.add(entries)
-        if best.threshold > self.thresholds[c]:
-            self.thresholds[c] = best.threshold
+        buffer = self.buffers[c]
+        buffer.add(entries)
+        if buffer.threshold > self.thresholds[c]:
+            self.thresholds[c] = buffer.threshold
             self._tile = None
 
     def _entries(self, column: NDArray[np.intp] | int, scores: Scores, rows: Ids) -> Entries:

@@ -3,35 +3,23 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.pool.parts import part_shard
-from pipeline.pool.rejected import BELOW_K, BELOW_PROBABILITY, EVAL_COPY, FORMAT, REASONS, REPEAT_OF, rejected_path
-from pipeline.report.page.examples import Best, scramble
-from pipeline.report.page.kept import codes, reading
+from pipeline.pool.rejected import BELOW_K, BELOW_PROBABILITY, EVAL_COPY, REASONS, REJECTED, REPEAT_OF, SCHEMA
+from pipeline.pool.scores import shard_file, shard_of_file
+from pipeline.report.page.examples import TopRows, scramble
+from pipeline.report.page.kept import codes
 from pipeline.storage.files import Location, storage_errors
+from pipeline.storage.tables import open_table
 
 BATCH = 1 << 16  # rows in memory at a time
-DETAIL = r"(?s)^(?P<name>.*): log-odds (?P<own>\S+), needs \S+$"  # as pool/rejected.py writes it
 LEAST_ALIKE = len(REASONS)  # a group of its own: the copies that are nearest to being honest images
-FIELDS = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("row", pa.int64()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("similarity", pa.float32()),
-        ("match", pa.string()),
-        ("log_odds", pa.float64()),
-    ]
-)
+TEXTS = {"shard": pa.string(), "reason": pa.string()}  # columns that are dictionaries in the file
+FIELDS = pa.schema([(field.name, TEXTS.get(field.name, field.type)) for field in SCHEMA])
 
 
 @dataclass(frozen=True)
@@ -40,24 +28,30 @@ class Dropped:
 
     Attributes:
         key, shard, row: of the image.
-        reason, detail: why, one of REASONS; and in words, or None.
+        reason: one of REASONS.
+        label: where it missed a line, the class that it missed by least, or None.
+        log_odds, needed: of that class, nats, or None.
         similarity, match: to the evaluation image or the earlier image of the pool that it repeats, or None.
-        log_odds: where it missed a line, of the class that it missed by least; nats, to four decimals.
+        mirrored: whether it is like the mirrored evaluation image, or None.
+        detail: what the decoder said, or None.
     """
 
     key: str
     shard: str
     row: int
     reason: str
-    detail: str | None
+    label: int | None
+    log_odds: float | None
+    needed: float | None
     similarity: float | None
     match: str | None
-    log_odds: float | None
+    mirrored: bool | None
+    detail: str | None
 
 
 @dataclass(frozen=True)
 class DroppedExamples:
-    """What was found.
+    """Examples, and how many images there are.
 
     Attributes:
         counts: images by reason, in the shards looked at.
@@ -66,6 +60,7 @@ class DroppedExamples:
         least_alike: removed copies with the lowest similarity, lowest first.
         samples: by reason, drawn evenly.
         missing: shards whose rejects are not there, or belong to another selection.
+        problem: what is wrong with the first of them.
     """
 
     counts: Counter[str]
@@ -73,6 +68,22 @@ class DroppedExamples:
     least_alike: tuple[Dropped, ...]
     samples: dict[str, tuple[Dropped, ...]]
     missing: tuple[str, ...]
+    problem: str
+
+
+def nats(log_odds: float) -> str:
+    """Log-odds to four decimals."""
+    return f"{log_odds:.4f}".replace("-", "−")
+
+
+def why(dropped: Dropped, class_names: Sequence[str]) -> str:
+    """In a sentence, why an image was left out."""
+    if dropped.label is not None and dropped.log_odds is not None and dropped.needed is not None:
+        return f"{class_names[dropped.label]}: log-odds {nats(dropped.log_odds)}, needs {nats(dropped.needed)}"
+    if dropped.match is not None:
+        mirrored = ", mirrored" if dropped.mirrored else ""
+        return f"similarity {dropped.similarity:.4f} to {dropped.match}{mirrored}"
+    return dropped.detail or dropped.reason
 
 
 def rejected_shards(folder: Location) -> list[str]:
@@ -86,14 +97,13 @@ def rejected_shards(folder: Location) -> list[str]:
             names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error}") from error
-    return sorted(part_shard(name) for name in names if name.startswith("part-"))
+    return sorted(shard_of_file(name) for name in names if name.startswith("part-"))
 
 
 def find_dropped(
     folder: Location,
     shards: Sequence[str],
-    class_names: Sequence[str],
-    lines: NDArray[np.float64],
+    classes: int,
     fingerprint: str,
     *,
     below: int,
@@ -104,80 +114,63 @@ def find_dropped(
     Args:
         folder: rejected/.
         shards: to look into.
-        class_names: of the teacher.
-        lines: log-odds that each class needed, (C,), nats; NaN where it took all that there are.
+        classes: of the teacher.
         fingerprint: of the selection that the rejects must belong to.
         below: examples per class below its line.
         samples: examples per reason.
     """
-    near, rest = Best(len(class_names), below, FIELDS), Best(len(REASONS) + 1, samples, FIELDS)
-    counts, missing = np.zeros(len(REASONS), np.int64), []
+    near, rest = TopRows(classes, below, FIELDS), TopRows(len(REASONS) + 1, samples, FIELDS)
+    counts = np.zeros(len(REASONS), np.int64)
+    missing: dict[str, str] = {}
     for number, shard in enumerate(shards):
+        path = shard_file(folder, shard)
         try:
-            with reading(rejected_path(folder, shard)) as file:
-                meta = file.schema_arrow.metadata or {}
-                if (meta.get(b"mpl.format"), meta.get(b"mpl.fingerprint")) != (FORMAT.encode(), fingerprint.encode()):
-                    missing.append(shard)
+            with open_table(path, REJECTED) as file:
+                if file.header.fingerprint != fingerprint:
+                    missing[shard] = f"{path} belongs to another selection; {REJECTED.remedy}"
                     continue
-                for batch in file.iter_batches(BATCH, columns=FIELDS.names[:7]):
+                for batch in file.batches(FIELDS.names, BATCH):
+                    rows = pa.Table.from_batches([batch]).cast(FIELDS)
                     reason = codes(batch.column("reason"), REASONS)
                     counts += np.bincount(reason, minlength=len(REASONS))
-                    _offer_lines(near, batch, reason, class_names, lines)
-                    _offer_rest(rest, batch, reason, number)
-        except DataError:
-            missing.append(shard)
+                    _offer_below(near, rows, classes)
+                    _offer_others(rest, rows, reason, number)
+        except DataError as error:
+            missing[shard] = str(error)
     return DroppedExamples(
         counts=Counter({name: int(n) for name, n in zip(REASONS, counts, strict=True) if n}),
-        below=[_examples(near, c) for c in range(len(class_names))],
+        below=[_examples(near, label) for label in range(classes)],
         least_alike=_examples(rest, LEAST_ALIKE),
-        samples={name: found for code, name in enumerate(REASONS) if (found := _examples(rest, code))},
+        samples={name: examples for code, name in enumerate(REASONS) if (examples := _examples(rest, code))},
         missing=tuple(missing),
+        problem=next(iter(missing.values()), ""),
     )
 
 
-def _offer_lines(
-    best: Best,
-    batch: pa.RecordBatch,
-    reason: NDArray[np.int64],
-    names: Sequence[str],
-    lines: NDArray[np.float64],
-) -> None:
-    """Offer those that missed a line, by how little."""
-    at = np.flatnonzero((reason == BELOW_K) | (reason == BELOW_PROBABILITY))
-    found = pc.extract_regex(batch.column("detail").take(pa.array(at)), DETAIL)
-    label = pc.fill_null(pc.index_in(pc.struct_field(found, "name"), pa.array(names, pa.string())), -1).to_numpy()
-    known = np.flatnonzero(label >= 0)
-    log_odds = pc.cast(pc.struct_field(found.take(pa.array(known)), "own"), pa.float64())
-    gap = log_odds.to_numpy() - lines[label[known]]
-    best.add(label[known].astype(np.int64), gap, _rows(batch, at[known], log_odds))
+def _offer_below(near: TopRows, rows: pa.Table, classes: int) -> None:
+    """Offer those that missed a line to its class, by their log-odds."""
+    label = rows.column("class").fill_null(-1).to_numpy()
+    places = np.flatnonzero((label >= 0) & (label < classes))
+    log_odds = rows.column("log_odds").to_numpy().astype(np.float64)
+    near.add(label[places].astype(np.int64), log_odds[places], rows.take(pa.array(places)))
 
 
-def _offer_rest(best: Best, batch: pa.RecordBatch, reason: NDArray[np.int64], shard: int) -> None:
+def _offer_others(rest: TopRows, rows: pa.Table, reason: NDArray[np.int64], shard: int) -> None:
     """Offer all others by chance, and copies also by how little they are alike."""
-    at = np.flatnonzero((reason != BELOW_K) & (reason != BELOW_PROBABILITY))
-    if not len(at):
-        return
-    rows = _rows(batch, at)
-    best.add(reason[at], scramble(shard, batch.column("row").to_numpy()[at]), rows)
-    copy = np.flatnonzero(reason[at] == EVAL_COPY)
-    alike = rows.column("similarity").to_numpy().astype(np.float64)[copy]
-    best.add(np.full(len(copy), LEAST_ALIKE), -alike, rows.take(pa.array(copy)))
+    places = np.flatnonzero((reason != BELOW_K) & (reason != BELOW_PROBABILITY))
+    others, reason = rows.take(pa.array(places)), reason[places]
+    rest.add(reason, scramble(shard, others.column("row").to_numpy()), others)
+    copies = np.flatnonzero(reason == EVAL_COPY)
+    alike = others.column("similarity").to_numpy().astype(np.float64)[copies]
+    rest.add(np.full(len(copies), LEAST_ALIKE), -alike, others.take(pa.array(copies)))
 
 
-def _rows(batch: pa.RecordBatch, at: NDArray[np.int64], log_odds: pa.Array | None = None) -> pa.Table:
-    """The rows `at` of a batch with the columns FIELDS."""
-    part = batch.take(pa.array(at))
-    columns: dict[str, Any] = {name: part.column(name) for name in FIELDS.names[:7]}
-    columns["log_odds"] = pa.nulls(len(at), pa.float64()) if log_odds is None else log_odds
-    return pa.table(columns).cast(FIELDS)
-
-
-def _examples(best: Best, group: int) -> tuple[Dropped, ...]:
-    return tuple(Dropped(**row) for row in best.of(group)[1])
+def _examples(best: TopRows, group: int) -> tuple[Dropped, ...]:
+    return tuple(Dropped(label=row.pop("class"), **row) for row in best.of(group)[1])
 
 
 def match_place(dropped: Dropped) -> tuple[str, str, int] | None:
-    """Where the image lies that a copy or a repeat matches: split, shard, row; None where that is not told."""
+    """Where the image lies that a copy or a repeat matches: split, shard, row; None where that is not known."""
     split, rest = "unlabelled", dropped.match or ""
     if dropped.reason == REASONS[EVAL_COPY]:
         split, _, rest = rest.partition("/")

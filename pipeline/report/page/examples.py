@@ -36,7 +36,7 @@ def scramble(shard: int, rows: Places) -> NDArray[np.float64]:
     return (x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64
 
 
-class Best:
+class TopRows:
     """The `n` rows with the highest value in each group, ties to those that came first.
 
     Holds groups × n rows, and those of one `add`.

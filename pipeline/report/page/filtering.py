@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Shard
-from pipeline.pool.parts import part_path
+from pipeline.pool.filter import REJECTED_FOLDER, SELECTION_FILE
 from pipeline.pool.rejected import REASONS
-from pipeline.pool.score import is_scored
+from pipeline.pool.scores import is_scored, shard_file
 from pipeline.report.page.charts import Chart, rank_chart
 from pipeline.report.page.dropped import Dropped, DroppedExamples, find_dropped, match_place, rejected_shards
 from pipeline.report.page.kept import KeptClass, SelectedRows, choose_shards, kept_classes, open_selected
 from pipeline.report.page.pictures import Pictures, Place, take_pictures
 from pipeline.storage.files import Location, storage_errors
 
-SELECTION, REJECTED, SCORES = "selection.parquet", "rejected", "scores"
+SCORES = "scores"
 POOL = "unlabelled"
 FEW_CLASSES, FEW_IMAGES, LEAST_IMAGES, ALL_IMAGES = 50, 24, 6, 1200  # examples by default
 SAMPLES = 12  # copies, repeats, and so on
@@ -104,37 +104,36 @@ def gather_filter(
     Raises:
         DataError: there is no selection, or it is damaged.
     """
-    selected = open_selected(outputs / SELECTION)
+    selected = open_selected(outputs / SELECTION_FILE)
     notes = []
     if record is not None and record.get("fingerprint") != selected.fingerprint:
         record = None
         notes.append("The filter's record is of another selection: run mpl filter again. The files are shown.")
     wanted = default_images(len(selected.class_names)) if images is None else images
-    shards = rejected_shards(outputs / REJECTED)
+    shards = rejected_shards(outputs / REJECTED_FOLDER)
     chosen = choose_shards(selected, shards, wanted, most_shards)
     whole = len(chosen) == len(shards)
     kept = kept_classes(selected, chosen, wanted, whole=whole)
-    lines = _lines(selected, kept)
     dropped = find_dropped(
-        outputs / REJECTED, chosen, selected.class_names, lines, selected.fingerprint,
+        outputs / REJECTED_FOLDER, chosen, len(selected.class_names), selected.fingerprint,
         below=wanted if wanted < 3 else wanted // 3, samples=min(SAMPLES, wanted),
     )  # fmt: skip
     if dropped.missing:
-        notes.append(f"{len(dropped.missing):,} files of rejected/ are missing or of another selection.")
+        unread = f"{len(dropped.missing):,} of {len(chosen):,} files of rejected/ cannot be used"
+        notes.append(f"{unread}: {dropped.problem}.")
     figures = record or {}
     counted = {name: dropped.counts[name] for name in REASONS if dropped.counts[name]}
-    told = {name: figures.get("rejected", {}).get(name, 0) for name in REASONS}
-    told = {name: count for name, count in told.items() if count}
-    if record is not None and whole and counted != told:
-        notes.append(f"The filter's record counts {told}, its files hold {counted}.")
+    recorded = {name: count for name in REASONS if (count := figures.get("rejected", {}).get(name, 0))}
+    if record is not None and whole and not dropped.missing and counted != recorded:
+        notes.append(f"The filter's record counts {recorded}, its files hold {counted}.")
     pictures = take_pictures(
         _places(kept, dropped), splits, side, lambda split, shard: split == POOL and _changed(outputs, figures, shard)
     )
     return FilterReport(
         record=figures,
         rules=selected.rules,
-        rejected=counted if record is None else told,
-        classes=tuple(_classes(selected, figures, kept, lines, dropped)),
+        rejected=counted if record is None else recorded,
+        classes=tuple(_classes(selected, figures, kept, dropped)),
         dropped=dropped,
         shards=len(shards),
         looked_at=len(chosen),
@@ -155,10 +154,9 @@ def _classes(
     selected: SelectedRows,
     figures: dict[str, Any],
     kept: Sequence[KeptClass],
-    lines: NDArray[np.float64],
     dropped: DroppedExamples,
 ) -> list[ClassReport]:
-    told: list[dict[str, Any]] = figures.get("classes") or [{}] * len(kept)
+    counts: list[dict[str, Any]] = figures.get("classes") or [{}] * len(kept)
     most = int(selected.counts.max(initial=1))
     end = min(int(selected.rules.get("k", most)), int(1.25 * most) + 1)  # room to see which classes are short
     values = np.concatenate([c.log_odds for c in kept])
@@ -169,23 +167,25 @@ def _classes(
     return [
         ClassReport(
             name=name,
-            available=figure.get("available"),
-            short=figure.get("short"),
+            available=count.get("available"),
+            short=count.get("short"),
             line=None if np.isnan(line) else float(line),
             kept=mine,
             below=below,
             chart=rank_chart(f"{name}: probability by rank", mine.ranks, mine.log_odds, end=end, span=span),
         )
-        for name, figure, mine, line, below in zip(selected.class_names, told, kept, lines, dropped.below, strict=True)
+        for name, count, mine, line, below in zip(
+            selected.class_names, counts, kept, _lines(selected, kept), dropped.below, strict=True
+        )
     ]
 
 
 def _changed(outputs: Location, figures: dict[str, Any], shard: Shard) -> bool:
-    """Whether the shard's scores are of other content; False where that cannot be told."""
+    """Whether the shard's scores are of other content; False where that is not known."""
     mark = figures.get("scores_fingerprint")
     scores = outputs / SCORES
     with storage_errors():
-        return bool(mark) and part_path(scores, shard.name).exists() and not is_scored(shard, scores, str(mark))
+        return bool(mark) and shard_file(scores, shard.name).exists() and not is_scored(shard, scores, str(mark))
 
 
 def _places(kept: Sequence[KeptClass], dropped: DroppedExamples) -> list[tuple[Place, str | None]]:

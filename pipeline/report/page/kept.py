@@ -1,22 +1,18 @@
 """Examples out of selection.parquet, which may have tens of millions of rows: only a few are ever in memory."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.errors import DataError
-from pipeline.pool.selection import FORMAT, VERSION
+from pipeline.pool.selection import SELECTION
 from pipeline.report.page.examples import spread
 from pipeline.storage.files import Location
-from pipeline.storage.tables import open_parquet
+from pipeline.storage.tables import open_table, read_header
 
 BATCH = 1 << 17  # rows in memory at a time
 POINTS = 64  # of a curve
@@ -89,38 +85,30 @@ class SelectedRows:
         return np.cumsum(self.counts) - self.counts
 
     def take(self, places: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """The rows at these places of the file (n,), increasing. Row groups without any are not read."""
-        parts, begin = [], 0
-        with reading(self.path) as file:
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                first, last = np.searchsorted(places, [begin, begin + size])
-                if first < last:
-                    table = file.read_row_group(group, columns=list(columns))
-                    parts.append(table.take(pa.array(places[first:last] - begin)))
-                begin += size
-            return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(list(columns))
+        """The rows at these places of the file (n,), increasing."""
+        with open_table(self.path, SELECTION) as file:
+            return file.take(places, columns)
 
     def in_shards(self, shards: Sequence[str]) -> NDArray[np.int64]:
         """Places of the rows whose image lies in one of `shards`."""
-        found, begin = [np.empty(0, np.int64)], 0
+        places, begin = [np.empty(0, np.int64)], 0
         for batch in stream(self.path, ["shard"]):
-            found.append(begin + np.flatnonzero(codes(batch.column(0), shards) >= 0))
+            places.append(begin + np.flatnonzero(codes(batch.column(0), shards) >= 0))
             begin += batch.num_rows
-        return np.concatenate(found)
+        return np.concatenate(places)
 
     def serving(self, images: Sequence[Identity]) -> dict[Identity, tuple[int, ...]]:
         """The classes that each of a few images serves."""
         shards = sorted({shard for shard, _ in images})
         numbers = {shard: number for number, shard in enumerate(shards)}
         wanted = np.unique([(numbers[shard] << ROW_BITS) + row for shard, row in images])
-        found = defaultdict(list)
+        served = defaultdict(list)
         for batch in stream(self.path, ["shard", "row", "class"]):
             identity = (codes(batch.column(0), shards) << ROW_BITS) + batch.column(1).to_numpy()
-            for at in np.flatnonzero(np.isin(identity, wanted)).tolist():
-                shard, row = divmod(int(identity[at]), 1 << ROW_BITS)
-                found[shards[shard], row].append(batch.column(2)[at].as_py())
-        return {identity: tuple(classes) for identity, classes in found.items()}
+            for place in np.flatnonzero(np.isin(identity, wanted)).tolist():
+                shard, row = divmod(int(identity[place]), 1 << ROW_BITS)
+                served[shards[shard], row].append(batch.column(2)[place].as_py())
+        return {identity: tuple(classes) for identity, classes in served.items()}
 
 
 def open_selected(path: Location) -> SelectedRows:
@@ -129,22 +117,16 @@ def open_selected(path: Location) -> SelectedRows:
     Raises:
         DataError: the file is missing, damaged, or of another version.
     """
-    with reading(path) as file:
-        meta = {k.decode(): v.decode() for k, v in (file.schema_arrow.metadata or {}).items()}
-    found = (meta.get("mpl.format", "no selection"), meta.get("mpl.version", "?"))
-    if found != (FORMAT, VERSION):
-        raise DataError(f"{path} is {found[0]} version {found[1]}, expected {FORMAT} version {VERSION}")
-    names = tuple(json.loads(meta["mpl.class_names"]))
-    counts = np.zeros(len(names), np.int64)
+    header = read_header(path, SELECTION)
+    counts = np.zeros(len(header.class_names), np.int64)
     for batch in stream(path, ["class"]):
-        counts += np.bincount(batch.column(0).to_numpy(), minlength=len(names))
-    told = {"format", "version", "fingerprint", "scores", "class_names"}
-    rules = {k.removeprefix("mpl."): v for k, v in meta.items() if k.startswith("mpl.")}
+        counts += np.bincount(batch.column(0).to_numpy(), minlength=len(counts))
+    others = {"format", "version", "fingerprint", "scores", "class_names"}
     return SelectedRows(
         path=path,
-        class_names=names,
-        rules={name: value for name, value in rules.items() if name not in told},
-        fingerprint=meta["mpl.fingerprint"],
+        class_names=header.class_names,
+        rules={name: text for name, text in header.notes.items() if name not in others},
+        fingerprint=header.notes["fingerprint"],
         counts=counts,
     )
 
@@ -168,7 +150,7 @@ def choose_shards(selected: SelectedRows, shards: Sequence[str], wanted: int, li
     lies = dict(zip(places.tolist(), selected.take(places, ["shard"]).column(0).to_pylist(), strict=True))
     chosen = list(dict.fromkeys(lies[place] for _, place in turns))[:limit]
     every = np.linspace(0, len(shards) - 1, limit).astype(int)  # others, evenly, where the examples need few
-    chosen = list(dict.fromkeys(chosen + [shards[at] for at in every]))[:limit]
+    chosen = list(dict.fromkeys(chosen + [shards[i] for i in every]))[:limit]
     return [shard for shard in shards if shard in set(chosen)]
 
 
@@ -217,18 +199,6 @@ def codes(column: pa.DictionaryArray, names: Sequence[str]) -> NDArray[np.int64]
 
 
 def stream(path: Location, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet file in order, a bounded number at a time."""
-    with reading(path) as file:
-        yield from file.iter_batches(BATCH, columns=list(columns))
-
-
-@contextmanager
-def reading(path: Location) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file; failures become DataError."""
-    try:
-        with open_parquet(path) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is not there; run mpl filter") from error
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} is not a whole Parquet file ({error}); run mpl filter again") from error
+    """The rows of the selection in order, a bounded number at a time."""
+    with open_table(path, SELECTION) as file:
+        yield from file.batches(columns, BATCH)

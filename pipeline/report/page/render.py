@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.errors import DataError
 from pipeline.pool.rejected import REASONS
 from pipeline.report.page.charts import percent
-from pipeline.report.page.dropped import Dropped, match_place
+from pipeline.report.page.dropped import Dropped, match_place, nats, why
 from pipeline.report.page.filtering import POOL, ClassReport, FilterReport, Splits, gather_filter
 from pipeline.report.page.kept import Kept
 from pipeline.report.page.trainings import Judged, Training, evaluations, trainings
@@ -177,11 +177,6 @@ def number(count: int) -> str:
     return f"{count:,}"
 
 
-def nats(log_odds: float) -> str:
-    """Log-odds to four decimals."""
-    return f"{log_odds:.4f}".replace("-", "−")
-
-
 def rules(report: FilterReport) -> list[tuple[str, str]]:
     """The filter's rules in words."""
     texts = dict(report.rules)
@@ -272,21 +267,18 @@ def _dropped_tile(report: FilterReport, example: Dropped, of: ClassReport | None
     uris = [report.pictures.uris.get((POOL, example.shard, example.row))]
     facts = [("key", shown(example.key)), ("at", f"{shown(example.shard)}/{example.row}")]
     data = {"kind": example.reason, "shard": example.shard, "row": example.row}
-    caption = example.detail or example.reason
-    if of is not None and of.line is not None and example.log_odds is not None:
+    reason = [("reason", example.reason), ("why", shown(why(example, [c.name for c in report.classes])))]
+    if of is not None and example.log_odds is not None and example.needed is not None:
         caption = percent(example.log_odds)
-        facts += [
-            ("probability", f"{caption}, needs {percent(of.line)}"),
-            ("log-odds", f"{nats(example.log_odds)}, needs {nats(of.line)}"),
-            ("reason", example.reason),
-        ]
+        facts += [("probability", f"{caption}, needs {percent(example.needed)}"), *reason]
         data |= {"class": of.name, "log-odds": repr(example.log_odds)}
     elif place := match_place(example):
         uris.append(report.pictures.uris.get(place))
-        mirrored = " mirrored" if example.detail == "mirrored" else ""
+        mirrored = " mirrored" if example.mirrored else ""
         caption = f"{example.similarity:.3f}{mirrored}" if place[0] != POOL and example.similarity is not None else ""
         facts += [("similarity", f"{example.similarity:.4f}{mirrored}")] if example.similarity is not None else []
         facts.append(("matches", shown(example.match)))
     else:
-        facts += [("reason", example.reason), ("detail", shown(example.detail or "none"))]
+        caption = example.detail or example.reason
+        facts += reason
     return Tile(tuple(uris), shown(caption, 60), tuple(facts), data)

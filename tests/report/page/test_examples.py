@@ -1,22 +1,24 @@
 """Choosing examples among many rows, against full sorts of the same rows."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.pool import rejected, selection
-from pipeline.report.page.dropped import FIELDS, find_dropped, match_place, rejected_shards
-from pipeline.report.page.examples import Best, scramble, spread
+from pipeline.pool.rejected import REJECTED, SCHEMA
+from pipeline.pool.scores import shard_file
+from pipeline.pool.selection import SELECTION
+from pipeline.report.page.dropped import FIELDS, find_dropped, match_place, rejected_shards, why
+from pipeline.report.page.examples import TopRows, scramble, spread
 from pipeline.report.page.kept import choose_shards, kept_classes, open_selected
+from pipeline.storage.tables import TableFormat, write_table
+from tests.pool.former import pool as former
 
-NAMES = ["cat", "dog: log-odds 3, needs 4", "<b>"]  # the second to mislead who reads `detail`
+NAMES = ["cat", "dog", "<b>"]
 MARK = "of this selection"
 
 
@@ -42,7 +44,7 @@ def test_spread_is_the_whole_or_its_top_middle_and_end(rows: int, wanted: int) -
 )
 def test_best_equals_a_full_sort_under_any_chunking(chunks: list[list[tuple[int, int]]], n: int) -> None:
     """Ties included: what came first stays."""
-    best = Best(3, n, pa.schema([("at", pa.int64())]))
+    best = TopRows(3, n, pa.schema([("at", pa.int64())]))
     begin = 0
     for chunk in chunks:
         group = np.array([g for g, _ in chunk], np.int64)
@@ -95,22 +97,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         rows.sort(key=lambda r: (-r[0], r[1], r[2]))
     _write_selection(folder / "selection.parquet", shards, kept)
     for shard in shards:
-        _write_rejected(rejected.rejected_path(folder / "rejected", shard), [r for r in lost if r["shard"] == shard])
+        _write_rejected(shard_file(folder / "rejected", shard), [r for r in lost if r["shard"] == shard])
     return Made(folder, shards, kept, lost)
 
 
 def _lost(random: np.random.Generator, shard: str, row: int, odds: np.ndarray) -> dict:
     reason = str(random.choice(["below_k", "below_probability", "eval_copy", "repeat_of", "empty"]))
-    found = {"key": f"{shard}-{row}", "shard": shard, "row": row, "reason": reason}
-    found |= {"detail": None, "similarity": None, "match": None}
+    lost = dict.fromkeys(FIELDS.names) | {"key": f"{shard}-{row}", "shard": shard, "row": row, "reason": reason}
     if reason.startswith("below"):
-        c = int(odds.argmax())
-        found |= {"detail": f"{NAMES[c]}: log-odds {odds[c]}, needs {random.integers(30)}", "odds": odds[c], "class": c}
+        label = int(odds.argmax())
+        lost |= {"class": label, "log_odds": float(odds[label]), "needed": float(random.integers(30))}
     elif reason == "eval_copy":
-        found |= {"similarity": float(np.float32(random.integers(80, 100) / 100)), "match": "test/a/b/7"}
+        similarity = float(np.float32(random.integers(80, 100) / 100))
+        lost |= {"similarity": similarity, "match": "test/a/b/7", "mirrored": bool(row % 2)}
     elif reason == "repeat_of":
-        found |= {"similarity": 1.0, "match": f"{shard}/3"}
-    return found
+        lost |= {"similarity": 1.0, "match": f"{shard}/3"}
+    else:
+        lost |= {"detail": "no bytes"}
+    return lost
 
 
 def _write_selection(path: Path, shards: list[str], kept: list[list[tuple[float, str, int]]]) -> None:
@@ -128,16 +132,13 @@ def _write_selection(path: Path, shards: list[str], kept: list[list[tuple[float,
             "repeat": pa.array([1] * len(row), pa.int64()),
         }
     )
-    metadata = {"mpl.format": selection.FORMAT, "mpl.version": selection.VERSION, "mpl.fingerprint": MARK}
-    metadata |= {"mpl.scores": "x", "mpl.class_names": json.dumps(NAMES), "mpl.k": str(len(kept[0]))}
-    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=101)
+    notes = {"fingerprint": MARK, "scores": "x", "class_names": NAMES, "k": len(kept[0])}
+    write_table(path, SELECTION, table, notes, group=101)
 
 
-def _write_rejected(path: Path, rows: list[dict], mark: str = MARK) -> None:
-    path.parent.mkdir(exist_ok=True)
-    table = pa.Table.from_pylist(rows, pa.schema([(f.name, f.type) for f in FIELDS][:7]))
-    metadata = {"mpl.format": rejected.FORMAT, "mpl.version": rejected.VERSION, "mpl.fingerprint": mark}
-    pq.write_table(table.cast(rejected.SCHEMA).replace_schema_metadata(metadata), path, row_group_size=17)
+def _write_rejected(path: Path, rows: list[dict], mark: str = MARK, kind: TableFormat = REJECTED) -> None:
+    table = pa.Table.from_pylist(rows, FIELDS).cast(SCHEMA)
+    write_table(path, kind, table, {"fingerprint": mark, "class_names": NAMES}, group=17)
 
 
 def test_kept_examples_are_those_of_a_full_sort(made: Made) -> None:
@@ -173,15 +174,14 @@ def test_few_shards_are_looked_into_and_examples_are_the_best_in_them(made: Made
 
 @pytest.mark.parametrize("some", [slice(None), slice(5, 12)])
 def test_those_below_the_line_are_the_nearest_of_a_full_sort(made: Made, some: slice) -> None:
-    lines = np.array([16.0, np.nan, 14.0])
     shards = made.shards[some]
-    found = find_dropped(made.folder / "rejected", shards, NAMES, lines, MARK, below=6, samples=4)
+    found = find_dropped(made.folder / "rejected", shards, 3, MARK, below=6, samples=4)
     inside = [row for row in made.lost if row["shard"] in shards]
     for c in range(3):
-        mine = [row for row in inside if row.get("class") == c and not np.isnan(lines[c])]
-        mine.sort(key=lambda row: -row["odds"])  # stable: ties stay in the order of the files
-        assert [(e.key, e.log_odds, e.reason) for e in found.below[c]] == [
-            (row["key"], row["odds"], row["reason"]) for row in mine[:6]
+        mine = [row for row in inside if row["class"] == c]
+        mine.sort(key=lambda row: -row["log_odds"])  # stable: ties stay in the order of the files
+        assert [(e.key, e.log_odds, e.needed, e.label, e.reason) for e in found.below[c]] == [
+            (row["key"], row["log_odds"], row["needed"], c, row["reason"]) for row in mine[:6]
         ]
     copies = sorted((row for row in inside if row["reason"] == "eval_copy"), key=lambda row: row["similarity"])
     assert [e.key for e in found.least_alike] == [row["key"] for row in copies[:4]]
@@ -193,19 +193,39 @@ def test_those_below_the_line_are_the_nearest_of_a_full_sort(made: Made, some: s
     assert not found.missing
 
 
-def test_rejects_of_another_selection_are_told_and_not_shown(made: Made, tmp_path: Path) -> None:
-    lines = np.zeros(3)
+def test_rejects_of_another_selection_are_named_and_not_shown(made: Made, tmp_path: Path) -> None:
     for shard, mark in (("a", MARK), ("b", "of another one")):
-        _write_rejected(rejected.rejected_path(tmp_path, shard), [made.lost[0] | {"shard": shard}], mark)
-    rejected.rejected_path(tmp_path, "c").write_bytes(b"PAR1 cut short")
+        _write_rejected(shard_file(tmp_path, shard), [made.lost[0] | {"shard": shard}], mark)
+    shard_file(tmp_path, "c").write_bytes(b"PAR1 cut short")
     assert rejected_shards(tmp_path) == ["a", "b", "c"]
-    found = find_dropped(tmp_path, ["a", "b", "c", "d"], NAMES, lines, MARK, below=2, samples=2)
+    found = find_dropped(tmp_path, ["a", "b", "c", "d"], 3, MARK, below=2, samples=2)
     assert found.missing == ("b", "c", "d")
     assert found.counts.total() == 1
+    assert "part-b.parquet belongs to another selection; run mpl filter" in found.problem
+
+
+def test_rejects_of_the_version_before_are_refused_with_what_to_run() -> None:
+    """Files as that version wrote them."""
+    shards = rejected_shards(former.HERE / "rejected")
+    assert shards == ["pool a/1", "pool b", "pool c"]
+    mark = open_selected(former.HERE / "selection.parquet").fingerprint
+    found = find_dropped(former.HERE / "rejected", shards, 4, mark, below=2, samples=2)
+    assert found.missing == tuple(shards)
+    assert "is mpl-rejected version 1, expected mpl-rejected version 2; run mpl filter, which makes" in found.problem
+
+
+def test_a_sentence_is_made_of_the_numbers(made: Made) -> None:
+    found = find_dropped(made.folder / "rejected", made.shards, 3, MARK, below=1, samples=1)
+    below, copy = found.below[1][0], found.samples["eval_copy"][0]
+    assert why(below, NAMES) == f"dog: log-odds {below.log_odds:.4f}, needs {below.needed:.4f}"
+    mirrored = ", mirrored" if copy.mirrored else ""
+    assert copy.mirrored == bool(copy.row % 2)
+    assert why(copy, NAMES) == f"similarity {copy.similarity:.4f} to test/a/b/7{mirrored}"
+    assert why(found.samples["empty"][0], NAMES) == "no bytes"
 
 
 def test_where_a_match_lies(made: Made) -> None:
-    found = find_dropped(made.folder / "rejected", made.shards, NAMES, np.zeros(3), MARK, below=0, samples=1)
+    found = find_dropped(made.folder / "rejected", made.shards, 3, MARK, below=0, samples=1)
     assert match_place(found.samples["eval_copy"][0]) == ("test", "a/b", 7)
     repeat = found.samples["repeat_of"][0]
     assert match_place(repeat) == ("unlabelled", repeat.shard, 3)
