@@ -18,8 +18,10 @@ from stages.console import Console
 from stages.execution import decide, execute
 from stages.options import Context, Options, changed, make_context
 
-PRELOAD = ["stages.filter", "stages.train_reduced", "stages.train_mpl", "stages.finetune", "stages.evaluate",
-           "pipeline.training", "pipeline.targets.build", "torch.utils.tensorboard"]  # fmt: skip
+PRELOAD = ["stages.pretrain", "stages.filter", "stages.precompute", "stages.train_reduced", "stages.train_mpl",
+           "stages.finetune", "stages.evaluate", "pipeline.training", "pipeline.targets.build",
+           "torch.utils.tensorboard"]  # fmt: skip
+DIGITS = ["sklearn.datasets"]  # for the embedded digits; its import takes longer than a short stage
 Records = dict[str, dict[str, Any]]  # of a chain, by the name under which a stage records itself
 K = TypeVar("K", bound=Hashable)
 
@@ -64,7 +66,7 @@ def run_chains(context: Context, chains: Mapping[K, Chain], jobs: int | None) ->
     jobs = min(jobs or (1 if context.device.type != "cpu" else len(os.sched_getaffinity(0))), len(chains))
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD)
+    processes.set_forkserver_preload(PRELOAD + DIGITS * (context.recipe.data.manifest == "digits"))
     total, done = sum(len(chain.steps) for chain in chains.values()), 0
     with (
         ProcessPoolExecutor(jobs, mp_context=processes, max_tasks_per_child=1) as pool,

@@ -16,7 +16,7 @@ from tests.stages.reproduce.comparisons import run_here, tiny_context
 
 def test_what_a_new_process_finds_loaded_exists() -> None:
     """The server of processes is silent about a name that is gone, and every stage would start slowly."""
-    for name in chains.PRELOAD:
+    for name in chains.PRELOAD + chains.DIGITS:
         importlib.import_module(name)
 
 
