@@ -263,6 +263,7 @@ class StudentStep:
             loss = loss + part * share
             for name, g in gradient.items():
                 total[name] = total[name].add_(g, alpha=share) if name in total else g.mul_(share)
+            del gradient  # before the next one is there
         student.ranks.mean_([loss] if is_sharded(student.module) else [loss, *total.values()])
         self.labelled_loss = loss
         return total
