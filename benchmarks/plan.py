@@ -18,34 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.record import write_table
-from pipeline.config import (
-    CalibratorSettings,
-    FeedbackSettings,
-    ModelSettings,
-    MplFeedbackSettings,
-    OptimizerSettings,
-    ScheduleSettings,
-)
-from pipeline.methods import Views, parse_method
-from pipeline.models import resolve
-from pipeline.optim import average_with_warmup, build_optimizer
-from pipeline.plan.needs import Needs, PlannedMethod, TeacherNeeds
-from pipeline.plan.network import Costs, checkpointing
-from pipeline.plan.step import Layout, Step
-from pipeline.student import Student
-from pipeline.teacher_network import TeacherNetwork
-from pipeline.teachers import Batch, Calibrator, Labelled, Teacher
-from pipeline.training import train_step
+from pipeline.config import CalibratorSettings, ModelSettings, OptimizerSettings
+from pipeline.methods import parse_method
+from pipeline.plan.calibrate import measured_flops
+from pipeline.plan.footprint import Images
+from pipeline.plan.needs import Needs
+from pipeline.plan.predict import Layout, Prediction
+from pipeline.plan.step import PlannedMethod, Step, StepSettings, TeacherSettings
 
 CASES = [("wrn_28_2", 32), ("resnet18", 32), ("efficientnet_b0", 64), ("vit_tiny_patch16_224", 64)]
 VARIANTS: dict[str, tuple[PlannedMethod, Layout]] = {
@@ -60,69 +44,23 @@ CLASSES, STEPS = 10, 2
 OPTIMIZER = OptimizerSettings(rule="rmsprop_tf", lr=1e-4)
 
 
-def needs_of(method: PlannedMethod, case: tuple[str, int], batch: int, precision: str) -> Needs:
-    """The plan's view of what `make` does: as many images for feedback as pool images, half as many labelled ones."""
-    costs = Costs(ModelSettings(name=case[0]), case[1], CLASSES, torch.bfloat16 if precision == "bf16" else None)
-    if method == "reduced":
-        widths = [CLASSES, *[128] * 4, CLASSES]
-        weights = sum(a * b + b for a, b in pairwise(widths))
-        return Needs(method, costs, OPTIMIZER, batch, batch, 1, "exact", 1, calibrator=weights)
-    teacher = TeacherNeeds(costs, OPTIMIZER, batch, batch + batch // 2)
-    return Needs(method, costs, OPTIMIZER, batch, batch, 1, "exact", 1, teacher=teacher)
-
-
-def network(case: tuple[str, int], device: str) -> nn.Module:
-    """A fresh network in training mode."""
-    name, arguments = resolve(ModelSettings(name=case[0]), case[1])
-    model = timm.create_model(name, num_classes=CLASSES, **arguments)
-    return model.to(device=device, memory_format=torch.channels_last).train()
+def needs_of(variant: str, case: tuple[str, int], batch: int, precision: str) -> Needs:
+    """As many images for feedback as pool images, half as many labelled ones for a teacher."""
+    method, model = VARIANTS[variant][0], ModelSettings(name=case[0])
+    reduced = method == "reduced"
+    teacher = CalibratorSettings() if reduced else TeacherSettings(model, OPTIMIZER, parse_method("uda"))
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    settings = StepSettings(method, model, OPTIMIZER, case[1], CLASSES, dtype, teacher)
+    return Needs(settings, Images(batch, batch, 0 if reduced else batch // 2, settings.lesson_pool), STEPS)
 
 
 def make(variant: str, case: tuple[str, int], batch: int, device: str, precision: str) -> Callable[[], None]:
-    """One whole step of a variant, as `pipeline.training` makes it."""
+    """One whole step of a variant, on real data."""
     torch.manual_seed(0)
-    method, layout = VARIANTS[variant]
-    autocast = torch.bfloat16 if precision == "bf16" else None
-    model = network(case, device)
-    optimizer = build_optimizer(model, OPTIMIZER)
-    student = Student(model, optimizer, autocast=autocast, micro_batches=layout.micro_batches)
-    average = AveragedModel(model, multi_avg_fn=average_with_warmup(0.999), use_buffers=True)
-
-    def images(n: int) -> Tensor:
-        return torch.randn(n, 3, case[1], case[1], device=device).contiguous(memory_format=torch.channels_last)
-
-    def distributions(n: int) -> Tensor:
-        return torch.randn(n, CLASSES, device=device).softmax(1)
-
-    labelled = Labelled(images(batch), torch.randint(0, CLASSES, (batch,), device=device))
-    own, pool, every = batch // 2, images(batch), torch.ones(batch, dtype=torch.bool, device=device)
-    teacher: Teacher
-    if method == "reduced":
-        calibrator = CalibratorSettings(hidden=128)
-        teacher = Calibrator(CLASSES, calibrator, FeedbackSettings(batch=batch), torch.device(device))
-        seen = Batch(pool, distributions(batch), every)
-    else:
-        theirs = network(case, device)
-        options = MplFeedbackSettings(batch=batch)
-        teacher = TeacherNetwork(
-            theirs, build_optimizer(theirs, OPTIMIZER), parse_method("uda"), "soft" if method == "mpl-soft" else "hard",
-            options, schedule=ScheduleSettings(), base_lr=1e-4, steps=100, seed=0,
-            autocast=autocast, micro_batches=layout.micro_batches,
-        )  # fmt: skip
-        views = Views(0, images(own), distributions(own), None, torch.zeros(own), pool, images(batch))
-        seen = Batch(pool, torch.empty(batch, 0), every, None, views)
-    networks = [model] if method == "reduced" else [model, theirs]
-
-    def step() -> None:
-        inside = [checkpointing(n) if layout.checkpointing else nullcontext() for n in networks]
-        for context in inside:
-            context.__enter__()
-        train_step(student, teacher, seen, labelled, teacher.wish(0))
-        average.update_parameters(model)
-        for context in inside:
-            context.__exit__(None, None, None)
-
-    return step
+    needs, layout = needs_of(variant, case, batch, precision), VARIANTS[variant][1]
+    step = Step(needs.settings, checkpointing=layout.checkpointing, micro_batches=layout.micro_batches, device=device)
+    seen, labelled = step.batch(needs.images, device)
+    return lambda: step.take(seen, labelled)
 
 
 def measure(variant: str, case: tuple[str, int], batch: int, device: str, precision: str, rounds: int) -> list[float]:
@@ -130,20 +68,12 @@ def measure(variant: str, case: tuple[str, int], batch: int, device: str, precis
 
     Call it in a fresh process.
     """
-    needs = needs_of("reduced", case, batch, precision)
-    autocast = torch.bfloat16 if precision == "bf16" else None
     if rounds:
         step = make(variant, case, batch, device, precision)
-        model = network(case, device)
-        plain = Student(model, build_optimizer(model, OPTIMIZER), autocast=autocast)
-        x = torch.randn(batch, 3, case[1], case[1], device=device).contiguous(memory_format=torch.channels_last)
-        q = torch.full((batch, CLASSES), 1 / CLASSES, device=device)
-        whole, alone = [], []
-        for _ in range(rounds + 1):
-            whole.append(_seconds(step, device))
-            alone.append(_seconds(lambda: plain.learn(x, q, replay=False), device))
-        rate = needs.student.training.flops(batch) / statistics.median(alone[1:])
-        return [0.0, 0.0, statistics.median(whole[1:]), rate]
+        seconds = [_seconds(step, device) for _ in range(rounds + 1)]
+        settings = needs_of(variant, case, batch, precision).settings
+        rate = measured_flops(settings, torch.device(device), images=batch, steps=rounds)
+        return [0.0, 0.0, statistics.median(seconds[1:]), rate]
     make("reduced", ("wrn_10_1", 16), 4, device, precision)()  # libraries and their threads are there before the start
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -221,8 +151,7 @@ def main() -> None:
     rows = []
     for case in CASES:
         for variant in a.variants:
-            method, layout = VARIANTS[variant]
-            step = Step(needs_of(method, case, a.batch, a.precision), layout)
+            step = Prediction(needs_of(variant, case, a.batch, a.precision), VARIANTS[variant][1])
             predicted = step.peak.total / 2**20
             arguments = [variant, case, a.batch, a.device, a.precision]
             tensors, resident, *_ = in_fresh_process([*arguments, 0], a.threads)

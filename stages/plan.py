@@ -1,22 +1,44 @@
 """`mpl plan`: a recipe + a cluster → memory, layout and time, before anything is trained."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import click
+import torch
 
+from pipeline.config import Recipe, load_recipe
+from pipeline.data.manifest import Manifest, load_manifest
+from pipeline.errors import UsageError
+from pipeline.plan.calibrate import device_memory, measured_flops
+from pipeline.plan.choose import Choice, Plan, plan
+from pipeline.plan.cluster import Cluster, accelerator
+from pipeline.plan.needs import METHODS, Needs, needs_of
+from pipeline.plan.predict import Impossible
+from pipeline.plan.step import PlannedMethod, TeacherSettings, network_sizes
+from pipeline.storage.files import location
 from stages.console import Console
-
-if TYPE_CHECKING:
-    import torch
-
-    from pipeline.config import Recipe
-    from pipeline.data.manifest import Manifest
-    from pipeline.plan.choose import Choice, Plan
-    from pipeline.plan.cluster import Accelerator, Cluster
-    from pipeline.plan.needs import Needs, PlannedMethod
+from stages.options import Options, make_context
 
 GIB, GB = 2**30, 1e9
+Planned = tuple[Needs, Plan | str]  # the plan, or in words why there is none
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """The options of the command line that tell of the cluster; None: the named accelerator's, or this machine's."""
+
+    accelerators: int
+    per_node: int | None
+    accelerator: str | None
+    memory: float | None
+    flops: float | None
+    efficiency: float | None
+    bandwidth: float | None
+    between_nodes: float | None
+    headroom: float
+    calibrate: bool
+    device: str
 
 
 @click.command()
@@ -66,37 +88,33 @@ GIB, GB = 2**30, 1e9
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
 def command(
-    recipe: str, changes: tuple[str, ...], data: str | None, method: str, accelerators: int, precision: str,
-    as_json: bool, **figures: Any,
+    recipe: str, changes: tuple[str, ...], data: str | None, method: str, precision: str, as_json: bool, **figures: Any
 ) -> None:  # fmt: skip
     """Predict the memory and time of a training on a cluster, and choose its layout.
 
-    Reads: the recipe and the data set's manifest. Writes: nothing. Networks are followed without data, so one of a size
-    that this machine could never hold takes seconds, the largest minutes. Exit status 1 where nothing fits.
+    Reads: the recipe and the data set's manifest. Writes: nothing. A step of each training is run without data, so one
+    of a size that this machine could never hold takes seconds, the largest minutes. Exit status 1 where nothing fits.
     """
-    from pipeline.config import load_recipe
-    from pipeline.data.manifest import load_manifest
-    from pipeline.plan.choose import plan
-    from pipeline.plan.needs import METHODS, all_needs
-    from pipeline.storage.files import location
-
+    options = ClusterOptions(**figures)
     settings = load_recipe(recipe, changes)
     manifest = load_manifest(settings.data.manifest, location(data) if data else None)
     full = METHODS if settings.train_mpl is not None else METHODS[:1]
     wanted: tuple[PlannedMethod, ...] = full if method == "all" else (method,)  # type: ignore[assignment]
     labelled = _labelled(manifest, settings.data.labelled)
-    needs = all_needs(settings, wanted, manifest.classes, precision, labelled, max(1, accelerators))
-    cluster = _cluster(needs[0], accelerators, precision, **figures)
-    plans = [_planned(plan, each, cluster) for each in needs]
+    needs = [
+        needs_of(settings, each, manifest.classes, precision, labelled, max(1, options.accelerators)) for each in wanted
+    ]
+    cluster = _cluster(needs[0], precision, options)
+    plans = [_planned(each, cluster) for each in needs]
     if as_json:
         click.echo(json.dumps(_as_json(settings, cluster, precision, plans)))
     else:
         click.echo(_as_text(settings, cluster, precision, plans))
-    if all(isinstance(found, str) or found.chosen is None for _, found in plans):
+    if all(isinstance(planned, str) or planned.chosen is None for _, planned in plans):
         raise SystemExit(1)
 
 
-def _labelled(manifest: "Manifest", first: int | None) -> int | None:
+def _labelled(manifest: Manifest, first: int | None) -> int | None:
     """How many labelled images there are at most, as far as manifest and recipe tell."""
     split = manifest.splits["labelled"]
     total = manifest.files[split.source].rows
@@ -104,60 +122,47 @@ def _labelled(manifest: "Manifest", first: int | None) -> int | None:
     return min((n for n in [*own, first] if n is not None), default=None)
 
 
-def _planned(plan: Any, needs: "Needs", cluster: "Cluster") -> "tuple[Needs, Plan | str]":
+def _planned(needs: Needs, cluster: Cluster) -> Planned:
     """The plan, or in words why there is none: another method may be possible."""
-    from pipeline.plan.choose import Impossible
-
-    Console().note(f"{needs.method}: following {needs.student.settings.name} without data")
+    Console().note(f"{needs.settings.method}: running a step of {needs.settings.student.name} without data")
     try:
         return needs, plan(needs, cluster)
     except Impossible as error:
         return needs, str(error)
 
 
-def _cluster(
-    needs: "Needs", accelerators: int, precision: str, *, accelerator: str | None, per_node: int | None,
-    memory: float | None, flops: float | None, efficiency: float | None, bandwidth: float | None,
-    between_nodes: float | None, headroom: float, calibrate: bool, device: str,
-) -> "Cluster":  # fmt: skip
+def _cluster(needs: Needs, precision: str, options: ClusterOptions) -> Cluster:
     """The cluster of the options; what they leave out is the named accelerator's, or this machine's."""
-    from pipeline.errors import UsageError
-    from pipeline.plan import calibrate as machine
-    from pipeline.plan.cluster import Cluster
-    from pipeline.plan.cluster import accelerator as named
-
-    known: Accelerator | None = named(accelerator) if accelerator is not None else None
-    if flops is not None and calibrate:
+    known = accelerator(options.accelerator) if options.accelerator is not None else None
+    flops, memory = options.flops, options.memory
+    if flops is not None and options.calibrate:
         raise UsageError("give --flops or --calibrate, not both")
-    if flops is None and known is not None and not calibrate:
+    if flops is None and known is not None and not options.calibrate:
         flops = known.bf16 if precision == "bf16" else known.float32
         if flops is None:
-            raise UsageError(f"--accelerator {accelerator}: no rate is published for {precision}; give --flops")
+            raise UsageError(f"--accelerator {options.accelerator}: no rate is published for {precision}; give --flops")
     if memory is None:
-        memory = known.memory if known is not None else machine.device_memory(_device(device)) / GIB
+        memory = known.memory if known is not None else device_memory(_device(options.device)) / GIB
     proposed = Cluster(  # checks every figure before a measurement that takes a while
-        accelerators=accelerators,
-        per_node=per_node if per_node is not None else min(8, max(1, accelerators)),
+        accelerators=options.accelerators,
+        per_node=options.per_node if options.per_node is not None else min(8, max(1, options.accelerators)),
         memory=memory * GIB,
         flops=flops if flops is not None else 1.0,
-        efficiency=efficiency if efficiency is not None else (0.4 if flops is not None else 1.0),
-        bandwidth=GB * _first(bandwidth, known.bandwidth if known else None, 10.0),
-        between_nodes=GB * _first(between_nodes, known.between_nodes if known else None, 1.0),
-        headroom=headroom,
+        efficiency=_first(options.efficiency, 0.4 if flops is not None else 1.0),
+        bandwidth=GB * _first(options.bandwidth, known.bandwidth if known else None, 10.0),
+        between_nodes=GB * _first(options.between_nodes, known.between_nodes if known else None, 1.0),
+        headroom=options.headroom,
     )
     if flops is not None:
         return proposed
-    from dataclasses import replace
+    device = _device(options.device)
+    Console().note(f"measuring the rate of {needs.settings.student.name} on {device.type}")
+    images = min(32, max(2, needs.images.pool))
+    return replace(proposed, flops=measured_flops(needs.settings, device, images=images))
 
-    where: torch.device = _device(device)
-    Console().note(f"measuring the rate of {needs.student.settings.name} on {where.type}")
-    return replace(proposed, flops=machine.measured_flops(needs, where, images=min(32, max(2, needs.batch))))
 
-
-def _device(name: str) -> "torch.device":
+def _device(name: str) -> torch.device:
     """As `Context.device`, which needs a run."""
-    from stages.options import Options, make_context
-
     return make_context(Options(recipe="digits", device=name)).device
 
 
@@ -168,50 +173,50 @@ def _first(*values: float | None) -> float:
 # --- for people -----------------------------------------------------------------------------------------
 
 
-def _as_text(recipe: "Recipe", cluster: "Cluster", precision: str, plans: "list[tuple[Needs, Plan | str]]") -> str:
+def _as_text(recipe: Recipe, cluster: Cluster, precision: str, plans: list[Planned]) -> str:
     lines = [
-        f"{recipe.name}: {recipe.data.image_size} px, {plans[0][0].student.classes:,} classes, {precision}",
+        f"{recipe.name}: {recipe.data.image_size} px, {plans[0][0].settings.classes:,} classes, {precision}",
         f"cluster: {cluster.accelerators:,} accelerator(s), {min(cluster.per_node, cluster.accelerators)} to a node, "
         f"{cluster.memory / GIB:.1f} GiB each ({cluster.usable / GIB:.1f} usable), "
         f"{cluster.flops * cluster.efficiency / 1e12:.3g} TFLOP/s reached, "
         f"{cluster.bandwidth / GB:g} GB/s in a node, {cluster.between_nodes / GB:g} GB/s between nodes",
     ]
-    for needs, found in plans:
+    for needs, planned in plans:
         lines += ["", _title(needs)]
-        if isinstance(found, str):
-            lines.append(f"  not possible: {found}")
+        if isinstance(planned, str):
+            lines.append(f"  not possible: {planned}")
             continue
-        shown = found.chosen or found.leanest
-        lines.append(f"  {'layout' if found.chosen else 'DOES NOT FIT; leanest layout'}: {shown.layout.name}")
-        if given := _settings(needs, shown):
-            lines.append(f"  settings: {' '.join(f'--set {key}={value}' for key, value in given.items())}")
+        shown = planned.chosen or planned.leanest
+        lines.append(f"  {'layout' if planned.chosen else 'DOES NOT FIT; leanest layout'}: {shown.layout.name}")
+        if section := _settings(needs, shown):
+            lines.append(f"  settings: {' '.join(f'--set {key}={value}' for key, value in section.items())}")
         lines += [f"  {line}" for line in _memory_lines(shown, cluster)]
         lines.append(f"  {_time_line(needs, shown)}")
-        lines.append(f"  {_others_line(found)}")
-        lines += [f"  → {line}" for line in found.advice]
+        lines.append(f"  {_others_line(planned)}")
+        lines += [f"  → {line}" for line in planned.advice]
     return "\n".join(lines)
 
 
-def _title(needs: "Needs") -> str:
-    student = needs.student
-    title = f"{needs.method}: {student.settings.name}, {student.parameters / 1e6:.2f} M weights"
-    if needs.teacher is not None:
-        teacher = needs.teacher.costs
-        title += f"; teacher {teacher.settings.name}, {teacher.parameters / 1e6:.2f} M"
-        title += f", learns from {needs.teacher.learned:,} images a step"
-    return f"{title}; {needs.batch:,} pool images, {needs.feedback_batch:,} labelled ones for feedback"
+def _title(needs: Needs) -> str:
+    settings, images, sizes = needs.settings, needs.images, network_sizes(needs.settings)
+    title = f"{settings.method}: {settings.student.name}, {sizes['student'].trainable / 1e6:.2f} M weights"
+    if isinstance(settings.teacher, TeacherSettings):
+        title += f"; teacher {settings.teacher.model.name}, {sizes['teacher'].trainable / 1e6:.2f} M"
+        title += f", learns from {images.lesson:,} images a step"
+    return f"{title}; {images.pool:,} pool images, {images.feedback:,} labelled ones for feedback"
 
 
-def _settings(needs: "Needs", choice: "Choice") -> dict[str, str]:
+def _settings(needs: Needs, choice: Choice) -> dict[str, str]:
     """What a recipe must say to be trained in this layout."""
-    found = {f"distributed.{key}": json.dumps(value).strip('"') for key, value in choice.layout.settings.items()}
-    if needs.soft and needs.engine == "exact" and not choice.exact:
-        section = "train_reduced.feedback" if needs.method == "reduced" else "train_mpl.feedback_options"
-        found[f"{section}.engine"] = "central"
-    return found
+    section = {f"distributed.{key}": json.dumps(value).strip('"') for key, value in choice.layout.settings.items()}
+    settings = needs.settings
+    if settings.soft and settings.engine == "exact" and not choice.exact:
+        key = "train_reduced.feedback" if settings.method == "reduced" else "train_mpl.feedback_options"
+        section[f"{key}.engine"] = "central"
+    return section
 
 
-def _memory_lines(choice: "Choice", cluster: "Cluster") -> list[str]:
+def _memory_lines(choice: Choice, cluster: Cluster) -> list[str]:
     peak = choice.peak
     parts = " + ".join(f"{kind} {_size(size)}" for kind, size in peak.memory.items())
     return [f"memory: {_size(peak.total)} of {_size(cluster.usable)}, in the {peak.name}", f"  = {parts}"]
@@ -221,16 +226,16 @@ def _size(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
 
 
-def _time_line(needs: "Needs", choice: "Choice") -> str:
+def _time_line(needs: Needs, choice: Choice) -> str:
     low, high = choice.step_seconds
     span = _seconds(high) if high < 1.05 * low else f"{_seconds(low)} to {_seconds(high)}"
     whole = f"{_seconds(low * choice.steps)}" + ("" if high < 1.05 * low else f" to {_seconds(high * choice.steps)}")
     kind = ""
-    if needs.soft:
+    if needs.settings.soft:
         kind = "; exact feedback" if choice.exact else "; feedback by finite differences"
     return (
         f"a step: {span} (compute {_seconds(choice.compute)}, communication {_seconds(choice.communication)}"
-        f"{kind}), {needs.batch / high:,.4g} images/s; {choice.steps:,} steps: {whole}"
+        f"{kind}), {needs.images.pool / high:,.4g} images/s; {choice.steps:,} steps: {whole}"
     )
 
 
@@ -241,46 +246,42 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.3g} ms"
 
 
-def _others_line(found: "Plan") -> str:
-    others = [choice for choice in found.considered if choice is not (found.chosen or found.leanest)]
+def _others_line(planned: Plan) -> str:
+    others = [choice for choice in planned.considered if choice is not (planned.chosen or planned.leanest)]
     others = sorted(others, key=lambda choice: (not choice.fits, sum(choice.step_seconds)))[:3]
-    told = "; ".join(
+    text = "; ".join(
         f"{choice.layout.name} ({_size(choice.peak.total)}, "
         + (f"{_seconds(choice.step_seconds[1])})" if choice.fits else "does not fit)")
         for choice in others
     )
-    return f"also considered: {told or 'nothing'}"
+    return f"also considered: {text or 'nothing'}"
 
 
 # --- for programs ---------------------------------------------------------------------------------------
 
 
-def _as_json(
-    recipe: "Recipe", cluster: "Cluster", precision: str, plans: "list[tuple[Needs, Plan | str]]"
-) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    found: dict[str, Any] = {"recipe": recipe.name, "precision": precision, "cluster": asdict(cluster), "methods": {}}
-    for needs, result in plans:
-        if isinstance(result, str):
-            found["methods"][needs.method] = {"fits": False, "reason": result}
+def _as_json(recipe: Recipe, cluster: Cluster, precision: str, plans: list[Planned]) -> dict[str, Any]:
+    methods: dict[str, Any] = {}
+    for needs, planned in plans:
+        method = needs.settings.method
+        if isinstance(planned, str):
+            methods[method] = {"fits": False, "reason": planned}
             continue
-        teacher = needs.teacher
-        found["methods"][needs.method] = {
-            "fits": result.chosen is not None,
-            "student_parameters": needs.student.parameters,
-            "teacher_parameters": teacher.costs.parameters if teacher is not None else 0,
-            "batch": needs.batch,
-            "chosen": _choice_as_json(needs, result.chosen) if result.chosen is not None else None,
-            "leanest": _choice_as_json(needs, result.leanest),
-            "considered": [_choice_as_json(needs, choice) for choice in result.considered],
-            "advice": result.advice,
+        sizes = network_sizes(needs.settings)
+        methods[method] = {
+            "fits": planned.chosen is not None,
+            "student_parameters": sizes["student"].trainable,
+            "teacher_parameters": sizes["teacher"].trainable if "teacher" in sizes else 0,
+            "batch": needs.images.pool,
+            "chosen": _choice_as_json(needs, planned.chosen) if planned.chosen is not None else None,
+            "leanest": _choice_as_json(needs, planned.leanest),
+            "considered": [_choice_as_json(needs, choice) for choice in planned.considered],
+            "advice": planned.advice,
         }
-    return found
+    return {"recipe": recipe.name, "precision": precision, "cluster": asdict(cluster), "methods": methods}
 
 
-def _choice_as_json(needs: "Needs", choice: "Choice") -> dict[str, Any]:
-    from dataclasses import asdict
+def _choice_as_json(needs: Needs, choice: Choice) -> dict[str, Any]:
 
     low, high = choice.step_seconds
     return asdict(choice.layout) | {

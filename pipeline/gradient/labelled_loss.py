@@ -44,6 +44,7 @@ class LabelledLoss:
             loss = loss + part * share
             for name, g in gradient.items():
                 total[name] = total[name].add_(g, alpha=share) if name in total else g.mul_(share)
+            del gradient  # before the next one is there
         self.ranks.mean_([loss] if is_sharded(self.module) else [loss, *total.values()])
         return loss, total
 

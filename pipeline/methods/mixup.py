@@ -24,7 +24,7 @@ class Mixup(Method):
 
         assert views.partner is not None
         images, targets = views.partner
-        drawn = betaincinv(self.alpha, self.alpha, views.uniform.double().cpu().numpy())
+        drawn = betaincinv(self.alpha, self.alpha, views.uniform.tolist())
         share = torch.from_numpy(drawn).to(views.targets)  # λ, (L,)
         mixed = torch.lerp(images, views.labelled, share.to(images.dtype)[:, None, None, None])
         return Lesson(Rows(mixed, torch.lerp(targets, views.targets, share[:, None])))

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
+from pipeline.config import CalibratorSettings
 from pipeline.errors import UsageError
 from pipeline.plan.cluster import Cluster
+from pipeline.plan.footprint import Images
 from pipeline.plan.needs import Needs
-from pipeline.plan.step import Layout, Phase, Step
+from pipeline.plan.predict import Impossible, Layout, Phase, Prediction
+from pipeline.plan.step import TeacherSettings
 
 GIB = 2**30
-
-
-class Impossible(UsageError):
-    """A method cannot work here in whatever layout; another one may."""
 
 
 @dataclass(frozen=True)
@@ -74,53 +74,16 @@ def plan(needs: Needs, cluster: Cluster) -> Plan:
         UsageError: the accelerators do not divide a batch.
         Impossible: the precision rules the method out.
     """
-    _require_parts(needs, cluster)
-    considered = list(_considered(needs, cluster))
-    if not considered:
-        raise Impossible(
-            "feedback through divided weights is by finite differences, which bf16 spoils: use --precision float32"
-        )
-    fitting = [choice for choice in considered if choice.fits]
-    chosen = min(fitting, key=_order, default=None)
+    considered = _considered(needs, cluster)
+    chosen = min((choice for choice in considered if choice.fits), key=_order, default=None)
     leanest = min(considered, key=lambda choice: choice.peak.total)
     advice = [] if chosen is not None else list(_advice(needs, cluster, leanest))
     return Plan(needs, cluster, chosen, leanest, considered, advice)
 
 
-def _order(choice: Choice) -> tuple[float, int, bool, int]:
-    """Faster first; what is simpler among equals."""
-    layout = choice.layout
-    return sum(choice.step_seconds), layout.shards, layout.checkpointing, layout.micro_batches
-
-
-def _require_parts(needs: Needs, cluster: Cluster) -> None:
-    for what, images in needs.batches.items():
-        if images % cluster.accelerators:
-            near = images // cluster.accelerators * cluster.accelerators
-            raise UsageError(
-                f"--accelerators (={cluster.accelerators:,}) must divide every batch, and {images:,} {what} "
-                f"are not divided. Nearest: {' or '.join(f'{n:,}' for n in (near, near + cluster.accelerators) if n)}"
-            )
-
-
-def _considered(needs: Needs, cluster: Cluster) -> Iterator[Choice]:
-    """For each number of shards, with and without checkpointing: the fewest micro-batches that fit, or the leanest."""
-    for shards in _shards(cluster):
-        if needs.soft and shards > 1 and needs.student.precision is not None:
-            continue  # finite differences in bf16 are wrong by 1 to 75%
-        for checkpointing in (False, True):
-            tried = []
-            for parts in _divisors(needs.batch // cluster.accelerators):
-                layout = Layout(cluster.accelerators // shards, shards, checkpointing, parts)
-                tried.append(predict(needs, cluster, layout))
-                if tried[-1].fits:
-                    break
-            yield tried[-1] if tried[-1].fits else min(tried, key=lambda choice: choice.peak.total)
-
-
 def predict(needs: Needs, cluster: Cluster, layout: Layout) -> Choice:
     """Memory and time of one layout."""
-    step = Step(needs, layout)
+    step = Prediction(needs, layout)
     phases = list(step.phases())
     fits = max(phase.total for phase in phases) <= cluster.usable
     return Choice(
@@ -135,6 +98,39 @@ def predict(needs: Needs, cluster: Cluster, layout: Layout) -> Choice:
     )
 
 
+def _order(choice: Choice) -> tuple[float, int, bool, int]:
+    """Faster first; what is simpler among equals."""
+    layout = choice.layout
+    return sum(choice.step_seconds), layout.shards, layout.checkpointing, layout.micro_batches
+
+
+def _considered(needs: Needs, cluster: Cluster) -> list[Choice]:
+    """For each number of shards, with and without checkpointing: the fewest micro-batches that fit, or the leanest.
+
+    Raises:
+        Impossible: the method works in none.
+    """
+    choices, problem = [], Impossible("no layout was considered")
+    for shards, checkpointing in product(_shards(cluster), (False, True)):
+        layout = Layout(cluster.accelerators // shards, shards, checkpointing)
+        try:
+            choices.append(_fewest_parts(needs, cluster, layout))
+        except Impossible as error:
+            problem = error
+    if not choices:
+        raise problem
+    return choices
+
+
+def _fewest_parts(needs: Needs, cluster: Cluster, layout: Layout) -> Choice:
+    tried = []
+    for parts in _divisors(needs.images.share(layout.world).pool):
+        tried.append(predict(needs, cluster, replace(layout, micro_batches=parts)))
+        if tried[-1].fits:
+            return tried[-1]
+    return min(tried, key=lambda choice: choice.peak.total)
+
+
 def _shards(cluster: Cluster) -> list[int]:
     """Sizes of a group: within a node, then whole nodes."""
     per_node = min(cluster.per_node, cluster.accelerators)
@@ -146,6 +142,13 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def _fits(needs: Needs, cluster: Cluster) -> bool:
+    try:
+        return any(choice.fits for choice in _considered(needs, cluster))
+    except UsageError:  # the accelerators do not divide a batch, or no layout works
+        return False
+
+
 def _advice(needs: Needs, cluster: Cluster, leanest: Choice) -> Iterator[str]:
     """What would fit instead, each found by planning it."""
     short = leanest.peak.total - cluster.usable
@@ -155,27 +158,19 @@ def _advice(needs: Needs, cluster: Cluster, leanest: Choice) -> Iterator[str]:
     )
     for factor in (2, 4, 8, 16, 32, 64):
         larger = replace(cluster, accelerators=cluster.accelerators * factor)
-        if any(images % larger.accelerators for images in needs.batches.values()):
-            break
-        if any(choice.fits for choice in _considered(needs, larger)):
+        if _fits(needs, larger):
             yield f"{larger.accelerators:,} accelerators of this kind would do"
             break
-    if needs.method == "mpl-soft" and any(
-        choice.fits for choice in _considered(replace(needs, method="mpl-hard"), cluster)
-    ):
+    settings, images, least = needs.settings, needs.images, cluster.accelerators
+    if settings.method == "mpl-soft" and _fits(replace(needs, settings=replace(settings, method="mpl-hard")), cluster):
         yield "hard feedback (--method mpl-hard) would fit: it keeps no copy of the student's weights"
-    if needs.method != "reduced" and needs.teacher is not None:
-        alone = replace(needs, method="reduced", teacher=None)
-        if any(choice.fits for choice in _considered(alone, cluster)):
+    if isinstance(settings.teacher, TeacherSettings):
+        reduced = replace(settings, method="reduced", teacher=CalibratorSettings())
+        if _fits(Needs(reduced, Images(images.pool, images.feedback), needs.steps), cluster):
             yield "Reduced MPL of the same student (--method reduced) would fit: it holds no teacher network"
-    smaller = cluster.accelerators
-    if needs.batch > smaller:
-        least = replace(needs, batch=smaller, feedback_batch=min(needs.feedback_batch, smaller))
-        if needs.teacher is not None:
-            teacher = needs.teacher
-            least = replace(
-                least,
-                teacher=replace(teacher, predicted=smaller if teacher.predicted else 0, learned=2 * smaller),
-            )
-        if any(choice.fits for choice in _considered(least, cluster)):
-            yield f"a smaller batch would fit: one pool image on each accelerator ({smaller:,}) does"
+    if images.pool > least:
+        few = replace(
+            images, pool=least, feedback=min(images.feedback, least), labelled=least if images.labelled else 0
+        )
+        if _fits(replace(needs, images=few), cluster):
+            yield f"a smaller batch would fit: one pool image on each accelerator ({least:,}) does"

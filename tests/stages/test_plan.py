@@ -8,12 +8,14 @@ from click.testing import CliRunner, Result
 
 from pipeline.errors import UsageError
 from stages.plan import command
+from tests.plan import trainings  # noqa: F401  a small network
 
-DIGITS = ["--memory", "1", "--flops", "1e11"]
+NETWORK = ("--set", "train_reduced.model.name=three_blocks", "--set", "train_mpl.model.name=three_blocks")
+DIGITS = ("--memory", "1", "--flops", "1e11")
 
 
 def mpl_plan(*arguments: str) -> Result:
-    return CliRunner().invoke(command, list(arguments))
+    return CliRunner().invoke(command, [*NETWORK, *arguments])
 
 
 def test_prints_one_object_that_adds_up_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,9 +37,9 @@ def test_the_manifest_tells_how_many_labelled_images_there_are() -> None:
 
 
 def test_tells_every_method_and_what_is_missing_where_nothing_fits() -> None:
-    told = mpl_plan("--memory", "0.002", "--flops", "1e11")
+    told = mpl_plan("--memory", "0.0001", "--flops", "1e11")
     assert told.exit_code == 1
-    for words in ("reduced: wrn_10_1", "mpl-soft", "mpl-hard", "DOES NOT FIT", "is short of"):
+    for words in ("reduced: three_blocks", "mpl-soft", "mpl-hard", "DOES NOT FIT", "is short of"):
         assert words in told.stdout
 
 
