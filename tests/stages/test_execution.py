@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed import ALONE, Ranks, launch
+from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import DataError, RunError
+from stages import execution
 from stages.console import Console
 from stages.execution import Stage, execute
 from stages.options import Context, Options, make_context
@@ -56,7 +57,7 @@ def launched(patch: pytest.MonkeyPatch, name: str, restarts: int) -> None:
 
     patch.setenv("WORLD_SIZE", "2")
     patch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-    patch.setattr(launch, "joined", joined)
+    patch.setattr(execution, "joined", joined)
 
 
 def files(run: Path) -> list[str]:
@@ -123,7 +124,7 @@ def one_rank_cannot_write(ranks: Ranks, run: Path) -> None:
         ranks.barrier("the last checkpoint")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "joined", joined)
+        patch.setattr(execution, "joined", joined)
         attempt(run, work)
 
 
