@@ -20,16 +20,7 @@ from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Records
-from stages.reproduce.experiment import (
-    SEEDS_CHANGE,
-    UPSTREAM,
-    command_of,
-    comparison_basis,
-    comparison_stage,
-    report_files,
-    run_students,
-    seed_run,
-)
+from stages.reproduce.experiment import SEEDS_CHANGE, UPSTREAM, SeedRuns
 from stages.reproduce.methods import METHODS, fixed_on_reduced_data, method_changes
 from stages.reproduce.variants import Variant, results_of
 
@@ -48,12 +39,7 @@ TEACHER, STUDENT = "teacher, feedback on", "student, feedback on"  # lines of fi
 
 @dataclass(frozen=True)
 class Choice:
-    """What of the ablation is asked for.
-
-    Attributes:
-        feedback: soft or hard.
-        reduced: whether Reduced MPL belongs to it.
-    """
+    """What of the ablation is asked for: the kind of feedback, and whether Reduced MPL belongs to it."""
 
     feedback: str
     reduced: bool
@@ -64,38 +50,30 @@ class Choice:
         return "ablation" if self.feedback == "soft" else f"ablation-{self.feedback}"
 
     @property
-    def training_figure(self) -> str:
-        """File of figure 9."""
-        return f"{self.stem}-training.png"
+    def figures(self) -> dict[str, str]:
+        """Files of figure 9, and with Reduced MPL of figure 10."""
+        return {what: f"{self.stem}-{what}.png" for what in ("training", *["calibration"] * self.reduced)}
 
-    @property
-    def calibration_figure(self) -> str:
-        """File of figure 10."""
-        return f"{self.stem}-calibration.png"
+    def variants(self, context: Context) -> list[Variant]:
+        """All students of one seed."""
+        return full_variants(context, self.feedback) + (reduced_variants(context) if self.reduced else [])
 
 
-def plan(context: Context, seeds: range, jobs: int | None, choice: Choice) -> Stage:
+def plan(runs: SeedRuns, choice: Choice) -> Stage:
     """Plan the ablation as one stage.
 
     Raises:
         RecipeError: the recipe has no train_mpl section.
     """
-    figures = [choice.training_figure] + [choice.calibration_figure] * choice.reduced
-    chosen = {"feedback": choice.feedback, "reduced": choice.reduced}
-    changes = {variant.name: variant.changes for variant in variants(context, choice)}
-    return comparison_stage(
+    changes = {variant.name: variant.changes for variant in choice.variants(runs.context)}
+    return runs.stage(
         choice.stem,
-        comparison_basis(context, seeds) | {"variants": changes, **chosen},
-        report_files(context, choice.stem, *figures),
-        lambda: work(context, seeds, jobs, choice),
+        runs.basis() | {"variants": changes, "feedback": choice.feedback, "reduced": choice.reduced},
+        lambda: work(runs, choice),
         lambda result: " ".join(result["answers"]),
-        frozenset({"variants", "reduced"}),
+        figures=list(choice.figures.values()),
+        cheap=frozenset({"seeds", "variants", "reduced"}),
     )
-
-
-def variants(context: Context, choice: Choice) -> list[Variant]:
-    """All students of one seed."""
-    return full_variants(context, choice.feedback) + (reduced_variants(context) if choice.reduced else [])
 
 
 def full_variants(context: Context, feedback: str) -> list[Variant]:
@@ -136,39 +114,42 @@ def reduced_variants(context: Context) -> list[Variant]:
     return [*chosen, Variant("reduced-fixed", label, "train_reduced", fixed_on_reduced_data(context))]
 
 
-def work(context: Context, seeds: range, jobs: int | None, choice: Choice) -> dict[str, Any]:
+def work(runs: SeedRuns, choice: Choice) -> dict[str, Any]:
     """Run everything over seeds, then write tables and figures."""
-    shared = UPSTREAM if choice.reduced else ()
-    records = run_students(context, seeds, jobs, variants(context, choice), shared)
-    runs = [seed_run(context, seed) for seed in seeds]
-    training = training_curves(full_variants(context, choice.feedback), runs)
-    draw_curves(training, context.run / choice.training_figure, "Accuracy during training")
+    context = runs.context
+    records = runs.train(choice.variants(context), UPSTREAM if choice.reduced else ())
+    folders = [runs.folder(seed) for seed in runs.seeds]
+    training = training_curves(full_variants(context, choice.feedback), folders)
+    draw_curves(training, context.run / choice.figures["training"], "Accuracy during training")
     calibrations = []
     if choice.reduced:
-        calibrations = [read_calibration(run / "student-reduced-on" / FILE) for run in runs]
+        calibrations = [read_calibration(folder / "student-reduced-on" / FILE) for folder in folders]
         title = "Reduced MPL: what the calibrator makes of pool images"
-        draw_calibrated(calibrations, context.run / choice.calibration_figure, title)
-    report = report_of(context, choice, records, training, calibrations)
+        draw_calibrated(calibrations, context.run / choice.figures["calibration"], title)
+    report = report_of(runs, choice, records, training, calibrations)
     report.write(context.run.root)
     return {"answers": report.answers()}
 
 
 def report_of(
-    context: Context,
+    runs: SeedRuns,
     choice: Choice,
     records: dict[int, Records],
     training: dict[str, list[Curve]],
     calibrations: list[Calibration],
 ) -> Ablation:
     """Tables with their sentences, below them figures 9 and 10."""
-    full = full_variants(context, choice.feedback)
-    groups = [_group(f"Full MPL, {choice.feedback} feedback", "mpl", full, records)]
-    sections = [f"![training and validation accuracy over the steps]({choice.training_figure})", _training(training)]
+    context = runs.context
+    groups = [_group(f"Full MPL, {choice.feedback} feedback", "mpl", full_variants(context, choice.feedback), records)]
+    sections = [
+        f"![training and validation accuracy over the steps]({choice.figures['training']})",
+        _training(training),
+    ]
     extra: dict[str, Any] = {"training": {title: _as_json(curves) for title, curves in training.items()}}
     if choice.reduced:
         groups.append(_group("Reduced MPL", "reduced", reduced_variants(context), records))
         sections += [
-            f"![calibrated distributions over the quarters of training]({choice.calibration_figure})",
+            f"![calibrated distributions over the quarters of training]({choice.figures['calibration']})",
             f"Figure 10 of the paper, Reduced MPL with feedback on. {sentences(calibrations)}",
         ]
         extra["calibration"] = mean_changes(calibrations)
@@ -176,7 +157,7 @@ def report_of(
     about = About(
         stem=choice.stem,
         title=f"Does the feedback help? Identical runs on {context.recipe.data.manifest}",
-        command=command_of(context, "ablation", list(records), *options),
+        command=runs.command("ablation", *options),
         notes=_notes(context, groups, choice.reduced),
         extra=extra,
     )
@@ -190,7 +171,7 @@ def _group(title: str, family: str, chosen: list[Variant], records: dict[int, Re
     return Group(title, results_of(chosen, records), tuple(contrasts))
 
 
-def training_curves(full: list[Variant], runs: list[Path]) -> dict[str, list[Curve]]:
+def training_curves(full: list[Variant], folders: list[Path]) -> dict[str, list[Curve]]:
     """Figure 9: curves by panel; the first line is of Supervised alone."""
     labels = {variant.name: variant.label for variant in full}
     if SUPERVISED in labels:
@@ -208,7 +189,7 @@ def training_curves(full: list[Variant], runs: list[Path]) -> dict[str, list[Cur
     def curves(split: str) -> list[Curve]:
         return [
             read_curve(
-                [run / f"student-{student}" / "metrics.csv" for run in runs],
+                [folder / f"student-{student}" / "metrics.csv" for folder in folders],
                 f"{prefix}{split}_top1",
                 name,
                 colour,

@@ -10,8 +10,7 @@ from stages.options import Context, stage_options
 
 if TYPE_CHECKING:
     from stages.execution import Stage
-
-Plan = Callable[[Context, range], "Stage"]  # of an experiment over its seeds
+    from stages.reproduce.experiment import SeedRuns
 
 
 @click.group()
@@ -45,7 +44,7 @@ def table2(context: Context, seeds: int | None, jobs: int | None) -> None:
     """
     from stages.reproduce.table2 import plan
 
-    _reproduce(context, "table2", seeds, lambda c, chosen: plan(c, chosen, jobs))
+    _reproduce(context, "table2", seeds, jobs, plan)
 
 
 @group.command("swapped-teacher")
@@ -58,7 +57,7 @@ def swapped_teacher(context: Context, seeds: int | None, jobs: int | None) -> No
     """
     from stages.reproduce.swapped_teacher import plan
 
-    _reproduce(context, "swapped-teacher", seeds, lambda c, chosen: plan(c, chosen, jobs))
+    _reproduce(context, "swapped-teacher", seeds, jobs, plan)
 
 
 @group.command()
@@ -73,7 +72,7 @@ def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> 
     """
     from stages.reproduce.sweep import plan
 
-    _reproduce(context, "sweep", seeds, lambda c, chosen: plan(c, chosen, jobs, steps))
+    _reproduce(context, "sweep", seeds, jobs, lambda runs: plan(runs, steps))
 
 
 @group.command()
@@ -86,7 +85,7 @@ def table1(context: Context, seeds: int | None, jobs: int | None) -> None:
     """
     from stages.reproduce.table1 import plan
 
-    _reproduce(context, "table1", seeds, lambda c, chosen: plan(c, chosen, jobs))
+    _reproduce(context, "table1", seeds, jobs, plan)
 
 
 @group.command()
@@ -104,7 +103,7 @@ def ablation(context: Context, seeds: int | None, jobs: int | None, feedback: st
     from stages.reproduce.ablation import SEEDS, Choice, plan
 
     choice = Choice(feedback, reduced)
-    _reproduce(context, choice.stem, seeds or SEEDS, lambda c, chosen: plan(c, chosen, jobs, choice))
+    _reproduce(context, choice.stem, seeds or SEEDS, jobs, lambda runs: plan(runs, choice))
 
 
 @group.command("two-moons")
@@ -120,17 +119,22 @@ def two_moons(context: Context, seeds: int | None, jobs: int | None, variant: An
     """
     from stages.reproduce.two_moons import DRAWS, plan
 
-    own = Path("runs/two-moons")
-    _reproduce(context, "two-moons", seeds or DRAWS, lambda c, chosen: plan(c, chosen, jobs, variant, steps), own)
+    _reproduce(
+        context, "two-moons", seeds or DRAWS, jobs, lambda runs: plan(runs, variant, steps), Path("runs/two-moons")
+    )
 
 
-def _reproduce(context: Context, stem: str, seeds: int | None, plan: Plan, own: Path | None = None) -> None:
+def _reproduce(
+    context: Context, stem: str, seeds: int | None, jobs: int | None, plan: "Callable[[SeedRuns], Stage]",
+    own: Path | None = None,
+) -> None:  # fmt: skip
     """Choose the run directory (its own where no other was asked for) and the seeds, run, and show the table."""
     from stages.execution import execute
+    from stages.reproduce.experiment import SeedRuns
 
     context = _own_run(context, own or Path("runs") / f"{stem}-{context.recipe.name}")
     chosen = range(context.seed, context.seed + (seeds or context.recipe.reproduce.seeds))
-    execute(context, lambda c: plan(c, chosen))
+    execute(context, lambda c: plan(SeedRuns(c, chosen, jobs)))
     if not context.dry_run and not context.as_json:
         click.echo((context.run / f"{stem}.md").read_text())
 

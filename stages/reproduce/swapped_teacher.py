@@ -15,16 +15,8 @@ from pipeline.report.experiments.report import About
 from pipeline.report.experiments.results import Contrast, Results
 from pipeline.report.experiments.statistics import summarise
 from stages.execution import Stage
-from stages.options import Context
 from stages.reproduce.chains import Chain, Step, run_chains
-from stages.reproduce.experiment import (
-    command_of,
-    comparison_basis,
-    comparison_stage,
-    report_files,
-    run_students,
-    seed_run,
-)
+from stages.reproduce.experiment import SeedRuns
 from stages.reproduce.variants import Variant, results_of
 
 PAIRS = ((0, 1), (2, 3))
@@ -56,33 +48,32 @@ UNSWAPPED = "unswapped"
 CONTRASTS = (Contrast("Feedback alone − fixed", FEEDBACK.name, FIXED.name),)
 
 
-def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
+def plan(runs: SeedRuns) -> Stage:
     """Plan the experiment as one stage."""
-    return comparison_stage(
+    return runs.stage(
         "swapped-teacher",
-        comparison_basis(context, seeds),
-        report_files(context, "swapped-teacher"),
-        lambda: work(context, seeds, jobs),
+        runs.basis(),
+        lambda: work(runs),
         lambda result: f"won back: {_percent(result['won_back'][FEEDBACK.name])};",
     )
 
 
-def work(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
+def work(runs: SeedRuns) -> dict[str, Any]:
     """The fixed teacher as it is, then all variants with the swapped one; then the table."""
-    unswapped = results_of([FIXED], run_students(context, seeds, jobs, [FIXED]))
-    swapped = results_of(VARIANTS, run_chains(context, {seed: _chain(context, seed) for seed in seeds}, jobs))
+    unswapped = results_of([FIXED], runs.train([FIXED]))
+    chains = {seed: _chain(runs.folder(seed), seed) for seed in runs.seeds}
+    swapped = results_of(VARIANTS, run_chains(runs.context, chains, runs.jobs))
     results = Results(
         {UNSWAPPED: "Unswapped teacher, fixed"} | swapped.labels,
         {UNSWAPPED: unswapped.figures[FIXED.name]} | swapped.figures,
     )
     fractions = won_back(results)
-    report_of(context, results, fractions).write(context.run.root)
+    report_of(runs, results, fractions).write(runs.context.run.root)
     return {"won_back": {name: values["of_means"] for name, values in fractions.items()}}
 
 
-def _chain(context: Context, seed: int) -> Chain:
+def _chain(source: Path, seed: int) -> Chain:
     """The stages with a teacher whose outputs are swapped, in a run of their own."""
-    source = seed_run(context, seed)
     teacher = source / "teacher-swapped"
     write_swapped(source / "teacher", teacher)
     run = source.with_name(f"{source.name}-swapped")
@@ -126,9 +117,9 @@ def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.0f}%"
 
 
-def report_of(context: Context, results: Results, fractions: dict[str, dict[str, Any]]) -> Comparison:
+def report_of(runs: SeedRuns, results: Results, fractions: dict[str, dict[str, Any]]) -> Comparison:
     """The table with its sentences."""
-    settings = context.recipe.train_reduced
+    settings = runs.context.recipe.train_reduced
     lines = [
         "Won back of what the swap costs, (variant − fixed) / (unswapped − fixed), of the means; ± over seeds:",
         "",
@@ -141,7 +132,7 @@ def report_of(context: Context, results: Results, fractions: dict[str, dict[str,
     about = About(
         stem="swapped-teacher",
         title="Does the feedback act? A teacher with two pairs of classes swapped",
-        command=command_of(context, "swapped-teacher", results.seeds),
+        command=runs.command("swapped-teacher"),
         notes=[
             "\n".join(lines),
             f"Classes {classes} are exchanged in the teacher's outputs, on pool and labelled images. All students: "

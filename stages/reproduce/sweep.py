@@ -18,7 +18,7 @@ from pipeline.report.experiments.sweep import Sweep
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Chain, Records, Step, run_chains
-from stages.reproduce.experiment import command_of, comparison_basis, comparison_stage, report_files, teacher_top1
+from stages.reproduce.experiment import SeedRuns, teacher_top1
 from stages.reproduce.pool_variants import PoolVariant, write_variant
 from stages.reproduce.variants import Variant, results_of
 
@@ -76,44 +76,22 @@ STUDY = Study(
         Point(imbalance=16),
     ),
     axes=(
-        Axis(
-            "Out-of-domain share of the pool",
-            "out of domain",
-            (Level("0%", "origin"), Level("30%", "outside-0.3"), Level("60%", "outside-0.6")),
-        ),
-        Axis(
-            "Wrong labels of the teacher",
-            "wrong labels",
-            (Level("0%", "origin"), Level("20%", "noise-0.2"), Level("40%", "noise-0.4")),
-        ),
-        Axis(
-            "Imbalance of the pool's classes",
-            "imbalance",
-            (Level("1 : 1", "origin"), Level("4 : 1", "imbalance-4"), Level("16 : 1", "imbalance-16")),
-        ),
+        Axis("Out-of-domain share of the pool", "out of domain",
+             (Level("0%", "origin"), Level("30%", "outside-0.3"), Level("60%", "outside-0.6"))),
+        Axis("Wrong labels of the teacher", "wrong labels",
+             (Level("0%", "origin"), Level("20%", "noise-0.2"), Level("40%", "noise-0.4"))),
+        Axis("Imbalance of the pool's classes", "imbalance",
+             (Level("1 : 1", "origin"), Level("4 : 1", "imbalance-4"), Level("16 : 1", "imbalance-16"))),
     ),
     methods=(
-        Variant(
-            NOISY,
-            "NoisyStudent, pool and labels",
-            "train_reduced",
-            (
-                "train_reduced.teacher=fixed",
-                "train_reduced.student_data=pool+labelled",
-                "train_reduced.labelled_target=label",
-            ),
-        ),
+        Variant(NOISY, "NoisyStudent, pool and labels", "train_reduced",
+                ("train_reduced.teacher=fixed", "train_reduced.student_data=pool+labelled",
+                 "train_reduced.labelled_target=label")),
         Variant(FIXED, "NoisyStudent, pool alone", "train_reduced", ("train_reduced.teacher=fixed", *POOL)),
-        Variant(
-            REDUCED_OFF,
-            "Reduced MPL, no feedback",
-            "train_reduced",
-            (*CALIBRATED, "train_reduced.feedback.weight=0"),
-        ),
+        Variant(REDUCED_OFF, "Reduced MPL, no feedback", "train_reduced",
+                (*CALIBRATED, "train_reduced.feedback.weight=0")),
         Variant(REDUCED, "Reduced MPL", "train_reduced", (*CALIBRATED, "train_reduced.feedback.weight=1")),
-        Variant(
-            MPL_OFF, "full MPL, no feedback", "train_mpl", ("train_mpl.alone=false", "train_mpl.feedback=none")
-        ),
+        Variant(MPL_OFF, "full MPL, no feedback", "train_mpl", ("train_mpl.alone=false", "train_mpl.feedback=none")),
         Variant(MPL, "full MPL", "train_mpl", ("train_mpl.alone=false", "train_mpl.feedback=soft")),
     ),
     contrasts=(
@@ -127,48 +105,49 @@ STUDY = Study(
 SUPERVISED = Variant("supervised", "Supervised, labels alone", "train_reduced", ("train_reduced.teacher=none",))
 
 
-def plan(context: Context, seeds: range, jobs: int | None, steps: int) -> Stage:
-    """Plan the sweep as one stage.
+def plan(runs: SeedRuns, steps: int) -> Stage:
+    """Plan the sweep as one stage; `steps` are of every student.
 
     Raises:
         UsageError: the recipe is of another data set, or has no train_mpl section.
     """
+    context = runs.context
     if context.recipe.data.manifest != "digits" or context.data is not None:
         raise UsageError("the sweep makes its pools from the embedded digits; leave out --data, or --recipe digits")
     if context.recipe.train_mpl is None:
         raise UsageError(f"recipe {context.recipe.name} has no train_mpl section, which full MPL needs")
     points = {point.name: vars(point) for point in STUDY.points}
     methods = {method.name: [method.module, *method.changes] for method in STUDY.methods}
-    basis = {"size": STUDY.size, "steps": steps, "points": points, "methods": methods}
-    return comparison_stage(
+    return runs.stage(
         "sweep",
-        comparison_basis(context, seeds) | basis,
-        report_files(context, "sweep"),
-        lambda: work(context, seeds, jobs, steps),
+        runs.basis() | {"size": STUDY.size, "steps": steps, "points": points, "methods": methods},
+        lambda: work(runs, steps),
         lambda result: f"{result['students']} students;",
-        frozenset({"points", "methods"}),
+        cheap=frozenset({"seeds", "points", "methods"}),
     )
 
 
-def work(context: Context, seeds: range, jobs: int | None, steps: int) -> dict[str, Any]:
+def work(runs: SeedRuns, steps: int) -> dict[str, Any]:
     """The teachers, then a chain for each point and seed; then tables and figure."""
+    context, seeds = runs.context, runs.seeds
     folder = context.run / "pools"
     folder.mkdir(exist_ok=True)
     noises = dict.fromkeys(point.noise for point in STUDY.points)
-    teachers = run_chains(
-        context, {(noise, seed): teacher_chain(context, noise, seed, steps) for noise in noises for seed in seeds}, jobs
-    )
-    by_noise = {noise: {seed: teachers[noise, seed] for seed in seeds} for noise in noises}
-    supervised = results_of([SUPERVISED], by_noise[ORIGIN.noise])
+    chains = {(noise, seed): teacher_chain(context, noise, seed, steps) for noise in noises for seed in seeds}
+    records = run_chains(context, chains, runs.jobs)
+    teachers = {noise: {seed: records[noise, seed] for seed in seeds} for noise in noises}
     places = [(point, seed) for point in STUDY.points for seed in seeds]
     for point, seed in places:
         write_variant(folder, pool_of(point, seed))
-    chains = {(point, seed): point_chain(context, point, seed, steps) for point, seed in places}
-    students = run_chains(replace(context, data=folder.resolve()), chains, jobs)
+    students = run_chains(
+        replace(context, data=folder.resolve()),
+        {(point, seed): point_chain(context, point, seed, steps) for point, seed in places},
+        runs.jobs,
+    )
     results = {
         point.name: results_of(STUDY.methods, {seed: students[point, seed] for seed in seeds}) for point in STUDY.points
     }
-    report_of(context, steps, results, supervised, by_noise).write(context.run.root)
+    report_of(runs, steps, results, teachers).write(context.run.root)
     return {"students": len(places) * len(STUDY.methods) + len(seeds)}
 
 
@@ -204,23 +183,20 @@ def point_chain(context: Context, point: Point, seed: int, steps: int) -> Chain:
 
 
 def report_of(
-    context: Context,
-    steps: int,
-    results: dict[str, Results],
-    supervised: Results,
-    teachers: Mapping[float, Mapping[int, Records]],
+    runs: SeedRuns, steps: int, results: dict[str, Results], teachers: Mapping[float, Mapping[int, Records]]
 ) -> Sweep:
     """Results with their sentences; `teachers` by noise and seed."""
+    clean = teachers[ORIGIN.noise]
     top1 = {noise: _mean(teacher_top1(records.values())) for noise, records in teachers.items()}
-    labelled = next(iter(teachers[ORIGIN.noise].values()))["pretrain"]["result"]["labelled_images"]
+    labelled = clean[runs.seeds[0]]["pretrain"]["result"]["labelled_images"]
     about = About(
         stem="sweep",
         title="When does feedback pay?",
-        command=command_of(context, "sweep", supervised.seeds, f"--steps {steps}"),
-        notes=[*_notes(context, steps, labelled, top1), _cost(results)],
+        command=runs.command("sweep", f"--steps {steps}"),
+        notes=[*_notes(runs.context, steps, labelled, top1), _cost(results)],
         extra={"teacher_validation_top1": {f"{noise:g}": mean for noise, mean in top1.items()}},
     )
-    return Sweep(about, STUDY.axes, results, STUDY.contrasts, supervised)
+    return Sweep(about, STUDY.axes, results, STUDY.contrasts, results_of([SUPERVISED], clean))
 
 
 def _notes(context: Context, steps: int, labelled: int, teachers: dict[float, float]) -> list[str]:

@@ -14,15 +14,7 @@ from pipeline.report.experiments.results import Contrast, Results
 from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
-from stages.reproduce.experiment import (
-    SEEDS_CHANGE,
-    command_of,
-    comparison_basis,
-    comparison_stage,
-    report_files,
-    run_students,
-    teacher_top1,
-)
+from stages.reproduce.experiment import SEEDS_CHANGE, SeedRuns, teacher_top1
 from stages.reproduce.methods import METHODS, NOISY, method_changes, method_settings
 from stages.reproduce.variants import Variant, results_of
 
@@ -46,42 +38,42 @@ def variants(context: Context) -> list[Variant]:
     return chosen
 
 
-def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
+def plan(runs: SeedRuns) -> Stage:
     """Plan the whole table as one stage.
 
     Raises:
         UsageError: the recipe has no feedback.
         RecipeError: it has no train_mpl section.
     """
-    if mpl_settings(context.recipe).feedback == "none":
+    if mpl_settings(runs.context.recipe).feedback == "none":
         raise UsageError("table1 compares methods with feedback: set train_mpl.feedback to soft or hard")
-    methods = {name: method_changes(context, name) for name in METHODS}
-    return comparison_stage(
+    methods = {name: method_changes(runs.context, name) for name in METHODS}
+    return runs.stage(
         "table1",
-        comparison_basis(context, seeds) | {"methods": methods},
-        report_files(context, "table1"),
-        lambda: work(context, seeds, jobs),
+        runs.basis() | {"methods": methods},
+        lambda: work(runs),
         lambda result: result["answer"],
-        frozenset({"methods"}),
+        cheap=frozenset({"seeds", "methods"}),
     )
 
 
-def work(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
+def work(runs: SeedRuns) -> dict[str, Any]:
     """Run all methods over seeds, then write the table."""
-    chosen = variants(context)
-    records = run_students(context, seeds, jobs, chosen)
-    report = report_of(context, results_of(chosen, records), teacher_top1(records.values()))
-    report.write(context.run.root)
+    chosen = variants(runs.context)
+    records = runs.train(chosen)
+    report = report_of(runs, results_of(chosen, records), teacher_top1(records.values()))
+    report.write(runs.context.run.root)
     return {"answer": report.answer()}
 
 
-def report_of(context: Context, results: Results, teacher: list[float]) -> Pairs:
+def report_of(runs: SeedRuns, results: Results, teacher: list[float]) -> Pairs:
     """The table with its sentences."""
+    context = runs.context
     data_sets = papers_of(context)
     about = About(
         stem="table1",
         title=f"{context.data_set.manifest.name}: methods alone and with Meta Pseudo Labels",
-        command=command_of(context, "table1", results.seeds),
+        command=runs.command("table1"),
         notes=[*_notes(context, teacher), _budget(results), *map(_others, data_sets)],
         extra={"teacher_validation_top1": teacher, "settings": mpl_settings(context.recipe).model_dump(mode="json")},
     )

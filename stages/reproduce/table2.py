@@ -10,15 +10,7 @@ from pipeline.report.experiments.results import Contrast, Results
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Records
-from stages.reproduce.experiment import (
-    command_of,
-    comparison_basis,
-    comparison_stage,
-    report_files,
-    run_students,
-    seed_run,
-    teacher_top1,
-)
+from stages.reproduce.experiment import SeedRuns, teacher_top1
 from stages.reproduce.methods import fixed_on_reduced_data
 from stages.reproduce.variants import Variant, results_of
 
@@ -45,31 +37,32 @@ def variants(context: Context) -> list[Variant]:
     return [*chosen, Variant(REDUCED, "Reduced MPL", "train_reduced", ("train_reduced.teacher=calibrator",))]
 
 
-def plan(context: Context, seeds: range, jobs: int | None) -> Stage:
+def plan(runs: SeedRuns) -> Stage:
     """Plan the whole table as one stage."""
-    files = report_files(context, "table2")
-    evaluations = [seed_run(context, s) / f"evaluation-{v.name}.json" for s in seeds for v in variants(context)]
-    stage = comparison_stage("table2", comparison_basis(context, seeds), files, lambda: work(context, seeds, jobs))
-    return replace(stage, outputs=[*files, *evaluations])
+    chosen = variants(runs.context)
+    evaluations = [runs.folder(seed) / f"evaluation-{variant.name}.json" for seed in runs.seeds for variant in chosen]
+    stage = runs.stage("table2", runs.basis(), lambda: work(runs))
+    return replace(stage, outputs=[*stage.outputs, *evaluations])
 
 
-def work(context: Context, seeds: range, jobs: int | None) -> dict[str, Any]:
+def work(runs: SeedRuns) -> dict[str, Any]:
     """Run all methods over seeds, then write the table."""
-    chosen = variants(context)
-    records = run_students(context, seeds, jobs, chosen)
+    chosen = variants(runs.context)
+    records = runs.train(chosen)
     results = results_of(chosen, records)
-    report_of(context, results, records).write(context.run.root)
+    report_of(runs, results, records).write(runs.context.run.root)
     return {"methods": {label: vars(results.summary(variant)) for variant, label in results.labels.items()}}
 
 
-def report_of(context: Context, results: Results, records: dict[int, Records]) -> Comparison:
+def report_of(runs: SeedRuns, results: Results, records: dict[int, Records]) -> Comparison:
     """The table with its sentences."""
+    context = runs.context
     teacher = teacher_top1(records.values())
     kept = [of_seed["filter"]["result"]["kept"] for of_seed in records.values()]
     about = About(
         stem="table2",
         title=f"Table 2 on {context.data_set.manifest.name}",
-        command=command_of(context, "table2", results.seeds),
+        command=runs.command("table2"),
         notes=_notes(context, teacher, kept),
         extra={"teacher_validation_top1": teacher, "kept": kept},
     )

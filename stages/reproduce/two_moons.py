@@ -13,35 +13,34 @@ from pipeline.report.experiments.moons import MoonsReport
 from pipeline.report.experiments.report import About
 from pipeline.storage.workers import EngineSettings, run_all
 from stages.execution import Stage
-from stages.options import Context
-from stages.reproduce.experiment import comparison_stage, report_files, seeds_options
+from stages.reproduce.experiment import SeedRuns, seeds_options
 
 DRAWS = 20
 CELLS = "two-moons/cells"  # results so far
 
 
-def plan(context: Context, draws: range, jobs: int | None, variant: VariantName | None, steps: int | None) -> Stage:
-    """Plan the experiment as one stage."""
+def plan(runs: SeedRuns, variant: VariantName | None, steps: int | None) -> Stage:
+    """Plan the experiment as one stage; a seed is a draw."""
     study = rows(variant, {} if steps is None else {"steps": steps})
     settings = {row.name: [row.label, list(row.methods), row.settings.model_dump(mode="json")] for row in study}
-    files = report_files(context, "two-moons")
     command = " ".join(
-        ["mpl reproduce two-moons", seeds_options(draws)]
+        ["mpl reproduce two-moons", seeds_options(runs.seeds)]
         + ([f"--variant {variant}"] if variant else [])
         + ([f"--steps {steps}"] if steps else [])
     )
-    stage = comparison_stage(
+    first = {"first": runs.seeds.start} if runs.seeds.start else {}
+    stage = runs.stage(
         "two-moons",
-        {"draws": len(draws), "rows": settings} | ({"first": draws.start} if draws.start else {}),
-        files,
-        lambda: work(context, study, draws, jobs, command),
+        {"draws": len(runs.seeds), "rows": settings, **first},
+        lambda: work(runs, study, command),
         cheap=frozenset({"draws", "first"}),
     )
-    return replace(stage, replaces=[*files, context.run / CELLS])
+    return replace(stage, replaces=[*stage.replaces, runs.context.run / CELLS])
 
 
-def work(context: Context, study: list[Row], draws: range, jobs: int | None, command: str) -> dict[str, Any]:
+def work(runs: SeedRuns, study: list[Row], command: str) -> dict[str, Any]:
     """Train every cell, a process each, then write table and figure."""
+    context, draws = runs.context, runs.seeds
     items, results, taken = cells(study, draws), dict[str, CellResult](), 0
     total, folder = sum(item.settings.steps for item in items), context.run / CELLS
 
@@ -59,7 +58,7 @@ def work(context: Context, study: list[Row], draws: range, jobs: int | None, com
         if (folder / cell.file).exists():  # of an interrupted attempt
             done(cell, CellResult.load(folder / cell.file))
     items = [cell for cell in items if cell.name not in results]
-    workers = jobs or len(os.sched_getaffinity(0))
+    workers = runs.jobs or len(os.sched_getaffinity(0))
     run_all(
         EngineSettings(workers=max(1, min(workers, len(items)))),
         RunCell(),
