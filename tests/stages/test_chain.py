@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import load_recipe
 from pipeline.storage.runs import Run
+from tests.stages.reproduce.comparisons import run_here
 
 STAGES = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate")
 
@@ -197,7 +198,7 @@ def test_your_own_images_as_the_readme_says(mpl, tmp_path, monkeypatch, recipe) 
     assert judged["images"] == 18
 
 
-def test_reproduce_table2_and_again(mpl, tmp_path, recipe) -> None:
+def test_reproduce_table2_and_again(mpl, tmp_path, recipe, monkeypatch) -> None:
     run = tmp_path / "table2"
     outcome = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2, "--jobs", 2)
     assert outcome.status == 0, outcome.err
@@ -213,6 +214,7 @@ def test_reproduce_table2_and_again(mpl, tmp_path, recipe) -> None:
     again = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2)
     assert "already done" in again.err
     teacher = (run / "seed-0/teacher/model.safetensors").stat().st_mtime_ns
+    run_here(monkeypatch)
     changed = ["--recipe", recipe, "--run", run, "--seeds", 2, "--set", "train_reduced.steps=20"]
     assert "--force" in mpl("reproduce", "table2", *changed).err
     assert mpl("reproduce", "table2", *changed, "--force").status == 0

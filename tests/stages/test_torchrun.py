@@ -88,10 +88,10 @@ def test_two_processes_that_hold_shards_train_as_one(mpl, vit_recipe, tmp_path) 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(mpl, vit_recipe, tmp_path) -> None:
     """kill -9 of one process under torchrun's elastic launch, from the last checkpoint on."""
-    longer = ["--set", "train_mpl.steps=60"]
+    longer = ["--set", "train_mpl.steps=30"]
     arguments = ["train-mpl", "--recipe", vit_recipe, *longer, "--run"]
     with torchrun(2, *arguments, tmp_path / "killed", restarts=2) as process:
-        wait_for_step(tmp_path / "killed/student", 10, process)
+        wait_for_step(tmp_path / "killed/student", 5, process)
         children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         workers = [p for p in children if b"stages" in Path(f"/proc/{p}/cmdline").read_bytes()]
         os.kill(workers[-1], signal.SIGKILL)
