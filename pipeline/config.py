@@ -304,7 +304,7 @@ class DataSettings(Settings):
 
     manifest: str
     image_size: PositiveInt  # pixels, square
-    labelled: PositiveInt | None = None  # use only the first so many labelled images
+    labelled: PositiveInt | None = None  # use only so many labelled images, drawn from the seed, stratified by class
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.5, 0.5, 0.5)
     memory_gib: PositiveFloat = 4.0  # of a node; splits beyond lie decoded in a file in the run, pools are streamed

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from tqdm import tqdm
 
 from pipeline.data.get.check import SplitReport, check_split
 from pipeline.data.get.fetch import fetch as fetch_files
-from pipeline.data.get.importing import Imported, ImportSettings, import_images
 from pipeline.data.manifest import Manifest, list_manifests, load_manifest
 from pipeline.data.sources import find_files
 from pipeline.errors import DataError, UsageError
 from pipeline.storage.files import Location, location
+from stages.data_import import command as import_
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
 
@@ -129,49 +128,6 @@ def fetch(manifest: str, data: Location | None, only: tuple[str, ...], as_json: 
         raise click.exceptions.Exit(1)
 
 
-@group.command("import")
-@click.argument("source", type=click.Path(path_type=Path, exists=True))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--name", help="Name of the data set.  [default: that of OUT]")
-@click.option(
-    "--unlabelled", type=click.Path(path_type=Path, exists=True), help="Folder or tar of images for the pool."
-)
-@click.option("--validation", type=float, default=0.1, show_default=True, help="Part of each class for choosing.")
-@click.option("--test", type=float, default=0.2, show_default=True, help="Part of each class for evaluation.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the splits.")
-@workers_option
-@json_option
-def import_(
-    source: Path,
-    out: Path,
-    name: str | None,
-    unlabelled: Path | None,
-    validation: float,
-    test: float,
-    seed: int,
-    workers: int,
-    as_json: bool,
-) -> None:
-    """Turn SOURCE, a folder or a tar of images, into the data folder OUT.
-
-    Sub-folders are the classes; what lies in a sub-folder `unlabelled` is the pool. OUT gets Parquet
-    files, a manifest.yaml, and left_out.csv with what could not be used and why.
-    """
-    settings = ImportSettings(validation, test, seed)
-    imported = import_images(source, out, name=name, unlabelled=unlabelled, settings=settings, workers=workers)
-    _say_imported(imported, out)
-    if as_json:
-        result = {
-            "manifest": str(out / "manifest.yaml"),
-            "name": imported.manifest.name,
-            "classes": imported.manifest.class_names,
-            "counts": imported.counts,
-            "per_class": imported.per_class,
-            "left_out": [entry._asdict() for entry in imported.left_out],
-        }
-        click.echo(json.dumps(result, ensure_ascii=False))
-
-
 class _Bars:
     """One bar of bytes at a time, on standard error, where that is a terminal."""
 
@@ -237,12 +193,4 @@ def _say_some(what: str, items: list[str]) -> None:
         click.echo(f"  {len(items):,} {what}: {', '.join(items[:SHOWN])}{more}", err=True)
 
 
-def _say_imported(imported: Imported, out: Path) -> None:
-    for split, count in imported.counts.items():
-        click.echo(f"{split}: {count:,} images", err=True)
-    reasons: dict[str, Any] = Counter(entry.reason for entry in imported.left_out)
-    for reason, count in reasons.items():
-        click.echo(f"left out, {reason}: {count:,} (see {out / 'left_out.csv'})", err=True)
-    if "unlabelled" not in imported.counts:
-        click.echo("There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.", err=True)
-    click.echo(f"Use it with: --data {out} --set data.manifest={imported.manifest.name}", err=True)
+group.add_command(import_)

@@ -100,7 +100,7 @@ class Context:
         """The recipe's images."""
         from pipeline.data.dataset import DataSet
 
-        return DataSet(self.recipe.data, self.data, self.run.decoded, self.console.note)
+        return DataSet(self.recipe.data, self.data, self.run.decoded, self.console.note, self.seed)
 
     @property
     def assembly(self) -> "Assembly":

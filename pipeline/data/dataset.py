@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import DataSettings
+from pipeline.data.classes import SHOWN
 from pipeline.data.decode import default_workers
 from pipeline.data.decoded import Images, load_images
+from pipeline.data.draw import stratified
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
 from pipeline.data.readers.shard import Sample
 from pipeline.data.sources import Split, open_split
@@ -23,12 +25,14 @@ class DataSet:
         folder: the data folder, or None for what is embedded.
         scratch: gets what does not fit into `settings.memory_gib`, decoded.
         note: told what could not be used.
+        seed: of the draw of `settings.labelled` images.
     """
 
     settings: DataSettings
     folder: Location | None
     scratch: Path
     note: Callable[[str], None] = lambda text: None
+    seed: int = 0
 
     @property
     def manifest(self) -> Manifest:
@@ -36,9 +40,11 @@ class DataSet:
         return load_manifest(self.settings.manifest, self.folder)
 
     def split(self, name: SplitName) -> Split:
-        """A split; the labelled one cut as the recipe says."""
-        first = self.settings.labelled if name == "labelled" else None
-        return open_split(self.manifest, name, self.folder, first=first)
+        """A split; of the labelled one so many rows as the recipe says, drawn from every class."""
+        split = open_split(self.manifest, name, self.folder)
+        if name == "labelled" and self.settings.labelled is not None:
+            return stratified(split, self.settings.labelled, self.seed)
+        return split
 
     def images(self, split: Split, size: int | None = None) -> Images:
         """Decode a split; what did not decode is told."""
@@ -49,6 +55,9 @@ class DataSet:
                 f"{split.name}: {len(images.skipped)} of {split.count()} images cannot be used "
                 f"(first: {first.shard} row {first.row}, {first.key}: {first.status}, {first.detail})"
             )
+        if split.labelled and (absent := sorted(set(range(len(split.class_names))) - set(images.labels.tolist()))):
+            names = [split.class_names[label] for label in absent]
+            self.note(f"{split.name}: no image of {len(names)} classes: {', '.join(names[:SHOWN])}")
         return images
 
     def decoded(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator, model_validator
 
+from pipeline.data.classes import canonical
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, opened
 
@@ -138,12 +139,15 @@ class Manifest(_Section):
     def _consistent(self) -> Self:
         if self.class_names and len(self.class_names) != self.classes:
             raise ValueError(f"classes is {self.classes}, class_names has {len(self.class_names)} names")
-        if len(set(self.class_names)) != len(self.class_names):
-            raise ValueError("class_names has a name twice")
-        for name, split in self.splits.items():
+        seen: dict[str, str] = {}
+        for class_name in self.class_names:
+            if (name := canonical(class_name)) in seen:
+                raise ValueError(f"class_names has a name twice: {seen[name]!r} and {class_name!r}")
+            seen[name] = class_name
+        for split_name, split in self.splits.items():
             if split.source not in self.files:
                 hint = suggestion(split.source, self.files) or f"there are {', '.join(self.files)}"
-                raise ValueError(f"splits.{name}.from is {split.source!r}, which `files` lacks; {hint}")
+                raise ValueError(f"splits.{split_name}.from is {split.source!r}, which `files` lacks; {hint}")
         for entry, file in self.files.items():
             if file.archive is not None and file.archive not in self.archives:
                 raise ValueError(f"files.{entry}.archive is {file.archive!r}, which `archives` lacks")

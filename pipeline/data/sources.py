@@ -8,12 +8,13 @@ from itertools import takewhile
 
 import numpy as np
 
+from pipeline.data.classes import ClassNames
 from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
 from pipeline.data.readers.digits import digits_shards
 from pipeline.data.readers.folder import folder_shards
 from pipeline.data.readers.parquet import ParquetShard
 from pipeline.data.readers.raw import raw_shards
-from pipeline.data.readers.shard import NO_LABEL, Sample, Shard, Window
+from pipeline.data.readers.shard import NO_LABEL, LeftOut, Renumbered, Sample, Shard, Window
 from pipeline.data.readers.svhn import svhn_shards
 from pipeline.data.readers.webdataset import TarShard
 from pipeline.errors import DataError, MissingDataError
@@ -61,6 +62,10 @@ class Split:
                     self._check_label(shard.name, first + int(invalid[0]), int(labels[invalid[0]]))
         return np.concatenate(arrays)
 
+    def left_out(self) -> list[tuple[str, LeftOut]]:
+        """(shard name, what lies beside its samples and is none), looked for now."""
+        return [(shard.name, entry) for shard in self.shards for entry in shard.left_out()]
+
     def fingerprint(self) -> str:
         """Changes with the rows, the order or the classes of the split."""
         with ThreadPoolExecutor(REQUESTS) as pool:
@@ -100,7 +105,7 @@ def open_split(
     names = class_names(manifest, data)
     shards = _shards(manifest, spec.source, data, names if labelled else None)
     if labelled:
-        _same_names(names, shards, manifest)
+        shards = _by_name(ClassNames(names, manifest.name), shards)
     total = _total(manifest, spec, shards)
     rows = spec.rows(OPEN_END if total is None else total)
     cut = tuple(_cut(shards, rows if first is None else rows[:first]))
@@ -135,19 +140,22 @@ def class_names(manifest: Manifest, data: Location | None = None) -> tuple[str, 
     return tuple(str(label) for label in range(manifest.classes))
 
 
-def _same_names(names: tuple[str, ...], shards: list[Shard], manifest: Manifest) -> None:
-    """Refuse files whose labels mean other classes than the manifest's."""
-    for shard in shards[:1]:
-        names_in_file = shard.class_names()
-        if names_in_file and names_in_file != names and manifest.class_names:
-            differ = next(
-                (f"{a!r} for {b!r}" for a, b in zip(names_in_file, names, strict=False) if a != b),
-                f"{len(names_in_file)} for {len(names)}",
-            )
-            raise DataError(
-                f"{manifest.name}: {shard.name} states other class names than the manifest ({differ}); "
-                "its labels would be misread. Correct `class_names`"
-            )
+def _by_name(names: ClassNames, shards: list[Shard]) -> list[Shard]:
+    """The shards with labels numbered as the data set numbers its classes, whatever order each file has them in.
+
+    Raises:
+        DataError: a file states other classes, or its numbers can be read in two ways.
+    """
+    numbered = []
+    for shard in shards:
+        if stated := shard.class_names():
+            places = names.places(stated, shard.name)
+            numbered.append(shard if places == tuple(range(len(names.names))) else Renumbered(shard, places))
+            continue
+        if shard.has_bare_numbers():
+            names.require_one_reading(shard.name)
+        numbered.append(shard)
+    return numbered
 
 
 def _total(manifest: Manifest, spec: SplitSpec, shards: list[Shard]) -> int | None:

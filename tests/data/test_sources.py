@@ -130,7 +130,7 @@ def test_labels_of_a_pool_are_not_read(data_set: DataSet) -> None:
         ([0, -3, 1], None, "row 1 has label -3"),
         ([0, None, 1], None, "row 1 has no label"),
         (["cat", "dog", "cow"], None, "row 2 has the label 'cow', which is no class name"),
-        ([0.0, 1.0, 1.0], None, "column 'label' is double; labels are integers or names"),
+        ([0.0, 1.5, 1.0], None, "column 'label' is double; labels are integers or names"),
     ],
 )
 def test_bad_labels_name_file_row_and_value(
@@ -170,11 +170,56 @@ def test_class_names_come_from_the_file_if_the_manifest_has_none(data_set: DataS
         opened(path)
 
 
-def test_other_class_names_than_the_manifests_are_refused(data_set: DataSet) -> None:
-    path = data_set()
-    write_parquet(path.parent / "train.parquet", [IMAGE], [1], names=["dog", "cat"])
-    with pytest.raises(DataError, match=r"other class names than the manifest \('dog' for 'cat'\)"):
+@pytest.mark.parametrize("class_names", [["cat", "dog"], []])
+def test_labels_are_read_by_the_names_of_their_file(data_set: DataSet, class_names: list[str]) -> None:
+    """In every file of a split: another order, fewer of the classes; what cannot be mapped is refused."""
+    path = data_set(
+        class_names=class_names,
+        files={"a": {"path": "train.parquet", "reader": "parquet"}, "b": {"glob": "b-*.parquet", "reader": "parquet"}},
+        splits={"labelled": {"from": "a"}, "test": {"from": "b"}},
+    )
+    write_parquet(path.parent / "train.parquet", [IMAGE] * 2, [0, 1], names=["cat", "dog"])
+    write_parquet(path.parent / "b-0.parquet", [IMAGE] * 2, [0, 1], names=["cat", "dog"])
+    write_parquet(path.parent / "b-1.parquet", [IMAGE] * 3, [0, 1, 0], names=["dog", "cat"])
+    write_parquet(path.parent / "b-2.parquet", [IMAGE] * 2, [0, 0], names=["dog"])
+    split = open_split(load_manifest(path), "test")
+    assert split.labels().tolist() == [0, 1, 1, 0, 1, 1, 1] == [sample.label for _, sample in split.read()]
+    assert [sample.label for sample in split.shards[1].read(1, 3)] == [0, 1]
+    write_parquet(path.parent / "b-2.parquet", [IMAGE], [1], names=["dog"])
+    with pytest.raises(DataError, match="b-2: row 0 has label 1; the file names 1 classes"):
+        open_split(load_manifest(path), "test").labels()
+    write_parquet(path.parent / "b-2.parquet", [IMAGE], [0], names=["cow", "dog"])
+    with pytest.raises(DataError, match="states the class 'cow', which the data set lacks; its classes are cat, dog"):
+        open_split(load_manifest(path), "test")
+
+
+def test_a_number_has_one_meaning_in_a_data_set(data_set: DataSet) -> None:
+    """Classes named by numbers are read by name; where bare integers could be places or names, they are refused."""
+    path = data_set(class_names=["1", "2"])
+    train = path.parent / "train.parquet"
+    write_parquet(train, [IMAGE] * 3, ["2", "01", "2"], label_type=pa.string())
+    assert opened(path).labels().tolist() == [1, 0, 1]
+    write_parquet(train, [IMAGE], ["0"], label_type=pa.string())  # no place, although it could be one
+    with pytest.raises(DataError, match="label '0', which is no class name"):
+        opened(path).labels()
+    write_parquet(train, [IMAGE], [1])
+    with pytest.raises(DataError, match="does not say whether its numbers are these names or places"):
         opened(path)
+    write_parquet(train, [IMAGE] * 2, [0, 1], names=["2", "1"])
+    assert opened(path).labels().tolist() == [1, 0]
+    path = data_set(class_names=["0", "1"])
+    write_parquet(train, [IMAGE] * 2, [0, 1])
+    assert opened(path).labels().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("names", [["cat", "cat"], ["1", "01"], ["caf\u00e9", "cafe\u0301"], ["a", "a "]])
+def test_two_classes_of_one_name_are_refused(data_set: DataSet, names: list[str]) -> None:
+    path = data_set(class_names=[])
+    write_parquet(path.parent / "train.parquet", [IMAGE], [1], names=names)
+    with pytest.raises(DataError, match="two classes have one name"):
+        opened(path)
+    with pytest.raises(DataError, match="class_names has a name twice"):
+        load_manifest(data_set(class_names=names))
 
 
 def test_missing_things_are_named_with_the_remedy(data_set: DataSet, tmp_path: Path) -> None:

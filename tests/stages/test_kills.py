@@ -1,7 +1,7 @@
 """kill -9 of whole process groups, at random moments, while a pool is scored, selected and stored.
 
-Four kills in `make test`, twenty in `make test-long`; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py -m long
--s` makes a hundred and prints what was hit (docs/results/survival.md).
+Four kills in `make test`, twenty in `make test-long`; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py
+-m long -s` makes a hundred and prints what was hit (docs/results/survival.md).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""A person's own images into a data set: Parquet files, seeded splits and a manifest.
+"""A person's own images into a data set: Parquet files, splits and a manifest.
 
 The source is read once, into a temporary file, so that the splits can be written in a random order;
-what is no image, or cannot be used, is listed with its reason.
+what is no image, or cannot be used, is listed with its reason: found = used + left out.
 """
 
 import csv
@@ -9,40 +9,57 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from pipeline.data.get.accepted import Accepted, AcceptedImages, Entry, LeftOut, accept
+from pipeline.data.classes import in_order, require_distinct
+from pipeline.data.get.accepted import Accepted, AcceptedImages, accept
+from pipeline.data.get.found import Source
+from pipeline.data.get.tables import TABLE_SUFFIXES
 from pipeline.data.get.writing import write_images, write_manifest
-from pipeline.data.manifest import SPLITS, FileSpec, ImageSpec, Manifest, SplitName, SplitSpec
-from pipeline.data.readers.folder import class_folder, folder_shards
-from pipeline.data.readers.webdataset import TarShard
+from pipeline.data.manifest import SPLITS, FileSpec, ImageSpec, Manifest, SplitName, SplitSpec, load_manifest
+from pipeline.data.readers.shard import LeftOut
 from pipeline.errors import DataError, UsageError
 from pipeline.seeds import permutation
 from pipeline.storage.files import sync_folder, whole_file
 
-POOL_FOLDERS = ("unlabelled", "unlabeled")
 ROWS_PER_FILE = 20_000  # of the pool; a file is a shard, the unit of work
+POOL_FILE = "pool-{:05d}.parquet"
+LEFT_OUT = "left_out.csv"
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """How an import divides the labelled images."""
+    """How an import divides the labelled images.
 
-    validation: float = 0.1
-    """Part of each class that is for choosing, never for training; classes of three images give one."""
-    test: float = 0.2
-    """Part of each class that is for the final evaluation only."""
+    Attributes:
+        validation: part of each class that is for choosing, never for training; classes of three images give one.
+            None: 0.1, or nothing where the source has splits of its own.
+        test: part of each class that is for the final evaluation only. None: 0.2, or nothing likewise.
+        seed: of the splits.
+    """
+
+    validation: float | None = None
+    test: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1):
+        validation, test = self.shares({"labelled"})
+        if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
             raise UsageError(
-                f"validation {self.validation:g} and test {self.test:g} are parts of the labelled images: "
+                f"validation {validation:g} and test {test:g} are parts of the labelled images: "
                 "each at least 0, together less than 1"
             )
+
+    def shares(self, present: set[SplitName | None]) -> tuple[float, float]:
+        """Parts for validation and test, where the source has images of these splits already."""
+        divided = not present & {"validation", "test"}
+        validation = (0.1 if divided else 0.0) if self.validation is None else self.validation
+        test = (0.2 if divided else 0.0) if self.test is None else self.test
+        return 0.0 if "validation" in present else validation, 0.0 if "test" in present else test
 
 
 @dataclass(frozen=True)
@@ -55,25 +72,20 @@ class Imported:
     per_class: dict[SplitName, dict[str, int]]
     """Split → class → images, for the splits that have labels."""
     left_out: list[LeftOut]
+    cut: dict[SplitName, int]
+    """Images that the import itself set aside from the labelled ones, for validation and test."""
 
 
 def import_images(
-    source: Path,
-    out: Path,
-    *,
-    name: str | None = None,
-    unlabelled: Path | None = None,
-    settings: ImportSettings | None = None,
+    sources: Sequence[Source], out: Path, *, name: str | None = None, settings: ImportSettings | None = None,
     workers: int = 0,
-) -> Imported:
-    """Turn a folder or a tar of images into a data folder with a manifest.
+) -> Imported:  # fmt: skip
+    """Turn a person's images into a data folder with a manifest.
 
     Args:
-        source: a folder whose sub-folders are classes, or a tar: WebDataset with `.cls`, or one whose
-            folders are classes. What lies in a folder `unlabelled` is the pool.
+        sources: what to import, the labelled images first.
         out: the data folder to make; it appears whole, when all is written.
         name: of the data set (default: that of `out`).
-        unlabelled: a folder or a tar of images that join the pool.
         settings: the splits.
         workers: threads that decode.
 
@@ -83,75 +95,82 @@ def import_images(
         RunError: `out` cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} is there and not empty; give a new folder, or remove that one first")
+        raise DataError(
+            f"{out} is there and not empty; give a new folder, or remove that one first. To add images to the pool of "
+            "a data set that was imported: --append"
+        )
     settings = settings or ImportSettings()
-    entries = chain(_entries(source), _as_pool(_entries(unlabelled)) if unlabelled else ())
-    work = _work_folder(out)
-    try:
+    with _work_folder(out) as work:
         with tempfile.TemporaryFile(dir=work) as file:
-            imported = _write(accept(file, entries, workers), work, name or out.resolve().name, settings)
+            left_out: list[LeftOut] = []
+            accepted = accept(file, chain.from_iterable(source.find(left_out) for source in sources), workers)
+            accepted.left_out += left_out
+            imported = _write(accepted, work, name or out.resolve().name, settings)
         work.replace(out)
         sync_folder(out.parent)
-    except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return imported
 
 
-def _work_folder(out: Path) -> Path:
+def append_images(sources: Sequence[Source], out: Path, *, workers: int = 0) -> tuple[int, list[LeftOut]]:
+    """Add images to the pool of a data set that was imported; their classes, if they have any, are not read.
+
+    The files that are there stay as they are, so their scores do.
+
+    Returns:
+        How many were added, and what was left out of the sources.
+
+    Raises:
+        DataError: `out` is no imported data set with a pool as an import writes it, or a source cannot be read.
+    """
+    manifest = load_manifest(out / "manifest.yaml")
+    files = manifest.files.get("pool")
+    if files is not None and files.glob != POOL_FILE.format(0).replace("00000", "*"):
+        raise DataError(f"{out} was not made by `mpl data import`: its pool is {files.path or files.glob}")
+    number = 1 + max((int(path.stem.removeprefix("pool-")) for path in out.glob("pool-*.parquet")), default=-1)
+    with _work_folder(out / "pool") as work:
+        with tempfile.TemporaryFile(dir=work) as file:
+            left_out: list[LeftOut] = []
+            accepted = accept(file, chain.from_iterable(source.find(left_out) for source in sources), workers)
+            left_out = accepted.left_out + left_out
+            names = _write_pool(accepted, accepted.images, work, number)
+        _write_left_out(work / LEFT_OUT, [*_read_left_out(out / LEFT_OUT), *left_out])
+        if files is None:
+            write_manifest(work / "manifest.yaml", _with_pool(manifest))
+            names.append("manifest.yaml")
+        for written in (LEFT_OUT, *names):
+            (work / written).replace(out / written)
+        sync_folder(out)
+    return len(accepted.images), left_out
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out`, with the permissions of a new one (mkdtemp's own would hide the data)."""
+    work = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".importing", dir=out.parent))
+        umask = os.umask(0)
+        os.umask(umask)
+        work.chmod(0o777 & ~umask)
+        yield work
     except OSError as error:
-        raise DataError(f"cannot write beside {out}: {error.strerror or error}") from error
-    umask = os.umask(0)
-    os.umask(umask)
-    work.chmod(0o777 & ~umask)
-    return work
-
-
-def _entries(source: Path) -> Iterator[Entry]:
-    if source.is_dir():
-        for shard in folder_shards(source.name, source, None):
-            for sample in shard.read():
-                yield Entry(sample.key, _class_name(class_folder(sample.key)), sample.data)
-    elif source.is_file():
-        for key, data, label in TarShard(source.name, source).images():
-            yield Entry(key, _class_name(label or PurePosixPath(key).parent.name), data)
-    else:
-        raise DataError(f"{source}: there is no such folder or tar")
-
-
-def _class_name(folder: str) -> str | None:
-    return None if folder.lower() in POOL_FOLDERS else folder
-
-
-def _as_pool(entries: Iterator[Entry]) -> Iterator[Entry]:
-    for entry in entries:
-        yield entry._replace(class_name=None)
+        raise DataError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _write(accepted: AcceptedImages, folder: Path, name: str, settings: ImportSettings) -> Imported:
-    classes = _class_order({image.class_name for image in accepted.images if image.class_name is not None})
-    if len(classes) < 2:
-        present = f"only {classes[0]!r}" if classes else "none"
-        without = sum(entry.reason == "no_class" for entry in accepted.left_out)
-        raise DataError(
-            f"at least two classes are needed and {present} was found ({without} images in no class folder): "
-            "put the images of each class into a sub-folder of its name"
-        )
-    splits = _divide(accepted.images, classes, settings)
+    classes = _classes(accepted)
+    splits, cut = _divide(accepted.images, classes, settings)
     labels = {class_name: label for label, class_name in enumerate(classes)}
     for split, images in splits.items():
-        if split != "unlabelled":
+        if split == "unlabelled":
+            _write_pool(accepted, images, folder, 0)
+        else:
             write_images(folder / f"{split}.parquet", accepted.rows(images, labels), classes)
-            continue
-        for number, start in enumerate(range(0, len(images), ROWS_PER_FILE)):
-            rows = accepted.rows(images[start : start + ROWS_PER_FILE], labels)
-            write_images(folder / f"pool-{number:05d}.parquet", rows, None)
-    _write_left_out(folder / "left_out.csv", accepted.left_out)
+    _write_left_out(folder / LEFT_OUT, accepted.left_out)
     manifest = _manifest(name, classes, splits, accepted)
     write_manifest(folder / "manifest.yaml", manifest)
     counts = {split: len(images) for split, images in splits.items()}
@@ -160,39 +179,74 @@ def _write(accepted: AcceptedImages, folder: Path, name: str, settings: ImportSe
         if split != "unlabelled":
             numbers = Counter(image.class_name for image in images)
             per_class[split] = {class_name: numbers[class_name] for class_name in classes}
-    return Imported(manifest, counts, per_class, accepted.left_out)
+    return Imported(manifest, counts, per_class, accepted.left_out, cut)
 
 
-def _class_order(names: set[str]) -> list[str]:
-    """Sorted by name, or by value where all are numbers (the labels of `.cls`)."""
-    numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+def _classes(accepted: AcceptedImages) -> list[str]:
+    """The class names in order.
+
+    Raises:
+        DataError: there are fewer than two, or two that are one.
+    """
+    classes = in_order({image.class_name for image in accepted.images if image.class_name is not None})
+    if len(classes) < 2:
+        present = f"only {classes[0]!r}" if classes else "none"
+        without = sum(entry.reason == "no_class" for entry in accepted.left_out)
+        tables = [entry.key for entry in accepted.left_out if entry.key.lower().endswith(TABLE_SUFFIXES)]
+        raise DataError(
+            f"at least two classes are needed and {present} was found ({without} images in no class folder): "
+            "put the images of each class into a sub-folder of its name, or give a table of file and label as SOURCE"
+            + (f" (is {tables[0]} one?)" if tables else "")
+        )
+    require_distinct(classes, "the source")
+    return classes
 
 
-def _divide(images: list[Accepted], classes: list[str], settings: ImportSettings) -> dict[SplitName, list[Accepted]]:
-    """Divide every class at random in the same proportions, and shuffle each split."""
+def _write_pool(accepted: AcceptedImages, images: list[Accepted], folder: Path, first: int) -> list[str]:
+    """Write pool images as files from number `first` on; their names."""
+    names = []
+    for number, start in enumerate(range(0, len(images), ROWS_PER_FILE), first):
+        names.append(POOL_FILE.format(number))
+        write_images(folder / names[-1], accepted.rows(images[start : start + ROWS_PER_FILE], {}), None)
+    return names
+
+
+def _divide(
+    images: list[Accepted], classes: list[str], settings: ImportSettings
+) -> tuple[dict[SplitName, list[Accepted]], dict[SplitName, int]]:
+    """Images to splits, and how many the shares cut off.
+
+    Where an image says its split, it stays there. Of every class of the others, and of those for training, the shares
+    are cut at random in the same proportions. Each split is shuffled.
+    """
+    present = {image.split for image in images if image.class_name is not None}
+    validation_share, test_share = settings.shares(present)
     groups: dict[str | None, list[Accepted]] = {class_name: [] for class_name in (*classes, None)}
-    for image in images:
-        groups[image.class_name].append(image)
     splits: dict[SplitName, list[Accepted]] = {split: [] for split in SPLITS}
+    for image in images:
+        held_out = image.split in ("validation", "test") and image.class_name is not None
+        (splits[image.split] if held_out else groups[image.class_name]).append(image)  # type: ignore[index]
     splits["unlabelled"] = groups[None]
+    cut: dict[SplitName, int] = {"validation": 0, "test": 0}
     for class_name in classes:
         group = _shuffled(groups[class_name], settings.seed, class_name)
-        test, validation = _held_out(len(group), settings)
+        test, validation = _held_out(len(group), validation_share, test_share)
         rest = test + validation
         splits["test"] += group[:test]
         splits["validation"] += group[test:rest]
         splits["labelled"] += group[rest:]
-    _refuse_empty(splits, settings)
-    return {split: _shuffled(group, settings.seed, split) for split, group in splits.items() if group}
+        cut["test"] += test
+        cut["validation"] += validation
+    _refuse_empty(splits, {"validation": validation_share, "test": test_share})
+    return {split: _shuffled(group, settings.seed, split) for split, group in splits.items() if group}, cut
 
 
-def _held_out(count: int, settings: ImportSettings) -> tuple[int, int]:
+def _held_out(count: int, validation_share: float, test_share: float) -> tuple[int, int]:
     """Test and validation images of a class of `count`: at least one each of three or more, and never all."""
     if count < 3:
         return 0, 0
-    test = max(round(count * settings.test), 1) if settings.test else 0
-    validation = max(round(count * settings.validation), 1) if settings.validation else 0
+    test = max(round(count * test_share), 1) if test_share else 0
+    validation = max(round(count * validation_share), 1) if validation_share else 0
     test = min(test, count - 1 - (validation > 0))
     return test, min(validation, count - 1 - test)
 
@@ -201,13 +255,14 @@ def _shuffled(images: list[Accepted], seed: int, purpose: str) -> list[Accepted]
     return [images[i] for i in permutation(len(images), seed, "import", purpose)]
 
 
-def _refuse_empty(splits: dict[SplitName, list[Accepted]], settings: ImportSettings) -> None:
-    shares: dict[SplitName, float] = {"validation": settings.validation, "test": settings.test}
+def _refuse_empty(splits: dict[SplitName, list[Accepted]], shares: dict[SplitName, float]) -> None:
+    if not splits["labelled"]:
+        raise DataError("no labelled image is left to train on: all are in a validation or a test split")
     for split, share in shares.items():
         if share and not splits[split]:
             raise DataError(
                 f"the {split} split would be empty: no class has three images or more. "
-                f"Add images, or set --{split} to 0"
+                f"Add images, give others with --{split} FOLDER, or go without: --{split} 0"
             )
 
 
@@ -216,21 +271,25 @@ def _manifest(
 ) -> Manifest:
     files: dict[str, FileSpec] = {}
     for split, images in splits.items():
-        if split == "unlabelled":
-            files["pool"] = FileSpec(glob="pool-*.parquet", reader="parquet")
-        else:
+        if split != "unlabelled":
             files[split] = FileSpec(path=f"{split}.parquet", reader="parquet", rows=len(images))
-    sources = {split: "pool" if split == "unlabelled" else split for split in splits}
     median = sorted(accepted.sides.elements())[accepted.sides.total() // 2]
-    return Manifest(
+    manifest = Manifest(
         name=name,
         title="imported images",
         classes=len(classes),
         class_names=tuple(classes),
         image=ImageSpec(size=median, channels=3 if accepted.colour else 1),
         files=files,
-        splits={split: SplitSpec.model_validate({"from": source}) for split, source in sources.items()},
+        splits={split: SplitSpec.model_validate({"from": split}) for split in files},
     )
+    return _with_pool(manifest) if "unlabelled" in splits else manifest
+
+
+def _with_pool(manifest: Manifest) -> Manifest:
+    files = {**manifest.files, "pool": FileSpec(glob=POOL_FILE.format(0).replace("00000", "*"), reader="parquet")}
+    splits = {**manifest.splits, "unlabelled": SplitSpec.model_validate({"from": "pool"})}
+    return manifest.model_copy(update={"files": files, "splits": splits})
 
 
 def _write_left_out(path: Path, left_out: list[LeftOut]) -> None:
@@ -238,3 +297,10 @@ def _write_left_out(path: Path, left_out: list[LeftOut]) -> None:
         writer = csv.writer(file)
         writer.writerow(LeftOut._fields)
         writer.writerows(left_out)
+
+
+def _read_left_out(path: Path) -> list[LeftOut]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [LeftOut(*row) for row in list(csv.reader(file))[1:]]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.data.classes import ClassNames
 from pipeline.data.readers.shard import NO_LABEL, Sample, Shard
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, fingerprint, is_local, opened, quick_fingerprint
@@ -68,6 +70,14 @@ class ParquetShard(Shard):
         with self._open() as file:
             return _declared_names(file.schema_arrow, self.label) if self.label else ()
 
+    def has_bare_numbers(self) -> bool:
+        if self.label is None or self.class_names():
+            return False
+        with self._open() as file:
+            self._require(file.schema_arrow, [self.label])
+            kind = file.schema_arrow.field(self.label).type
+            return not _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
     def _samples(self, batch: pa.RecordBatch, first: int) -> Iterator[Sample]:
         data, paths = _encoded(batch.column(self.image), self)
         count = batch.num_rows
@@ -101,24 +111,36 @@ class ParquetShard(Shard):
             )
 
     def _labels(self, column: Any, first: int) -> np.ndarray:
-        """int64; null becomes -1. Strings are looked up among the class names."""
+        """int64; null and empty text become -1. Text is read as `ClassNames` says."""
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            codes = pc.index_in(column, value_set=pa.array(self.names, column.type))
-            unknown = np.flatnonzero(pc.and_(pc.is_null(codes), pc.is_valid(column)))
-            if len(unknown):
-                row = int(unknown[0])
-                raise DataError(
-                    f"{self.path}: row {first + row} has the label {column[row].as_py()!r}, "
-                    "which is no class name of the manifest"
-                )
-            column = codes
+        if _is_text(column.type):
+            column = self._numbers(column, first)
+        if pa.types.is_floating(column.type) and pc.all(pc.equal(pc.floor(column), column)).as_py() is not False:
+            column = column.cast(pa.int64())  # pandas makes whole numbers real where one is missing
         if pa.types.is_null(column.type):
             column = column.cast(pa.int64())
         if not pa.types.is_integer(column.type):
             raise DataError(f"{self.path}: column {self.label!r} is {column.type}; labels are integers or names")
         return np.asarray(pc.fill_null(column.cast(pa.int64()), NO_LABEL))
+
+    def _numbers(self, column: Any, first: int) -> Any:
+        """Labels that are text, as numbers."""
+        encoded = column.dictionary_encode()
+        labels = [self._classes.label(text) if text.strip() else NO_LABEL for text in encoded.dictionary.to_pylist()]
+        unknown = [place for place, label in enumerate(labels) if label is None]
+        if unknown:
+            codes = np.asarray(pc.fill_null(encoded.indices, -1))
+            row = int(np.flatnonzero(np.isin(codes, unknown))[0])
+            raise DataError(
+                f"{self.path}: row {first + row} has the label {column[row].as_py()!r}, "
+                "which is no class name of the manifest"
+            )
+        return pa.array(labels, pa.int64()).take(encoded.indices)
+
+    @cached_property
+    def _classes(self) -> ClassNames:
+        return ClassNames(self.names, self.name)
 
     def _require(self, schema: pa.Schema, columns: list[str]) -> None:
         for column in columns:
@@ -168,6 +190,10 @@ def _encoded(column: Any, shard: ParquetShard) -> tuple[Any, Any]:
     if data is not None and _is_any(data, "binary") and (_is_any(paths, "string") or pa.types.is_null(paths.type)):
         return data, paths
     raise DataError(f"{shard.path}: column {shard.image!r} is {column.type}; images are binary or struct<bytes, path>")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _is_any(column: Any, kind: str) -> bool:

@@ -8,15 +8,10 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from pipeline.data.classes import translated
 from pipeline.storage.files import fingerprint
 
 NO_LABEL = -1
-IMAGE_SUFFIXES = frozenset(
-    (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif"),
-        *(".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
-    )
-)
 
 
 class Sample(NamedTuple):  # a tuple is made in a third of a frozen dataclass's time; there are millions
@@ -29,6 +24,15 @@ class Sample(NamedTuple):  # a tuple is made in a third of a frozen dataclass's 
     data: bytes
     """The encoded image; empty where there is none."""
     label: int = NO_LABEL
+
+
+class LeftOut(NamedTuple):
+    """What lies in a source and is no sample of it."""
+
+    key: str
+    reason: str
+    """One word: decode_error, empty, too_large, no_class, repeat_of, two_classes, hidden, no_image, another_view, …"""
+    detail: str
 
 
 class Shard(ABC):
@@ -66,6 +70,14 @@ class Shard(ABC):
         """The class names that the file itself states, or nothing."""
         return ()
 
+    def has_bare_numbers(self) -> bool:
+        """Whether labels are numbers that the file does not name, and that mean what the writer meant."""
+        return False
+
+    def left_out(self) -> list[LeftOut]:
+        """What lies in the source and is no sample; readers that must look for it look when asked."""
+        return []
+
 
 @dataclass(frozen=True)
 class Window(Shard):
@@ -95,6 +107,79 @@ class Window(Shard):
 
     def class_names(self) -> tuple[str, ...]:
         return self.shard.class_names()
+
+    def has_bare_numbers(self) -> bool:
+        return self.shard.has_bare_numbers()
+
+    def left_out(self) -> list[LeftOut]:
+        return self.shard.left_out()
+
+
+@dataclass(frozen=True)
+class Renumbered(Shard):
+    """Another shard, its labels numbered as the data set numbers them: `places` has one for each label of the file."""
+
+    shard: Shard
+    places: tuple[int, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The shard's own."""
+        return self.shard.name
+
+    @property
+    def knows_its_rows(self) -> bool:  # type: ignore[override]
+        """As the shard does."""
+        return self.shard.knows_its_rows
+
+    def rows(self) -> int:
+        return self.shard.rows()
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.shard.fingerprint(), list(self.places)])
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+        for sample in self.shard.read(start, stop):
+            label = translated(np.array([sample.label]), self.places, sample.row, self.name)
+            yield sample._replace(label=int(label[0]))
+
+    def labels(self) -> np.ndarray:
+        return translated(self.shard.labels(), self.places, 0, self.name)
+
+    def left_out(self) -> list[LeftOut]:
+        return self.shard.left_out()
+
+
+@dataclass(frozen=True)
+class Chosen(Shard):
+    """Some samples of another shard: those at `places`, ascending, of what it gives. A sample keeps its row."""
+
+    shard: Shard
+    places: tuple[int, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The shard's own."""
+        return self.shard.name
+
+    def rows(self) -> int:
+        return len(self.places)
+
+    def fingerprint(self) -> str:
+        return fingerprint([self.shard.fingerprint(), list(self.places)])
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
+        chosen = self.places[start:stop]
+        if chosen:
+            wanted = frozenset(chosen)
+            samples = self.shard.read(chosen[0], chosen[-1] + 1)
+            yield from (sample for place, sample in enumerate(samples, chosen[0]) if place in wanted)
+
+    def labels(self) -> np.ndarray:
+        return self.shard.labels()[list(self.places)]
+
+    def left_out(self) -> list[LeftOut]:
+        return self.shard.left_out()
 
 
 def between(samples: Iterator[Sample], start: int, stop: int | None) -> Iterator[Sample]:

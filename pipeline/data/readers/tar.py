@@ -1,8 +1,9 @@
 """Tar archives from anywhere, read from front to back without trusting them.
 
-Every header's checksum is verified, an archive must have its end, and what no honest archive of images holds is
-refused: links, devices, sparse files, names that leave the archive, members too large for memory. Nothing is held
-but one member. Plain headers are parsed here, which is many times as fast as `tarfile`; unusual ones by `tarfile`.
+Every header's checksum is verified, an archive must have its end (others may be joined to it, and are read on), and
+what no honest archive of images holds is refused: links, devices, sparse files, names that leave the archive, members
+too large for memory. Nothing is held but one member. Plain headers are parsed here, which is many times as fast as
+`tarfile`; unusual ones by `tarfile`.
 """
 
 import bz2
@@ -12,7 +13,7 @@ import lzma
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, NoReturn, cast
 from zlib import adler32
 from zlib import error as zlib_error
 
@@ -25,6 +26,7 @@ EXTENSION_LIMIT = 1 << 20  # bytes of a header that only lengthens the next one:
 BUFFER = 1 << 20  # bytes read at a time
 BLOCK = 512  # bytes
 END = bytes(BLOCK)
+ZEROS_LIMIT = 16 << 20  # bytes after the end: a small compressed file could otherwise be read for ever
 POSIX, GNU = b"ustar\x0000", b"ustar  \x00"
 PLAIN = frozenset((b"0", b"\0", b"7"))
 FOLDER = b"5"
@@ -115,7 +117,22 @@ class TarReader:
             self.read()
         block = self.file.read(self._padding + BLOCK)[self._padding :]
         self._unread = self._padding = 0
-        return _parse(block)
+        return _parse(block) if block != END else self._after_the_end()
+
+    def _after_the_end(self) -> _Header | None:
+        """The first header of an archive that was joined to this one; None where nothing follows but zeros."""
+        for _ in range(0, ZEROS_LIMIT, BLOCK):
+            if not (block := self.file.read(BLOCK)):
+                return None
+            if block.count(0) < len(block):
+                return self._joined(block)
+        self._refuse(f"more than {ZEROS_LIMIT:,} bytes of zeros follow its end; pack it again")
+
+    def _joined(self, block: bytes) -> _Header | None:
+        try:
+            return _parse(block)
+        except tarfile.ReadError:
+            self._refuse("what follows its end is neither zeros nor another archive; pack it again, or cut it there")
 
     def _enter(self, header: _Header) -> None:
         name, size = header.name, header.size
@@ -145,7 +162,7 @@ class TarReader:
         # What is said of all members (`g`) is a comment or a time; a name or a size for all would be nonsense.
         return records if header.kind != b"g" else {}
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> NoReturn:
         raise DataError(f"{self.where}: {reason}")
 
 
@@ -182,10 +199,8 @@ def _decompressed(file: Any) -> IO[bytes]:
     return file if raw is None else io.BufferedReader(raw, BUFFER)
 
 
-def _parse(block: bytes) -> _Header | None:
-    """One header; None for the zeros that end every archive."""
-    if block == END:
-        return None
+def _parse(block: bytes) -> _Header:
+    """One header."""
     if len(block) < BLOCK:
         raise tarfile.ReadError("no further header: the archive has no end")
     magic = block[257:265]

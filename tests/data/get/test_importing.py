@@ -6,13 +6,15 @@ import io
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.get import importing
 from pipeline.data.get import writing as layout
-from pipeline.data.get.importing import Imported, ImportSettings, import_images
+from pipeline.data.get.found import Source
+from pipeline.data.get.importing import Imported, ImportSettings
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
 from pipeline.errors import DataError, RunError, UsageError
@@ -41,6 +43,12 @@ def contents(out: Path) -> dict[str, list[tuple[str, bytes, int]]]:
         split: [(one.key, one.data, one.label) for _, one in open_split(manifest, split).read()]
         for split in manifest.splits
     }
+
+
+def import_images(source: Path, out: Path, *, unlabelled: Path | None = None, **more: Any) -> Imported:
+    """A source, and a pool."""
+    pool = [Source(unlabelled, "unlabelled")] if unlabelled else []
+    return importing.import_images([Source(source), *pool], out, **more)
 
 
 def counts(imported: Imported) -> dict[str, int]:
@@ -152,12 +160,14 @@ def test_what_is_left_out_is_told_with_its_reason(tmp_path: Path) -> None:
         "ant/900.png": "decode_error",
         "ant/901.jpg": "empty",
         "ant/902.png": "repeat_of",
-        "cat/903.png": "repeat_of",
+        "ant/001.png": "two_classes",
+        "cat/903.png": "two_classes",
         "904.png": "no_class",
         "unlabelled/905.png": "decode_error",
     }
     assert reasons["ant/902.png"][1] == "ant/000.png"
-    assert reasons["cat/903.png"][1] == "ant/001.png, which is ant; this one is cat"
+    assert reasons["cat/903.png"][1] == "cat; the same image is ant/001.png (ant)"
+    assert reasons["ant/001.png"][1] == "ant; the same image is cat/903.png (cat)"  # which is right is not known
     with (tmp_path / "out" / "left_out.csv").open() as file:
         assert [tuple(row) for row in csv.reader(file)][1:] == [tuple(left) for left in imported.left_out]
     assert sum(imported.counts.values()) + len(imported.left_out) == 78 + 7
@@ -192,7 +202,7 @@ def test_the_class_names_are_in_the_files_too(tmp_path: Path) -> None:
             {"validation": 0},
             "the test split would be empty: no class has three images",
         ),
-        ({"ant": 2, "bee": 1}, {}, "the validation split would be empty.*set --validation to 0"),
+        ({"ant": 2, "bee": 1}, {}, "the validation split would be empty.*go without: --validation 0"),
     ],
 )
 def test_too_little(tmp_path: Path, kinds: dict[str, int], settings: dict[str, float], message: str) -> None:
@@ -229,7 +239,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_cut_source_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no such folder or tar"):
+    with pytest.raises(DataError, match="there is no such file or folder"):
         import_images(tmp_path / "nowhere", tmp_path / "out")
     path = pack(photos(tmp_path / "photos"), tmp_path / "photos.tar")
     path.write_bytes(path.read_bytes()[:9000])
