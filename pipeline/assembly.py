@@ -102,6 +102,12 @@ class Assembly:
         settings, placement = self.recipe.evaluate, self.placement
         return Judge(images, network, settings, placement.device, placement.autocast, placement.ranks)
 
+    def validation_judge(self, network: Network) -> Judge | None:
+        """Judges on the validation split; None where the data set has none."""
+        if "validation" not in self.data.manifest.splits:
+            return None
+        return self.judge(self.data.images(self.data.split("validation"), network.image_size), network)
+
     def train(
         self,
         network: Network,
@@ -113,25 +119,25 @@ class Assembly:
     ) -> dict[str, Any]:
         """Train `network` under `teacher`; leave its moving average in the output's folder, in timm's layout.
 
-        The validation split is looked at for the log and the record; nothing is chosen by it here.
+        The validation split, if there is one, is looked at for the log and the record; nothing is chosen by it here.
 
         Returns:
-            Figures for a record: steps, seconds, memory, accuracy on validation, digest of the weights.
+            Figures for a record: steps, seconds, memory, accuracy on validation (or None), digest of the weights.
         """
-        validation = self.data.images(self.data.split("validation"), network.image_size)
-        judge, ranks = self.judge(validation, network), self.placement.ranks
-        journal = Journal(output.folder, output.identity, self.observer, log_figures(judge, looks), looks.watch)
+        judge, ranks = self.validation_judge(network), self.placement.ranks
+        figures_of = log_figures(judge, looks) if judge else lambda model: {}
+        journal = Journal(output.folder, output.identity, self.observer, figures_of, looks.watch)
         training = Training(
             network.model, teacher, batches, settings, journal, seed=self.seed, placement=self.placement
         )
         figures = training.run()
         state = training.averaged_state()
         digest = save_network(output.folder, network, state) if ranks.first else ""
-        evaluation = judge(training.average.module)
+        evaluation = judge(training.average.module).as_json(network.class_names) if judge else None
         return figures | {
             "checkpoint": "last step, moving average",
             "weights_sha256": digest,
-            "validation": evaluation.as_json(network.class_names),
+            "validation": evaluation,
             "train_peak_memory_mib": round(peak_memory_mib(), 1),
         }
 

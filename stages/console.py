@@ -15,6 +15,12 @@ from tqdm import tqdm
 INTERVAL = 10.0  # seconds between lines where there is no terminal
 
 
+def on_validation(result: dict[str, Any]) -> str:
+    """What a training's record says of its accuracy."""
+    validation = result["validation"]
+    return "there is no validation split" if validation is None else f"{validation['top1']:.2f}% on validation"
+
+
 class Console:
     """Text for people, on standard error. Implements `pipeline.training.Observer`.
 

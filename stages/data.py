@@ -11,10 +11,13 @@ from tqdm import tqdm
 
 from pipeline.data.get.check import SplitReport, check_split
 from pipeline.data.get.fetch import fetch as fetch_files
-from pipeline.data.manifest import Manifest, list_manifests, load_manifest
+from pipeline.data.get.found import Source
+from pipeline.data.get.importing import look_at
+from pipeline.data.manifest import Manifest, list_manifests, load_manifest, own_manifest
 from pipeline.data.sources import find_files
 from pipeline.errors import DataError, UsageError
 from pipeline.storage.files import Location, location
+from stages.data_import import as_result, say
 from stages.data_import import command as import_
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
@@ -70,18 +73,29 @@ def list_(data: Location | None, as_json: bool) -> None:
 
 
 @group.command()
-@click.argument("manifest", default="digits")
+@click.argument("manifest", required=False)
 @data_option
 @click.option("--sample", type=click.IntRange(1), default=256, show_default=True, help="Entries to decode per split.")
 @click.option("--all", "everything", is_flag=True, help="Decode every entry.")
 @workers_option
 @json_option
-def check(manifest: str, data: Location | None, sample: int, everything: bool, workers: int, as_json: bool) -> None:
-    """Open each split of MANIFEST (a name or a YAML file), count it and decode a sample.
+def check(
+    manifest: str | None, data: Location | None, sample: int, everything: bool, workers: int, as_json: bool
+) -> None:
+    """Open each split of MANIFEST, count it and decode a sample.
 
+    MANIFEST is a name, a YAML file or a folder that `mpl data import` made; by default the one in --data, else digits.
+    Of any other folder, archive or table it says what `mpl data import` would make of it, and writes nothing.
     Exit status 1 if a split cannot be used.
     """
-    described = load_manifest(manifest, data)
+    if manifest is not None and Path(manifest).exists() and not _is_described(Path(manifest)):
+        found = look_at([Source(Path(manifest))], workers=workers)
+        say(found)
+        if as_json:
+            click.echo(json.dumps(as_result(found), ensure_ascii=False))
+        return
+    own = own_manifest(data) if data is not None else None
+    described = own if own is not None and manifest is None else load_manifest(manifest or "digits", data)
     reports = {}
     for split in described.splits:
         reports[split] = check_split(described, split, data, sample=None if everything else sample, workers=workers)
@@ -126,6 +140,10 @@ def fetch(manifest: str, data: Location | None, only: tuple[str, ...], as_json: 
         click.echo(json.dumps(result, ensure_ascii=False))
     if not complete:
         raise click.exceptions.Exit(1)
+
+
+def _is_described(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") or (path / "manifest.yaml").is_file()
 
 
 class _Bars:
@@ -185,6 +203,7 @@ def _say_report(split: str, report: SplitReport) -> None:
         _say_some("classes without an image", absent)
     _say_some("entries that are no image", [f"{bad.key} ({bad.detail})" for bad in report.undecodable])
     _say_some("keys that occur more than once", report.repeated_keys)
+    _say_some("more files, which are not used", [f"{entry.key} ({entry.detail})" for entry in report.left_out])
 
 
 def _say_some(what: str, items: list[str]) -> None:

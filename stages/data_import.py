@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -88,16 +89,9 @@ def command(
     shares = {split: None if isinstance(value, Path) else value for split, value in held_out.items()}
     settings = ImportSettings(shares["validation"], shares["test"], seed)
     imported = import_images([*sources, *pool], out, name=name, settings=settings, workers=workers)
-    _say(imported, out)
+    say(imported, out)
     if as_json:
-        result = {
-            "manifest": str(out / "manifest.yaml"),
-            "name": imported.manifest.name,
-            "classes": imported.manifest.class_names,
-            "counts": imported.counts,
-            "per_class": imported.per_class,
-            "left_out": [entry._asdict() for entry in imported.left_out],
-        }
+        result = {"manifest": str(out / "manifest.yaml"), "name": imported.manifest.name} | as_result(imported)
         click.echo(json.dumps(result, ensure_ascii=False))
 
 
@@ -119,7 +113,21 @@ def _append(sources: list[Source], out: Path, workers: int, as_json: bool) -> No
         click.echo(json.dumps(result, ensure_ascii=False))
 
 
-def _say(imported: Imported, out: Path) -> None:
+def as_result(imported: Imported) -> dict[str, Any]:
+    """For --json."""
+    return {
+        "classes": imported.manifest.class_names,
+        "counts": imported.counts,
+        "per_class": imported.per_class,
+        "left_out": [entry._asdict() for entry in imported.left_out],
+    }
+
+
+def say(imported: Imported, out: Path | None = None) -> None:
+    """Found, used and left out, class by class; `out` None: nothing was written.
+
+    The number of files found is that of images used and entries left out.
+    """
     used = sum(imported.counts.values())
     click.echo(f"{used + len(imported.left_out):,} files found: {used:,} used", err=True)
     for split, count in imported.counts.items():
@@ -128,7 +136,8 @@ def _say(imported: Imported, out: Path) -> None:
     _say_cut(imported)
     if "unlabelled" not in imported.counts:
         click.echo("There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.", err=True)
-    click.echo(f"Use it with: mpl pretrain --data {out}", err=True)
+    if out is not None:
+        click.echo(f"Use it with: mpl pretrain --data {out}", err=True)
 
 
 def _per_class(counts: dict[str, int] | None) -> str:
@@ -138,10 +147,11 @@ def _per_class(counts: dict[str, int] | None) -> str:
     return f" ({', '.join(shown)}{f', … {len(counts) - SHOWN:,} more classes' if len(counts) > SHOWN else ''})"
 
 
-def _say_left_out(left_out: Iterable[LeftOut], out: Path) -> None:
+def _say_left_out(left_out: Sequence[LeftOut], out: Path | None) -> None:
+    where = "" if out is None else f"; all in {out / LEFT_OUT}"
     for reason, count in Counter(entry.reason for entry in left_out).items():
         example = next(entry for entry in left_out if entry.reason == reason)
-        click.echo(f"  left out, {reason}: {count:,} (such as {example.key}; all in {out / LEFT_OUT})", err=True)
+        click.echo(f"  left out, {reason}: {count:,} (such as {example.key}: {example.detail}){where}", err=True)
 
 
 def _say_cut(imported: Imported) -> None:

@@ -99,8 +99,13 @@ def _the_same(context: Context, stage: Stage) -> dict[str, Any]:
         "--run": str(context.run.root.resolve()),
         "the recipe": context.recipe.model_dump(mode="json"),
         "the options": [stage.name, str(context.store), context.seed, context.precision, context.device.type],
-        "the data": [stage.basis, context.data_set.split("validation").fingerprint()],
+        "the data": [stage.basis, _validation(context)],
     }
+
+
+def _validation(context: Context) -> str | None:
+    data = context.data_set
+    return data.split("validation").fingerprint() if "validation" in data.manifest.splits else None
 
 
 def _decide_first(context: Context, stage: Stage) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pipeline.checkpoints import CHECKPOINTS
 from pipeline.storage.files import fingerprint
 from pipeline.trainings import finetune
 from stages.basis import network_outputs, training_basis
+from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
 from stages.students import stage_name, student_folder, trained
@@ -39,7 +40,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
         outputs=network_outputs(folder),
         leftovers=[folder / CHECKPOINTS],
         work=lambda: finetune(context.assembly, Output(folder, fingerprint(basis)), source),
-        summary=lambda result: f"Finetuned student: {result['validation']['top1']:.2f}% on validation",
+        summary=lambda result: f"Finetuned student: {on_validation(result)}",
         replaces=[folder],
         keeps_recipe=name is None,
         together=True,

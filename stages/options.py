@@ -1,6 +1,7 @@
 """The options that every stage takes, and the context they make."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.config import Recipe, apply_changes, load_recipe, parse_recipe
+from pipeline.data.manifest import load_manifest, own_manifest
 from pipeline.errors import RecipeError, UsageError
 from pipeline.storage.files import Location, location, storage_errors
 from pipeline.storage.runs import Run
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "digits"
 DEFAULT_RUN = Path("runs/default")
+LARGEST = 96  # pixels, of images whose size nobody chose: the default networks are made for small ones
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,8 @@ def make_context(options: Options, *, console: Console | None = None, parsed: Re
         with storage_errors_as_usage("--data", data):
             if not data.is_dir():
                 raise UsageError(f"--data {data} is not a directory")
+            if parsed is None:
+                recipe = of_the_folder(recipe, data, options, known)
     elif known.get("data") is not None:
         data = location(known["data"])
     if store is None and known.get("store") is not None:
@@ -201,6 +206,45 @@ def make_context(options: Options, *, console: Console | None = None, parsed: Re
         dry_run=options.dry_run,
         as_json=options.as_json,
     )
+
+
+def of_the_folder(recipe: Recipe, data: Location, options: Options, known: dict[str, Any]) -> Recipe:
+    """The recipe for the data set that the folder given holds, where it has a manifest.yaml of its own.
+
+    Where nobody named a recipe or a data set, it is that one, at the size of its images. A data set that somebody
+    named by `--set data.manifest` is taken as it is.
+
+    Raises:
+        UsageError: the recipe's data set is another one than the folder's; or the folder has no manifest, and the
+            recipe's data set needs no folder.
+    """
+    if any(change.partition("=")[0].strip() == "data.manifest" for change in options.changes):
+        return recipe
+    own = own_manifest(data)
+    new = options.recipe is None and "recipe" not in known
+    if own is None:
+        if new and str(options.data) != os.environ.get("MPL_DATA"):
+            raise UsageError(
+                f"--data {data} holds no manifest.yaml, and the default data set, {recipe.data.manifest}, needs no "
+                "folder. Make one of your images with `mpl data import`, or name a data set: --recipe NAME or "
+                "--set data.manifest=NAME"
+            )
+        return recipe
+    size = min(own.image.size, LARGEST)
+    if new:
+        sized = any(change.partition("=")[0].strip() == "data.image_size" for change in options.changes)
+        image_size = recipe.data.image_size if sized else size
+        settings = recipe.data.model_copy(update={"manifest": own.name, "image_size": image_size})
+        return recipe.model_copy(update={"name": own.name, "description": "", "differs": "", "data": settings})
+    named = load_manifest(recipe.data.manifest, data)
+    if named.name != own.name:
+        origin = f"the recipe {options.recipe}" if options.recipe else f"the run {options.run}"
+        raise UsageError(
+            f"--data {data} holds the data set {own.name} (its manifest.yaml), and {origin} is for {named.name}. "
+            f"To use the folder's: --set data.manifest={own.name} --set data.image_size={size}. "
+            f"To use {named.name}: --data with its folder"
+        )
+    return recipe
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pipeline.checkpoints import CHECKPOINTS
 from pipeline.storage.files import fingerprint
 from pipeline.trainings import pretrain
 from stages.basis import network_outputs, training_basis
+from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
 
@@ -32,7 +33,7 @@ def plan(context: Context) -> Stage:
         outputs=network_outputs(folder),
         leftovers=[folder / CHECKPOINTS],
         work=lambda: pretrain(context.assembly, Output(folder, fingerprint(basis))),
-        summary=lambda result: f"Teacher: {result['validation']['top1']:.2f}% on validation",
+        summary=lambda result: f"Teacher: {on_validation(result)}",
         replaces=[folder],
         together=True,
     )

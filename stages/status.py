@@ -50,7 +50,7 @@ def stage_status(run: Run, stage: str) -> dict[str, Any]:
     record = run.record(stage)
     if record is not None:
         result = record["result"]
-        top1 = result.get("top1", result.get("validation", {}).get("top1"))
+        top1 = result.get("top1", (result.get("validation") or {}).get("top1"))
         split = result.get("split", "validation")
         detail = f"{record['seconds']:.0f} s"
         if top1 is not None:

@@ -9,6 +9,7 @@ from pipeline.checkpoints import CHECKPOINTS
 from pipeline.storage.files import fingerprint
 from pipeline.trainings import mpl_settings, train_mpl, uses_pool
 from stages.basis import network_outputs, require_engine, training_basis
+from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
 from stages.students import NAME_HELP, own_student, stage_name, student_folder
@@ -55,7 +56,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
         basis=basis,
         outputs=outputs,
         work=lambda: train_mpl(context.assembly, Output(folder, fingerprint(basis)), teacher),
-        summary=lambda result: f"{result['method']}: {result['validation']['top1']:.2f}% on validation",
+        summary=lambda result: f"{result['method']}: {on_validation(result)}",
         replaces=[folder],
         leftovers=[folder / CHECKPOINTS],
         keeps_recipe=name is None,

@@ -11,6 +11,7 @@ from pipeline.storage.files import fingerprint
 from pipeline.targets import TargetsStore
 from pipeline.trainings import CALIBRATOR, pool_reading, train_reduced
 from stages.basis import network_outputs, require_engine, training_basis
+from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
 from stages.precompute import require_fresh_targets
@@ -61,7 +62,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
         basis=basis,
         outputs=outputs,
         work=lambda: work(context, folder, basis),
-        summary=lambda result: f"Student ({result['method']}): {result['validation']['top1']:.2f}% on validation",
+        summary=lambda result: f"Student ({result['method']}): {on_validation(result)}",
         replaces=[folder],
         leftovers=[folder / CHECKPOINTS],
         keeps_recipe=name is None,

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from pipeline.errors import DataError
 
 SHOWN = 20  # names in a message
@@ -109,22 +107,3 @@ class ClassNames:
                 f"({', '.join(self.names[:SHOWN])}): the file does not say whether its numbers are these names or "
                 "places from 0. Write its labels as text, which is read as names, or state its class names (ClassLabel)"
             )
-
-
-def translated(labels: np.ndarray, places: Sequence[int], first: int, file: str) -> np.ndarray:
-    """Labels of a file, int64 (n,), as the data set numbers its classes; -1, no label, stays.
-
-    Args:
-        labels: as the file has them.
-        places: from `ClassNames.places`.
-        first: row of the first, for the message.
-        file: for the message.
-
-    Raises:
-        DataError: a label is none of the file's own classes.
-    """
-    outside = np.flatnonzero((labels < -1) | (labels >= len(places)))
-    if len(outside):
-        row = int(outside[0])
-        raise DataError(f"{file}: row {first + row} has label {int(labels[row])}; the file names {len(places)} classes")
-    return np.asarray([*places, -1], dtype=np.int64)[labels]  # the last is what -1 picks

@@ -158,7 +158,7 @@ def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Man
     """Find and check a manifest.
 
     Looks for, in this order: a YAML file of that path; `<data>/<name>.yaml`; `<data>/manifest.yaml`
-    if it has that name; the embedded manifests.
+    if it has that name; the embedded manifests; a folder of that path with a manifest.yaml.
 
     Raises:
         DataError: there is none, or it has an unknown key, a wrong type or an impossible value.
@@ -174,6 +174,8 @@ def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Man
     manifests = {manifest.name: manifest for manifest in _own(data) or _embedded_as(name)}
     if name not in manifests:
         manifests = {manifest.name: manifest for manifest in reversed(list_manifests(data))}
+    if name not in manifests and (given / "manifest.yaml").is_file():
+        return _read(given / "manifest.yaml")
     if name not in manifests:
         hint = suggestion(name, manifests)
         raise DataError(
@@ -195,9 +197,19 @@ def suggestion(word: str, known: Any) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
+def own_manifest(data: Location) -> Manifest | None:
+    """The data folder's own manifest, `manifest.yaml` in it, if it has one.
+
+    Raises:
+        DataError: it is malformed.
+    """
+    path = data / "manifest.yaml"
+    return _read(path) if path.is_file() else None
+
+
 def _own(data: Location | None) -> list[Manifest]:
-    path = data / "manifest.yaml" if data is not None else None
-    return [_read(path)] if path is not None and path.is_file() else []
+    manifest = None if data is None else own_manifest(data)
+    return [] if manifest is None else [manifest]
 
 
 def _embedded_as(name: str) -> list[Manifest]:

@@ -71,7 +71,7 @@ def test_import_then_check_then_use(tmp_path: Path) -> None:
     assert report["classes"] == ["cat", "dog"]
     assert [(left["key"], left["reason"]) for left in report["left_out"]] == [("cat/bad.png", "decode_error")]
     assert "left out, decode_error: 1" in result.stderr
-    assert f"--data {tmp_path / 'mine'} --set data.manifest=mine" in result.stderr
+    assert f"Use it with: mpl pretrain --data {tmp_path / 'mine'}" in result.stderr
     for arguments in (("mine", "--data", tmp_path / "mine"), (report["manifest"],)):
         checked = mpl_data("check", *arguments, "--all", "--json")
         assert checked.exit_code == 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from pipeline.data.decode import Skipped, Status, decode_stream
 from pipeline.data.manifest import Manifest, SplitName
+from pipeline.data.readers.shard import LeftOut
 from pipeline.data.sources import Split, open_split
 from pipeline.errors import DataError
 from pipeline.storage.files import Location
@@ -26,6 +27,8 @@ class SplitReport:
     """Entries whose bytes were looked at; the rest of this report is about them."""
     undecodable: list[Skipped] = field(default_factory=list)
     repeated_keys: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What lies in the source beside the rows."""
 
 
 def check_split(
@@ -47,6 +50,7 @@ def check_split(
         if opened.labelled:
             counts = Counter(opened.labels().tolist())
             report.per_class = {name: counts[label] for label, name in enumerate(opened.class_names)}
+        report.left_out = [entry for _, entry in opened.left_out()]
         _decode(opened, report, sample, workers)
         if report.read == len(report.undecodable):
             report.problem = f"none of the {report.read} entries looked at is an image"

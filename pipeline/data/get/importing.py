@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 from pipeline.data.classes import in_order, require_distinct
 from pipeline.data.get.accepted import Accepted, AcceptedImages, accept
@@ -102,13 +103,23 @@ def import_images(
     settings = settings or ImportSettings()
     with _work_folder(out) as work:
         with tempfile.TemporaryFile(dir=work) as file:
-            left_out: list[LeftOut] = []
-            accepted = accept(file, chain.from_iterable(source.find(left_out) for source in sources), workers)
-            accepted.left_out += left_out
-            imported = _write(accepted, work, name or out.resolve().name, settings)
+            imported = _write(_accepted(file, sources, workers), work, name or out.resolve().name, settings)
         work.replace(out)
         sync_folder(out.parent)
     return imported
+
+
+def look_at(sources: Sequence[Source], settings: ImportSettings | None = None, *, workers: int = 0) -> Imported:
+    """What `import_images` would make of the sources; nothing is written but a temporary file.
+
+    Raises:
+        DataError: as `import_images`.
+    """
+    with tempfile.TemporaryFile() as file:
+        accepted = _accepted(file, sources, workers)
+        classes = _classes(accepted)
+        splits, cut = _divide(accepted.images, classes, settings or ImportSettings())
+        return _imported("", classes, splits, cut, accepted)
 
 
 def append_images(sources: Sequence[Source], out: Path, *, workers: int = 0) -> tuple[int, list[LeftOut]]:
@@ -129,18 +140,23 @@ def append_images(sources: Sequence[Source], out: Path, *, workers: int = 0) -> 
     number = 1 + max((int(path.stem.removeprefix("pool-")) for path in out.glob("pool-*.parquet")), default=-1)
     with _work_folder(out / "pool") as work:
         with tempfile.TemporaryFile(dir=work) as file:
-            left_out: list[LeftOut] = []
-            accepted = accept(file, chain.from_iterable(source.find(left_out) for source in sources), workers)
-            left_out = accepted.left_out + left_out
+            accepted = _accepted(file, sources, workers)
             names = _write_pool(accepted, accepted.images, work, number)
-        _write_left_out(work / LEFT_OUT, [*_read_left_out(out / LEFT_OUT), *left_out])
+        _write_left_out(work / LEFT_OUT, [*_read_left_out(out / LEFT_OUT), *accepted.left_out])
         if files is None:
             write_manifest(work / "manifest.yaml", _with_pool(manifest))
             names.append("manifest.yaml")
         for written in (LEFT_OUT, *names):
             (work / written).replace(out / written)
         sync_folder(out)
-    return len(accepted.images), left_out
+    return len(accepted.images), accepted.left_out
+
+
+def _accepted(file: IO[bytes], sources: Sequence[Source], workers: int) -> AcceptedImages:
+    left_out: list[LeftOut] = []
+    accepted = accept(file, chain.from_iterable(source.find(left_out) for source in sources), workers)
+    accepted.left_out += left_out
+    return accepted
 
 
 @contextmanager
@@ -171,15 +187,22 @@ def _write(accepted: AcceptedImages, folder: Path, name: str, settings: ImportSe
         else:
             write_images(folder / f"{split}.parquet", accepted.rows(images, labels), classes)
     _write_left_out(folder / LEFT_OUT, accepted.left_out)
-    manifest = _manifest(name, classes, splits, accepted)
-    write_manifest(folder / "manifest.yaml", manifest)
+    imported = _imported(name, classes, splits, cut, accepted)
+    write_manifest(folder / "manifest.yaml", imported.manifest)
+    return imported
+
+
+def _imported(
+    name: str, classes: list[str], splits: dict[SplitName, list[Accepted]], cut: dict[SplitName, int],
+    accepted: AcceptedImages,
+) -> Imported:  # fmt: skip
     counts = {split: len(images) for split, images in splits.items()}
     per_class: dict[SplitName, dict[str, int]] = {}
     for split, images in splits.items():
         if split != "unlabelled":
             numbers = Counter(image.class_name for image in images)
             per_class[split] = {class_name: numbers[class_name] for class_name in classes}
-    return Imported(manifest, counts, per_class, accepted.left_out, cut)
+    return Imported(_manifest(name, classes, splits, accepted), counts, per_class, accepted.left_out, cut)
 
 
 def _classes(accepted: AcceptedImages) -> list[str]:

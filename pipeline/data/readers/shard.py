@@ -1,14 +1,14 @@
 """What every reader offers: shards of samples, read in order, identified by (shard, row)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from pipeline.data.classes import translated
+from pipeline.errors import DataError
 from pipeline.storage.files import fingerprint
 
 NO_LABEL = -1
@@ -180,6 +180,25 @@ class Chosen(Shard):
 
     def left_out(self) -> list[LeftOut]:
         return self.shard.left_out()
+
+
+def translated(labels: np.ndarray, places: Sequence[int], first: int, file: str) -> np.ndarray:
+    """Labels of a file, int64 (n,), as the data set numbers its classes; -1, no label, stays.
+
+    Args:
+        labels: as the file has them.
+        places: from `ClassNames.places`.
+        first: row of the first, for the message.
+        file: for the message.
+
+    Raises:
+        DataError: a label is none of the file's own classes.
+    """
+    outside = np.flatnonzero((labels < -1) | (labels >= len(places)))
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(f"{file}: row {first + row} has label {int(labels[row])}; the file names {len(places)} classes")
+    return np.asarray([*places, -1], dtype=np.int64)[labels]  # the last is what -1 picks
 
 
 def between(samples: Iterator[Sample], start: int, stop: int | None) -> Iterator[Sample]:
