@@ -40,7 +40,7 @@ class FolderShard(Shard):
         """Of paths, sizes and times of change (ETags in object storage): the images are not read."""
         try:
             with storage_errors():
-                listing = [[file, *_state(self.root / file)] for file in self.files]
+                listing = [[shown(file), *_state(self.root / file)] for file in self.files]
         except OSError as error:
             raise DataError(f"{self.root} cannot be read: {error}") from error
         return fingerprint([listing, list(self.classes)])
@@ -192,7 +192,7 @@ def _state(place: Location) -> list[object]:
 
 def class_folder(file: str) -> str:
     """The first folder of a relative path; empty for a file that lies in none."""
-    parts = PurePosixPath(file).parts
+    parts = PurePosixPath(shown(file)).parts
     return parts[0] if len(parts) > 1 else ""
 
 

@@ -1,5 +1,6 @@
 """Image folders."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pipeline.data.manifest import load_manifest
 from pipeline.data.readers import folder
 from pipeline.data.sources import open_split
 from pipeline.errors import DataError
-from tests.data.made_images import encode, noise
+from tests.data.made_images import encode, noise, write_parquet
 
 FILES = ["cat/1.png", "cat/deeper/2.PNG", "dog/3.jpg", "dog/4.jpeg", "dog/5.webp"]
 
@@ -118,3 +119,61 @@ def test_a_shuffled_folder_holds_out_all_classes(data_set: Callable[..., Path]) 
     assert sorted(held_out + rest) == names
     assert 5 <= sum(name.startswith("cat") for name in held_out) <= 15
     assert held_out == [sample.key for _, sample in open_split(load_manifest(path), "validation").read()]
+
+
+def test_every_file_is_an_image_or_told(data_set: Callable[..., Path]) -> None:
+    """By its name, else by its first bytes; links are followed, though not in circles."""
+    path = manifest(data_set)
+    root = fill(path.parent / "photos", ["a.PNG", "no-suffix", "photo.jpg.1", "deep/b.JPeG", "c.HEIC"])
+    (root / "c.HEIC").write_bytes(b"not a picture")  # an image's name: a sample, which will not decode
+    fill(path.parent / "elsewhere", ["d.png", "more/e.png"])
+    (root / "linked").symlink_to(path.parent / "elsewhere")
+    (path.parent / "elsewhere/more/round").symlink_to(root)
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    os.mkfifo(root / "pipe.png")
+    (root / "notes.txt").write_text("no image")
+    (root / "unknown").write_text("no image")
+    fill(root, [".hidden.png"])
+    (root / os.fsdecode(b"caf\xe9.png")).write_bytes(encode(noise(4, 9)))
+    split = open_split(load_manifest(path), "unlabelled")
+    assert [sample.key for _, sample in split.read()] == [
+        "a.PNG", "c.HEIC", "caf\\xe9.png", "deep/b.JPeG", "linked/d.png", "linked/more/e.png", "no-suffix",
+        "photo.jpg.1",
+    ]  # fmt: skip
+    assert sorted((entry.key, entry.reason) for _, entry in split.left_out()) == [
+        (".hidden.png", "hidden"), ("gone.png", "no_file"), ("linked/more/round", "linked_above"),
+        ("notes.txt", "no_image"), ("pipe.png", "no_file"), ("unknown", "no_image"),
+    ]  # fmt: skip
+    assert split.fingerprint() == open_split(load_manifest(path), "unlabelled").fingerprint()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list any folder")
+def test_a_folder_that_cannot_be_listed_is_an_error(data_set: Callable[..., Path]) -> None:
+    path = manifest(data_set)
+    root = fill(path.parent / "photos", FILES)
+    (root / "dog").chmod(0)
+    try:
+        with pytest.raises(DataError, match="cannot be listed"):
+            open_split(load_manifest(path), "unlabelled")
+    finally:
+        (root / "dog").chmod(0o755)
+
+
+def test_numeric_classes_are_in_order_of_value(data_set: Callable[..., Path]) -> None:
+    """Case 04: integer labels of another file mean these classes."""
+    path = data_set(
+        classes=12,
+        class_names=[],
+        files={"tr": {"path": "train", "reader": "folder"}, "te": {"path": "te.parquet", "reader": "parquet"}},
+        splits={"labelled": {"from": "tr"}, "test": {"from": "te"}},
+    )
+    fill(path.parent / "train", [f"{n}/x.png" for n in range(12)])
+    write_parquet(path.parent / "te.parquet", [encode(noise(4))] * 12, list(range(12)))
+    split = open_split(load_manifest(path), "labelled")
+    assert [split.class_names[sample.label] for _, sample in split.read()] == [
+        sample.key.split("/")[0] for _, sample in split.read()
+    ]
+    assert open_split(load_manifest(path), "test").labels().tolist() == list(range(12))
+    fill(path.parent / "train", ["07/x.png"])
+    with pytest.raises(DataError, match=r"two classes have one name, '0?7' and '0?7'"):
+        open_split(load_manifest(path), "labelled")

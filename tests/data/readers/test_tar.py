@@ -1,5 +1,6 @@
 """WebDataset tars, written by hand and by the webdataset library's rules."""
 
+import gzip
 import io
 import tarfile
 import tracemalloc
@@ -302,3 +303,60 @@ def test_every_bit_of_a_header_counts(tmp_path: Path) -> None:
         path.write_bytes(changed)
         with pytest.raises(DataError, match="no further header"):
             read(path)
+
+
+def in_tar(tmp_path: Path, *names: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str]]]:
+    """(key, seed of the image or -1, label) of each sample of a tar of members, and what is told beside them.
+
+    Members whose names end so are a label or text; the others are images of the seeds 0, 1, 2 …
+    """
+    seeds = {encode(noise(4, seed)): seed for seed in range(len(names))}
+    data = dict(zip(names, seeds, strict=True))
+    data |= {name: name.encode()[:1] for name in names if name.endswith((".cls", ".json", "README"))}
+    shard = TarShard("a", pack(tmp_path / "a.tar", list(data.items())), ())
+    samples = [(sample.key, seeds.get(sample.data, -1), sample.label) for sample in shard.read()]
+    assert shard.rows() == len(samples)
+    assert shard.labels().tolist() == [label for _, _, label in samples]
+    return samples, [(entry.key, entry.reason) for entry in shard.left_out()]
+
+
+def test_dots_in_keys(tmp_path: Path) -> None:
+    """As screenshots and numbered frames have them: each image is a sample, with its own label."""
+    frames, told = in_tar(tmp_path, "Shot 10.27.00.png", "Shot 10.27.01.png", "v1.0000.png", "v1.0001.png", "w.jpg")
+    assert frames == [
+        ("Shot 10.27.00", 0, -1), ("Shot 10.27.01", 1, -1), ("v1.0000", 2, -1), ("v1.0001", 3, -1), ("w", 4, -1)
+    ]  # fmt: skip
+    assert told == []
+    samples, _ = in_tar(tmp_path, "1.a.cls", "1.a.png", "1.b.cls", "1.b.png")
+    assert samples == [("1.a", 1, 1), ("1.b", 3, 1)]
+    assert in_tar(tmp_path, "beach.jpg", "beach.sunset.jpg", *(f"{i}.jpg" for i in range(5)))[0][:2] == [
+        ("beach", 0, -1), ("beach.sunset", 1, -1)
+    ]  # fmt: skip
+
+
+def test_views_of_a_sample_are_told(tmp_path: Path) -> None:
+    """`seg.png` beside each `png` is no image of its own."""
+    names = [f"{i}{suffix}" for i in range(3) for suffix in (".png", ".seg.png")]
+    samples, told = in_tar(tmp_path, *names)
+    assert samples == [("0", 0, -1), ("1", 2, -1), ("2", 4, -1)]
+    assert told == [(f"{i}.seg.png", "another_view") for i in range(3)]
+    samples, told = in_tar(tmp_path, "0.cls", "0.left.png", "0.right.png")
+    assert samples == [("0", 1, 0)]
+    assert told == [("0.right.png", "another_view")]
+
+
+def test_images_without_an_images_name(tmp_path: Path) -> None:
+    samples, told = in_tar(tmp_path, "a/1", "a/2.jpg", "a/2.jpg.1", "a/README", "a/._2.jpg", ".git/3.png", "b.dat")
+    assert samples == [("a/1", 0, -1), ("a/2", 1, -1), ("a/2.jpg.1", 2, -1), ("b", 6, -1)]
+    assert told == [("a/README", "no_image"), ("a/._2.jpg", "hidden"), (".git/3.png", "hidden")]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_joined_archives_are_read_on(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    parts = [pack(tmp_path / f"{i}.tar", [(f"{i}.png", b"%d" % i)]).read_bytes() for i in range(3)]
+    path = tmp_path / "joined.tar"
+    path.write_bytes(b"".join(map(compress, parts)))
+    assert [(sample.key, sample.data) for sample in read(path)] == [("0", b"0"), ("1", b"1"), ("2", b"2")]
+    path.write_bytes(parts[0] + b"rubbish".ljust(512, b"-"))
+    with pytest.raises(DataError, match="what follows its end is neither zeros nor another archive"):
+        read(path)

@@ -1,0 +1,71 @@
+"""Fewer labels: every class has its part, the seed decides, and what cannot be is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.data.draw import _parts, stratified
+from pipeline.data.manifest import load_manifest
+from pipeline.data.sources import Split, open_split
+from pipeline.errors import DataError
+from tests.data.made_images import encode, noise, write_parquet
+
+IMAGES = [encode(noise(4, seed)) for seed in range(90)]
+
+
+@pytest.fixture
+def ordered(data_set: Callable[..., Path]) -> Split:
+    """60 cats, then 30 dogs, in two files."""
+    path = data_set(files={"train": {"glob": "t-*.parquet", "reader": "parquet"}})
+    write_parquet(path.parent / "t-0.parquet", IMAGES[:50], [0] * 50)
+    write_parquet(path.parent / "t-1.parquet", IMAGES[50:], [0] * 10 + [1] * 30)
+    return open_split(load_manifest(path), "labelled")
+
+
+def test_a_draw_has_its_part_of_every_class(ordered: Split) -> None:
+    drawn = stratified(ordered, 15, seed=3)
+    samples = [sample for _, sample in drawn.read()]
+    assert np.bincount(drawn.labels()).tolist() == [10, 5]
+    assert [sample.label for sample in samples] == drawn.labels().tolist()
+    assert drawn.count() == 15
+    whole = [(shard, sample) for shard, sample in ordered.read()]
+    assert all(pair in whole for pair in drawn.read())  # rows, keys and bytes are those of the files
+    assert [sample.data for _, sample in drawn.read()] != IMAGES[:15]
+    assert [list(shard.read(1, 3)) for shard in drawn.shards] == [list(shard.read())[1:3] for shard in drawn.shards]
+
+
+def test_the_seed_decides_and_a_larger_draw_holds_the_smaller(ordered: Split) -> None:
+    def rows(count: int, seed: int) -> set[bytes]:
+        return {sample.data for _, sample in stratified(ordered, count, seed).read()}
+
+    assert rows(15, 0) == rows(15, 0) != rows(15, 1)
+    assert rows(15, 0) < rows(30, 0) < rows(90, 0) == set(IMAGES)
+    assert stratified(ordered, 15, 0).fingerprint() != stratified(ordered, 15, 1).fingerprint()
+
+
+def test_what_cannot_be_drawn_is_refused_by_name(ordered: Split, data_set: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"data.labelled=1 is less than one image for each of 2 classes \(cat, dog\)"):
+        stratified(ordered, 1, 0)
+    with pytest.raises(DataError, match="has 90 rows; 91 were asked for"):
+        stratified(ordered, 91, 0)
+    path = data_set()
+    write_parquet(path.parent / "train.parquet", IMAGES[:5], [0] * 5)
+    with pytest.raises(DataError, match="has no image of dog"):
+        stratified(open_split(load_manifest(path), "labelled"), 4, 0)
+
+
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=12), st.data())
+def test_parts_are_proportional(present: list[int], data: st.DataObject) -> None:
+    """Oracle: each part is within one of the exact share, or is the one that a small class must have."""
+    count = data.draw(st.integers(len(present), sum(present)))
+    parts = _parts(np.array(present), count, [str(i) for i in range(len(present))])
+    assert parts.sum() == count
+    assert (parts >= 1).all()
+    assert (parts <= present).all()
+    ideal = count * np.array(present) / sum(present)
+    spare = np.maximum(1 - ideal, 0).sum()  # what the small classes take from the others
+    assert (np.abs(parts - ideal) <= 1 + spare).all()
