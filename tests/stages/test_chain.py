@@ -187,7 +187,7 @@ def test_your_own_images_as_the_readme_says(mpl, tmp_path, monkeypatch, recipe) 
             Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'jpg'}")
     assert mpl("data", "import", "photos", "mydata").status == 0
     assert mpl("data", "check", "mydata/manifest.yaml", "--all").status == 0
-    short = ["--recipe", recipe, "--set", "data.manifest=mydata/manifest.yaml", "--set", "data.image_size=16"]
+    short = ["--recipe", recipe, "--set", "data.manifest=mydata", "--set", "data.image_size=16"]
     outcome = mpl("pretrain", "--run", "runs/mine", "--data", "mydata", *short)
     assert outcome.status == 0, outcome.err
     for stage in ("filter", "precompute", "train-reduced", "evaluate"):
@@ -196,6 +196,34 @@ def test_your_own_images_as_the_readme_says(mpl, tmp_path, monkeypatch, recipe) 
     judged = json.loads((tmp_path / "runs/mine/evaluation.json").read_text())
     assert list(judged["per_class"]) == ["blue", "green", "red"]
     assert judged["images"] == 18
+
+
+def test_data_and_recipe_agree(mpl, tmp_path, recipe) -> None:
+    """An imported folder is enough; of two data sets none is taken in silence; without evaluation splits it trains."""
+    from PIL import Image
+
+    for name, colour in (("red", (250, 0, 0)), ("green", (0, 250, 0))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (13, 11), colour).point(lambda v, i=i: v - i).save(tmp_path / "photos" / name / f"{i}.png")
+    data = tmp_path / "mydata"
+    assert mpl("data", "import", tmp_path / "photos", data, "--validation", 0, "--test", 0).status == 0
+    short = ["--set", "pretrain.steps=2", "--set", "pretrain.schedule.warmup_steps=1", "--set", "pretrain.batch=4"]
+    outcome = mpl("pretrain", "--run", tmp_path / "a", "--data", data, *short)
+    assert outcome.status == 0, outcome.err
+    assert "there is no validation split" in outcome.err
+    kept = json.loads((tmp_path / "a/run.json").read_text())["recipe"]
+    assert (kept["name"], kept["data"]["manifest"], kept["data"]["image_size"]) == ("mydata", "mydata", 11)
+    assert json.loads((tmp_path / "a/teacher/config.json").read_text())["label_names"] == ["green", "red"]
+    assert mpl("status", "--run", tmp_path / "a").status == 0
+    other = mpl("pretrain", "--run", tmp_path / "b", "--data", data, "--recipe", recipe)
+    assert other.status == 2
+    assert "holds the data set mydata" in other.err
+    assert "is for digits" in other.err
+    empty = mpl("pretrain", "--run", tmp_path / "b", "--data", tmp_path / "photos")
+    assert empty.status == 2
+    assert "holds no manifest.yaml" in empty.err
+    assert not (tmp_path / "b").exists()
 
 
 def test_reproduce_table2_and_again(mpl, tmp_path, recipe, monkeypatch) -> None:

@@ -155,3 +155,38 @@ def test_check_of_an_unknown_data_set() -> None:
     result = mpl_data("check", "digitz")
     assert isinstance(result.exception, DataError)
     assert "did you mean digits?" in str(result.exception)
+
+
+def test_check_of_a_folder_says_what_an_import_would_make(tmp_path: Path) -> None:
+    source = own_photos(tmp_path / "photos")
+    result = mpl_data("check", source, "--json")
+    assert last_object(result)["counts"] == {"labelled": 14, "validation": 2, "unlabelled": 10, "test": 4}
+    assert "31 files found: 30 used" in result.stderr
+    assert "labelled: 14 images (cat 7, dog 7)" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+    mpl_data("import", source, tmp_path / "mine")
+    for arguments in ((tmp_path / "mine",), ("--data", tmp_path / "mine")):
+        assert last_object(mpl_data("check", *arguments, "--json"))["manifest"] == "mine"
+
+
+def test_few_labels_are_told_what_was_set_aside(tmp_path: Path) -> None:
+    source = own_photos(tmp_path / "photos")
+    told = mpl_data("import", source, tmp_path / "a").stderr
+    assert "Of 20 labelled images 2 for validation and 4 for test were set aside; 14 are left to train on" in told
+    assert "set aside" not in mpl_data("import", source, tmp_path / "b", "--validation", "0", "--test", "0").stderr
+
+
+def test_several_pools_other_tests_and_a_pool_that_grows(tmp_path: Path) -> None:
+    source = own_photos(tmp_path / "photos")
+    (source / "unlabelled").rename(tmp_path / "first")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/x.png").write_bytes(encode(noise(9, 999)))
+    (tmp_path / "held/dog").mkdir(parents=True)
+    (tmp_path / "held/dog/y.png").write_bytes(encode(noise(9, 998)))
+    more = ("--unlabelled", tmp_path / "first", "--unlabelled", tmp_path / "second", "--test", tmp_path / "held")
+    result = mpl_data("import", source, tmp_path / "out", *more, "--json")
+    assert last_object(result)["counts"] == {"labelled": 20, "unlabelled": 11, "test": 1}
+    assert last_object(result)["per_class"]["test"] == {"cat": 0, "dog": 1}
+    grown = mpl_data("import", "--append", tmp_path / "second", tmp_path / "out")
+    assert "1 files found: 1 added to the pool" in grown.stderr
+    assert mpl_data("import", source, tmp_path / "z", "--column", "kind=x").exit_code == 1
