@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from pipeline.data.get.accepted import Entry
 from pipeline.data.get.archives import is_archive, list_members, read_members
 from pipeline.data.get.image_tables import SUFFIXES, holds_images, is_cache, read_rows, split_of
-from pipeline.data.get.layout import SPLIT_WORDS, Place, layout_of
+from pipeline.data.get.layout import SPLIT_WORDS, Layout, Place, layout_of
 from pipeline.data.get.tables import TABLE_SUFFIXES, Listed, read_table
 from pipeline.data.manifest import SplitName
 from pipeline.data.readers.folder import list_files, shown
@@ -59,7 +59,7 @@ class Source:
         elif not path.is_file():
             raise DataError(f"{path}: there is no such file or folder")
         elif is_archive(path):
-            yield from _in_archives([(path, "")], left_out, str(path), only=True)
+            yield from self._in_archives([(path, "")], left_out, str(path), only=True)
         elif path.suffix.lower() in SUFFIXES and holds_images(path):
             yield from self._in_image_tables([path], path.parent)
         elif path.suffix.lower() in TABLE_SUFFIXES:
@@ -86,12 +86,12 @@ class Source:
                 split = SPLIT_WORDS.get(folder.parts[0].lower()) if folder.parts else None
                 yield from _listed(rows, path.parent, split, root, left_out)
         rest = [file for file in images if file not in listed]
-        layout = layout_of(rest, str(root))
+        layout = self._layout(rest, str(root))
         for file in rest:
             yield shown(file), layout.place(file), (root / file).read_bytes()
         if archives:
             within = [(path, path.parent.relative_to(root).as_posix()) for path in sorted(archives)]
-            yield from _in_archives(within, left_out, str(root), only=not images)
+            yield from self._in_archives(within, left_out, str(root), only=not images)
 
     def _in_image_tables(self, paths: Iterable[Path], root: Path) -> Iterator[tuple[str, Place, bytes]]:
         for path in sorted(paths):
@@ -113,6 +113,33 @@ class Source:
         images, _ = list_files(root)
         left_out += [LeftOut(shown(file), "not_in_table", f"{path.name} does not name it") for file in images
                      if file not in named]  # fmt: skip
+
+    def _in_archives(
+        self, archives: list[tuple[Path, str]], left_out: list[LeftOut], source: str, only: bool
+    ) -> Iterator[tuple[str, Place, bytes]]:
+        """The images of archives, each at the place that its folder in the source has and the member's name in it.
+
+        Archives in a source are read like its folders; the layout is that of all their names together.
+        """
+        listings = [list_members(path) for path, _ in archives]
+        names = [
+            str(PurePosixPath(folder, name))
+            for (_, folder), (members, _, _) in zip(archives, listings, strict=True)
+            for name in members
+        ]
+        layout = self._layout(names, source)
+        for (path, folder), (_, has_labels, others) in zip(archives, listings, strict=True):
+            prefix = "" if only and len(archives) == 1 else f"{path.relative_to(source).as_posix()}/"
+            left_out += [entry._replace(key=prefix + entry.key) for entry in others]
+            for member in read_members(path):
+                place = layout.place(str(PurePosixPath(folder, member.name)))
+                if has_labels and place != POOL:
+                    place = Place(place.split, member.label or "")
+                yield prefix + member.name, place, member.data
+
+    def _layout(self, paths: Iterable[str], source: str) -> Layout:
+        """Of a pool nothing need be understood."""
+        return Layout() if self.split == "unlabelled" else layout_of(paths, source)
 
 
 def _class_name(place: Place) -> str | None:
@@ -141,24 +168,3 @@ def _listed(
         else:
             seen.setdefault(row.file, row.label)
             yield key, _of_label(row.label, row.split or split), path.read_bytes()
-
-
-def _in_archives(
-    archives: list[tuple[Path, str]], left_out: list[LeftOut], source: str, only: bool
-) -> Iterator[tuple[str, Place, bytes]]:
-    """The images of archives, each at the place that its folder in the source has and the member's name in it.
-
-    Archives in a source are read like its folders; the layout is that of all their names together.
-    """
-    listings = [list_members(path) for path, _ in archives]
-    names = [str(PurePosixPath(folder, name)) for (_, folder), (members, _, _) in zip(archives, listings, strict=True)
-             for name in members]  # fmt: skip
-    layout = layout_of(names, source)
-    for (path, folder), (_, has_labels, others) in zip(archives, listings, strict=True):
-        prefix = "" if only and len(archives) == 1 else f"{path.relative_to(source).as_posix()}/"
-        left_out += [entry._replace(key=prefix + entry.key) for entry in others]
-        for member in read_members(path):
-            place = layout.place(str(PurePosixPath(folder, member.name)))
-            if has_labels and place != POOL:
-                place = Place(place.split, member.label or "")
-            yield prefix + member.name, place, member.data

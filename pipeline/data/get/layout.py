@@ -1,7 +1,7 @@
 """What the folders of a person's images mean: splits as torchvision's ImageFolder has them, classes, the pool."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -28,32 +28,38 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read the paths of one source: `above` folders that hold everything, then splits (or not), then classes."""
+    """How to read the paths of one source: `above` folders that hold everything, then splits or classes.
 
-    above: int
-    splits: bool
+    Attributes:
+        above: folders to pass over.
+        splits: the level of the folders of splits, 0 above the classes' or 1 below them; None: there are none.
+    """
+
+    above: int = 0
+    splits: int | None = None
 
     def place(self, path: str) -> Place:
         """Of an image, from its path relative to the source."""
-        folders = PurePosixPath(path).parts[self.above : -1]
-        split = SPLIT_WORDS.get(folders[0].lower()) if self.splits and folders else None
-        if split is not None:
-            folders = folders[1:]
-        elif self.splits:
-            return Place(None, "")  # beside the folders of the splits
-        if split == "unlabelled" or (folders and folders[0].lower() in POOL_FOLDERS):
+        folders = list(PurePosixPath(path).parts[self.above : -1])
+        split = None
+        if self.splits is not None and not _is_pool(folders):
+            word = folders.pop(self.splits).lower() if len(folders) > self.splits else ""
+            if word not in SPLIT_WORDS:
+                return Place(None, "")  # beside the folders of the splits
+            split = SPLIT_WORDS[word]
+        if split == "unlabelled" or _is_pool(folders):
             return Place("unlabelled", "")
         return Place(split, folders[0] if folders else "")
 
 
 def layout_of(paths: Iterable[str], source: str) -> Layout:
-    """The layout of a source of images.
+    """The layout of a source of labelled images.
 
-    A single folder that holds all others is passed over, as in a tar of a folder. Where two folders have the names of
-    splits, or one and the pool's, they are splits.
+    A single folder that holds all others is passed over, as in a tar of a folder. Folders with the names of splits are
+    splits: two or more above the classes, or alone below every one of them.
 
     Raises:
-        DataError: a folder may be a split or a class.
+        DataError: a folder may be a split or a class, or either of two levels may be the classes'.
     """
     trees = [PurePosixPath(path).parts[:-1] for path in paths]
     above = 0
@@ -61,24 +67,36 @@ def layout_of(paths: Iterable[str], source: str) -> Layout:
         trees, above = [folders[1:] for folders in trees], above + 1
     below: defaultdict[str, set[str]] = defaultdict(set)
     for folders in trees:
-        if folders:
+        if folders and not _is_pool(folders):
             below[folders[0]].update(folders[1:2])
-    named = [name for name in below if name.lower() in SPLIT_WORDS and name.lower() not in POOL_FOLDERS]
+    named = [name for name in below if name.lower() in SPLIT_WORDS]
     others = [name for name in below if name.lower() not in SPLIT_WORDS]
-    if not named or (len(named) == 1 and not below[named[0]]):
-        return Layout(above, splits=False)  # one class of that name
-    if len(named) == 1 and others:
-        raise DataError(
-            f"{source}: {named[0]!r} looks like a split, with folders in it ({_some(below[named[0]])}), but beside it "
-            f"are folders that do not ({_some(others)}). Import {named[0]} alone, or rename it if it is a class"
-        )
-    if not any(below[name] for name in named):
+    if named and any(below[name] for name in named) and not (len(named) == 1 and others):
+        return Layout(above, splits=0)
+    if len(named) > 1:
         raise DataError(
             f"{source}: {' and '.join(sorted(named))} look like splits, but hold no folder for each class. Put the "
             "images of each class into a folder of its name, give a table of file and label instead, or rename the "
             "folders if they are classes"
         )
-    return Layout(above, splits=True)
+    if named and below[named[0]]:
+        raise DataError(
+            f"{source}: {named[0]!r} looks like a split, with folders in it ({_some(below[named[0]])}), but beside it "
+            f"are folders that do not ({_some(others)}). Import {named[0]} alone, or rename it if it is a class"
+        )
+    shared = set.intersection(*below.values()) if len(below) > 1 else set()
+    if shared and all(name.lower() in SPLIT_WORDS for name in set.union(*below.values())):
+        return Layout(above, splits=1)
+    if len(shared) > 1:
+        raise DataError(
+            f"{source}: each of {_some(below)} holds folders {_some(shared)}; which level is the classes'? Import one "
+            "of the upper folders alone, put the images of each class into one folder, or give a table of file and label"
+        )
+    return Layout(above)
+
+
+def _is_pool(folders: Sequence[str]) -> bool:
+    return bool(folders) and folders[0].lower() in POOL_FOLDERS
 
 
 def _is_wrapped(trees: list[tuple[str, ...]]) -> bool:

@@ -130,11 +130,33 @@ def test_what_a_split_lacks_is_cut_when_asked_for(tmp_path: Path) -> None:
     [
         (["train/0.png", "test/1.png"], "test and train look like splits, but hold no folder for each class"),
         (["train/cat/0.png", "bus/1.png"], "'train' looks like a split.*beside it are folders that do not"),
+        (
+            [f"{top}/{name}/0.png" for top in ("images", "masks") for name in ("cat", "dog")],
+            "which level is the classes'",
+        ),
     ],
 )
 def test_what_may_be_a_split_or_a_class_is_refused(paths: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         layout_of(paths, "photos")
+
+
+def test_splits_below_the_classes(tmp_path: Path) -> None:
+    files = {
+        "cat/train/0.png": 0,
+        "dog/train/1.png": 1,
+        "cat/test/2.png": 2,
+        "dog/test/3.png": 3,
+        "unlabelled/4.png": 4,
+    }
+    _, found = of(folder(tmp_path / "photos", files), tmp_path, ImportSettings())
+    assert found == {"labelled": {0: "cat", 1: "dog"}, "test": {2: "cat", 3: "dog"}, "unlabelled": {4: None}}
+
+
+def test_a_pool_may_lie_as_it_likes(tmp_path: Path) -> None:
+    pool = folder(tmp_path / "pool", {f"{a}/{b}/{n}.png": 10 + n for n, (a, b) in enumerate(["xx", "xy", "yx", "yy"])})
+    sources = [Source(folder(tmp_path / "a", {"cat/0.png": 0, "dog/1.png": 1})), Source(pool, "unlabelled")]
+    assert look_at(sources, WHOLE).counts == {"labelled": 2, "unlabelled": 4}
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
