@@ -62,14 +62,19 @@ class ShareOrSource(click.ParamType):
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Where a table's files lie.  [default: beside it]",
 )
+@click.option(
+    "--class-level",
+    type=click.IntRange(1),
+    help="Which level of folders is the classes', 1 for the topmost.  [default: as they look]",
+)
 @click.option("--append", is_flag=True, help="Add the images of SOURCE to the pool of OUT; classes are not read.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the splits.")
 @click.option("--workers", type=click.IntRange(0), default=0, help="Threads that decode; worth it for large images.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object as the last line of standard output.")
 def command(
     source: Path, out: Path, name: str | None, unlabelled: tuple[Path, ...], validation: float | Path | None,
-    test: float | Path | None, columns: tuple[str, ...], images: Path | None, append: bool, seed: int, workers: int,
-    as_json: bool,
+    test: float | Path | None, columns: tuple[str, ...], images: Path | None, class_level: int | None, append: bool,
+    seed: int, workers: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Turn SOURCE, a person's own images, into the data folder OUT.
 
@@ -84,8 +89,10 @@ def command(
         _append(pool, out, workers, as_json)
         return
     held_out: dict[SplitName, float | Path | None] = {"validation": validation, "test": test}
-    sources = [Source(source, None, named, images)]
-    sources += [Source(path, split, named, images) for split, path in held_out.items() if isinstance(path, Path)]
+    sources = [Source(source, None, named, images, class_level)]
+    sources += [
+        Source(path, split, named, images, class_level) for split, path in held_out.items() if isinstance(path, Path)
+    ]
     shares = {split: None if isinstance(value, Path) else value for split, value in held_out.items()}
     settings = ImportSettings(shares["validation"], shares["test"], seed)
     imported = import_images([*sources, *pool], out, name=name, settings=settings, workers=workers)

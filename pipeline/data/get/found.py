@@ -6,7 +6,7 @@ images. What is none of the images is listed with its reason.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.data.get.accepted import Entry
@@ -31,12 +31,14 @@ class Source:
         split: of all that is in it; None: as it says itself.
         columns: of a table: which is the `file`, the `label`, the `split`, where a person said so.
         images: where a table's files lie; None: beside it.
+        class_level: which level of folders is the classes', 1 for the topmost, where a person said so.
     """
 
     path: Path
     split: SplitName | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     images: Path | None = None
+    class_level: int | None = None
 
     def find(self, left_out: list[LeftOut]) -> Iterator[Entry]:
         """Stream the images; what is none goes to `left_out`.
@@ -101,6 +103,8 @@ class Source:
 
     def _in_table(self, path: Path, root: Path, left_out: list[LeftOut]) -> Iterator[tuple[str, Place, bytes]]:
         rows, has_labels = read_table(path, self.columns, root)
+        images, _ = list_files(root)
+        rows = _as_they_are_called(rows, images, root)
         if not has_labels and self.split != "unlabelled":
             raise DataError(f"{path}: no column is the label. Say which: --column label=NAME")
         if rows and not any((root / row.file).is_file() for row in rows):
@@ -110,7 +114,6 @@ class Source:
             )
         yield from _listed(rows, root, None, root, left_out)
         named = {PurePosixPath(row.file).as_posix() for row in rows}
-        images, _ = list_files(root)
         left_out += [LeftOut(shown(file), "not_in_table", f"{path.name} does not name it") for file in images
                      if file not in named]  # fmt: skip
 
@@ -139,7 +142,25 @@ class Source:
 
     def _layout(self, paths: Iterable[str], source: str) -> Layout:
         """Of a pool nothing need be understood."""
+        if self.class_level is not None:
+            return Layout(self.class_level - 1)
         return Layout() if self.split == "unlabelled" else layout_of(paths, source)
+
+
+def _as_they_are_called(rows: list[Listed], images: list[str], root: Path) -> list[Listed]:
+    """The rows with the names that their files have: a table may leave the suffix away, or have Windows' separators."""
+    stems: dict[str, str | None] = {}
+    for file in images:
+        stem = PurePosixPath(file).with_suffix("").as_posix()
+        stems[stem] = None if stem in stems else file  # of two it is not clear which is meant
+
+    def named(row: Listed) -> Listed:
+        if (root / row.file).is_file():
+            return row
+        file = row.file.replace("\\", "/")
+        return replace(row, file=file if (root / file).is_file() else stems.get(file) or row.file)
+
+    return [named(row) for row in rows]
 
 
 def _class_name(place: Place) -> str | None:

@@ -211,7 +211,9 @@ def _classes(accepted: AcceptedImages) -> list[str]:
     Raises:
         DataError: there are fewer than two, or two that are one.
     """
-    classes = in_order({image.class_name for image in accepted.images if image.class_name is not None})
+    trained = {image.class_name for image in accepted.images if image.split not in ("validation", "test")}
+    classes = in_order(trained - {None})  # type: ignore[arg-type]
+    _leave_untrained(accepted, set(classes))
     if len(classes) < 2:
         present = f"only {classes[0]!r}" if classes else "none"
         without = sum(entry.reason == "no_class" for entry in accepted.left_out)
@@ -220,9 +222,27 @@ def _classes(accepted: AcceptedImages) -> list[str]:
             f"at least two classes are needed and {present} was found ({without} images in no class folder): "
             "put the images of each class into a sub-folder of its name, or give a table of file and label as SOURCE"
             + (f" (is {tables[0]} one?)" if tables else "")
+            + _not_images(accepted.left_out)
         )
     require_distinct(classes, "the source")
     return classes
+
+
+def _leave_untrained(accepted: AcceptedImages, classes: set[str]) -> None:
+    """Take out what lies in a class of validation or test that no image for training has: it may be no class at all."""
+    kept = []
+    for image in accepted.images:
+        if image.class_name is None or image.class_name in classes:
+            kept.append(image)
+        else:
+            detail = f"no image for training is of class {image.class_name}"
+            accepted.left_out.append(LeftOut(image.key, "not_trained", detail))
+    accepted.images = kept
+
+
+def _not_images(left_out: list[LeftOut]) -> str:
+    keys = [entry.key for entry in left_out if entry.reason in ("no_image", "decode_error")]
+    return f". {len(keys):,} files are no images (such as {keys[0]})" if keys else ""
 
 
 def _write_pool(accepted: AcceptedImages, images: list[Accepted], folder: Path, first: int) -> list[str]:

@@ -62,9 +62,8 @@ def layout_of(paths: Iterable[str], source: str) -> Layout:
         DataError: a folder may be a split or a class, or either of two levels may be the classes'.
     """
     trees = [PurePosixPath(path).parts[:-1] for path in paths]
-    above = 0
-    while _is_wrapped(trees):
-        trees, above = [folders[1:] for folders in trees], above + 1
+    above = _above(trees)
+    trees = [folders[above:] for folders in trees]
     below: defaultdict[str, set[str]] = defaultdict(set)
     for folders in trees:
         if folders and not _is_pool(folders):
@@ -84,14 +83,14 @@ def layout_of(paths: Iterable[str], source: str) -> Layout:
             f"{source}: {named[0]!r} looks like a split, with folders in it ({_some(below[named[0]])}), but beside it "
             f"are folders that do not ({_some(others)}). Import {named[0]} alone, or rename it if it is a class"
         )
-    shared = set.intersection(*below.values()) if len(below) > 1 else set()
-    if shared and all(name.lower() in SPLIT_WORDS for name in set.union(*below.values())):
+    if len(below) > 1 and all(names and _are_splits(names) for names in below.values()):
         return Layout(above, splits=1)
-    if len(shared) > 1:
-        raise DataError(
-            f"{source}: each of {_some(below)} holds folders {_some(shared)}; which level is the classes'? Import one "
-            "of the upper folders alone, put the images of each class into one folder, or give a table of file and label"
-        )
+    for level in (1, 2):
+        if len(shared := _shared(trees, level)) > 1:
+            raise DataError(
+                f"{source}: each of {_some(below)} holds folders {_some(shared)}; which are the classes? Say "
+                f"--class-level {above + 1} for {_some(below)}, or {above + level + 1} for {_some(shared)}"
+            )
     return Layout(above)
 
 
@@ -99,12 +98,26 @@ def _is_pool(folders: Sequence[str]) -> bool:
     return bool(folders) and folders[0].lower() in POOL_FOLDERS
 
 
-def _is_wrapped(trees: list[tuple[str, ...]]) -> bool:
-    """Whether one folder holds everything, and two or more folders."""
-    tops = {folders[0] if folders else "" for folders in trees}
-    if len(tops) != 1 or tops.pop().lower() in ("", *SPLIT_WORDS):
-        return False
-    return len({folders[1] for folders in trees if len(folders) > 1}) > 1
+def _are_splits(names: Iterable[str]) -> bool:
+    return all(name.lower() in SPLIT_WORDS for name in names)
+
+
+def _above(trees: list[tuple[str, ...]]) -> int:
+    """Folders that hold all others, one in the other, up to where there are two; splits are none of them."""
+    for level in range(max(map(len, trees), default=0)):
+        names = {folders[level] for folders in trees if len(folders) > level}
+        if len(names) > 1 or _are_splits(names):
+            return level
+    return 0
+
+
+def _shared(trees: list[tuple[str, ...]], level: int) -> set[str]:
+    """Names of folders that every top folder, the pool's aside, has so many levels below it."""
+    names: defaultdict[str, set[str]] = defaultdict(set)
+    for folders in trees:
+        if folders and not _is_pool(folders):
+            names[folders[0]].update(folders[level : level + 1])
+    return set.intersection(*names.values()) if len(names) > 1 else set()
 
 
 def _some(names: Iterable[str]) -> str:

@@ -82,7 +82,7 @@ def _columns(path: Path, root: Path) -> dict[str, list[Any]]:
         if path.suffix.lower() == ".parquet":
             table = pq.read_table(path)
             return {name: table[name].to_pylist() for name in table.column_names}
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding=_encoding(path), newline="") as file:
             if path.suffix.lower() in (".csv", ".tsv"):
                 return _delimited(list(csv.reader(file, delimiter=_delimiter(path))), path, root)
             rows = [json.loads(line) for line in file if line.strip()]
@@ -93,10 +93,16 @@ def _columns(path: Path, root: Path) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
 
 
+def _encoding(path: Path) -> str:
+    """UTF-8, or UTF-16 as spreadsheets write it."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
 def _delimiter(path: Path) -> str:
     if path.suffix.lower() == ".tsv":
         return "\t"
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding=_encoding(path)) as file:
         first = file.readline()
     return max(",;\t", key=first.count)  # a spreadsheet of many countries writes semicolons
 

@@ -130,10 +130,8 @@ def test_what_a_split_lacks_is_cut_when_asked_for(tmp_path: Path) -> None:
     [
         (["train/0.png", "test/1.png"], "test and train look like splits, but hold no folder for each class"),
         (["train/cat/0.png", "bus/1.png"], "'train' looks like a split.*beside it are folders that do not"),
-        (
-            [f"{top}/{name}/0.png" for top in ("images", "masks") for name in ("cat", "dog")],
-            "which level is the classes'",
-        ),
+        ([f"{top}/{name}/0.png" for top in ("images", "masks") for name in ("cat", "dog")], "--class-level 1 .*or 2"),
+        ([f"x/{top}/images/{name}/0.png" for top in ("web", "dslr") for name in ("cat", "dog")], "level 2 .*or 4"),
     ],
 )
 def test_what_may_be_a_split_or_a_class_is_refused(paths: list[str], message: str) -> None:
@@ -151,6 +149,26 @@ def test_splits_below_the_classes(tmp_path: Path) -> None:
     }
     _, found = of(folder(tmp_path / "photos", files), tmp_path, ImportSettings())
     assert found == {"labelled": {0: "cat", 1: "dog"}, "test": {2: "cat", 3: "dog"}, "unlabelled": {4: None}}
+
+
+def test_the_classes_may_be_at_any_level(tmp_path: Path) -> None:
+    files = {f"{a}/{b}/{n}.png": n for n, (a, b) in enumerate([("x", "cat"), ("x", "dog"), ("y", "cat"), ("y", "dog")])}
+    source = folder(tmp_path / "photos", files)
+    _, found = of(source, tmp_path, class_level=2)
+    assert found["labelled"] == {0: "cat", 1: "dog", 2: "cat", 3: "dog"}
+    assert look_at([Source(source, class_level=1)], WHOLE).per_class["labelled"] == {"x": 2, "y": 2}
+    deep = folder(tmp_path / "deep", {f"a/b/{name}": seed for name, seed in CLASSES.items()})
+    assert look_at([Source(deep)], WHOLE).per_class["labelled"] == {"cat": 2, "dog": 2}
+
+
+def test_a_class_without_an_image_for_training_is_told(tmp_path: Path) -> None:
+    """`val/images` of Tiny ImageNet is no class."""
+    files = {"train/cat/0.png": 0, "train/dog/1.png": 1, "val/images/2.png": 2, "val/images/3.png": 3}
+    imported, found = of(folder(tmp_path / "a", files), tmp_path)
+    assert found == {"labelled": {0: "cat", 1: "dog"}}
+    assert [(entry.key, entry.reason) for entry in imported.left_out] == [
+        ("val/images/2.png", "not_trained"), ("val/images/3.png", "not_trained")
+    ]  # fmt: skip
 
 
 def test_a_pool_may_lie_as_it_likes(tmp_path: Path) -> None:
@@ -199,12 +217,16 @@ TABLES: dict[str, Callable[[Path], Path]] = {
     "parquet": lambda root: write_parquet(
         root / "t.parquet", {"file": [f for f, _ in ROWS], "y": [c for _, c in ROWS]}
     ),
+    "no suffix": lambda root: table(root / "t.csv", [("id", "breed"), *((f.removesuffix(".png"), c) for f, c in ROWS)]),
+    "a spreadsheet's": lambda root: write_text(
+        root / "t.csv", "Filename\tClass\n" + "".join(f.replace("/", "\\") + f"\t{c}\n" for f, c in ROWS), "utf-16"
+    ),
     "metadata.csv": lambda root: table(root / "metadata.csv", [("file_name", "label"), *ROWS]).parent,
 }
 
 
-def write_text(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.write_text(text, encoding=encoding)
     return path
 
 
@@ -216,7 +238,7 @@ def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
 @pytest.mark.parametrize("kind", TABLES)
 def test_tables_of_file_and_label(kind: str, tmp_path: Path) -> None:
     root = folder(tmp_path / "photos", {"a/0.png": 0, "a/1.png": 1, "2.png": 2, "3.png": 3, "4.png": 4})
-    columns = {"label": "y"} if kind == "parquet" else {}
+    columns = {"parquet": {"label": "y"}, "no suffix": {"file": "id", "label": "breed"}}.get(kind, {})
     imported, found = of(TABLES[kind](root), tmp_path, columns=columns)
     assert found == {"labelled": {0: "cat", 1: "dog", 3: "dog"}, "unlabelled": {2: None}}
     expected = "no_class" if kind == "metadata.csv" else "not_in_table"
@@ -325,7 +347,9 @@ def test_a_data_set_without_a_pool_gets_one(tmp_path: Path) -> None:
 
 
 def test_a_labelled_image_in_two_splits_stays_in_the_test(tmp_path: Path) -> None:
-    imported, found = of(folder(tmp_path / "a", SPLIT | {"test/cat/9.png": 0, "test/dog/8.png": 8}), tmp_path)
+    imported, found = of(
+        folder(tmp_path / "a", SPLIT | {"train/cat/7.png": 7, "test/cat/9.png": 0, "test/dog/8.png": 8}), tmp_path
+    )
     assert found["test"] == {0: "cat", 8: "dog"}
     assert 0 not in found["labelled"]
     assert [tuple(entry) for entry in imported.left_out] == [("train/cat/0.png", "repeat_of", "test/cat/9.png")]
