@@ -171,10 +171,12 @@ class FinetuneSettings(TrainSettings):
 
 
 class CopySettings(Settings):
-    """When a pool image counts as a copy of an evaluation image. See `pipeline.pool.copies.index`."""
+    """When a pool image counts as a copy of an evaluation image. See `pipeline.pool.copies.calibration`."""
 
     enabled: bool = True
-    threshold: float | None = None  # of the similarity; None = the descriptor's measured default
+    threshold: float | None = None  # of the similarity; None = calibrated on the data set's own images
+    honest: float = Field(default=0.001, gt=0.0, le=0.1)  # share of others that may be taken for copies
+    keep: bool = False  # count copies, and leave them in the pool
 
 
 class FilterSettings(Settings):

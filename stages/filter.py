@@ -1,6 +1,5 @@
 """`mpl filter`: teacher + pool → scores/, selection.parquet, rejected/."""
 
-import json
 import math
 import time
 from dataclasses import asdict, replace
@@ -8,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 from pipeline.data.readers.shard import Shard
-from pipeline.data.sources import Split
-from pipeline.errors import DataError, MissingDataError, UsageError
-from pipeline.models import CONFIG, WEIGHTS, Network, load_network, require_classes, to_device
-from pipeline.pool.copies.index import VERSION, CopyIndex, default_threshold
+from pipeline.errors import DataError, UsageError
+from pipeline.models import WEIGHTS, Network, load_network, require_classes, to_device
+from pipeline.pool.copies.index import VERSION, default_threshold
 from pipeline.pool.filter import REJECTED_FOLDER, SELECTION_FILE, filter_pool
 from pipeline.pool.infer import Scorer
 from pipeline.pool.rejected import REJECTED
@@ -24,13 +21,13 @@ from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_fil
 from pipeline.pool.selection import Rules
 from pipeline.storage.files import fingerprint, remove_leftovers, sha256_file
 from pipeline.storage.workers import EngineSettings
+from stages.copies import calibrated, calibration_mark, copy_index, evaluation_splits, tell_copies
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
 from stages.workers import engine_options, is_elsewhere, run_shards
 
 SHOWN = 20  # classes in the table at the end
 SCORED_BY = {"teacher", "evaluation", "precision"}  # keys of the basis that scores depend on, the shard's content apart
-INDEXED = 64  # pixels of an evaluation image, at most; they are compared at 32
 
 
 @click.command()
@@ -40,6 +37,12 @@ INDEXED = 64  # pixels of an evaluation image, at most; they are compared at 32
 @click.option("--assign", type=click.Choice(["any", "argmax"]), help="any: an image may serve several classes.")
 @click.option("--min-probability", type=float, help="Least probability that the teacher must give the class.")
 @click.option("--upsample/--no-upsample", default=None, help="Classes short of K get a repeat count.")
+@click.option(
+    "--keep-copies/--remove-copies",
+    "copies__keep",
+    default=None,
+    help="Count copies of evaluation images, but leave them in the pool.",
+)
 @click.option("--teacher", type=click.Path(path_type=Path, file_okay=False),
               help="A teacher of your own: a folder in timm's layout. [default: the run's teacher/]")  # fmt: skip
 def command(context: Context, teacher: Path | None, engine: EngineSettings, **rules: object) -> None:
@@ -74,13 +77,14 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
     if not (folder / WEIGHTS).is_file():
         load_network(folder)  # for its message
     settings = context.recipe.filter
-    copies = settings.copies.enabled
+    copies = settings.copies.enabled and bool(evaluation_splits(context))
     basis = {
         "teacher": sha256_file(folder / WEIGHTS),
         "pool": context.data_set.split("unlabelled").fingerprint(),
         "evaluation": [VERSION, *(split.fingerprint() for split in evaluation_splits(context))] if copies else [],
         "precision": context.precision,
         "rules": asdict(rules(context)),
+        "calibration": calibration_mark(context) if copies else None,
         "rejected_format": REJECTED.version,
     }
     return Stage(
@@ -92,23 +96,6 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
         cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
     )
-
-
-def evaluation_splits(context: Context) -> list[Split]:
-    """The splits whose copies must not be in the pool.
-
-    Raises:
-        DataError: there is none, or its files are not there, and nobody said that this is meant.
-    """
-    remedy = "To go on without looking for copies of evaluation images: --set filter.copies.enabled=false"
-    manifest = context.data_set.manifest
-    names = [name for name in ("validation", "test") if name in manifest.splits]
-    if not names:
-        raise DataError(f"data set {manifest.name} has neither a validation nor a test split. {remedy}")
-    try:
-        return [context.data_set.split(name) for name in names]
-    except MissingDataError as error:
-        raise DataError(f"{error}. {remedy}") from error
 
 
 def rules(context: Context) -> Rules:
@@ -123,6 +110,7 @@ def rules(context: Context) -> Rules:
         min_probability=settings.min_probability,
         copy_threshold=threshold if settings.copies.enabled else None,
         upsample=settings.upsample,
+        keep_copies=settings.copies.keep,
     )
 
 
@@ -176,7 +164,12 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
             context.console.note(f"{len(shards) - len(left):,} of {len(shards):,} shards are scored already")
         scoring = _score(context, left, folder, mark, engine)
         remove_leftovers(scores)  # of workers that died
-    filtered = filter_pool(open_scored(shards, scores, mark), context.store, rules(context))
+    selecting, calibration = rules(context), calibrated(context, folder, basis["calibration"])
+    if calibration is not None:
+        mark_of = fingerprint([basis["calibration"], calibration.threshold])
+        selecting = replace(selecting, copy_threshold=calibration.threshold, copy_calibration=mark_of)
+    filtered = filter_pool(open_scored(shards, scores, mark), context.store, selecting, calibration)
+    tell_copies(context, filtered, selecting.copy_threshold if basis["evaluation"] else None, calibration)
     if filtered.repeated_keys:
         context.console.note(f"{filtered.repeated_keys:,} images have a key that an earlier image has (harmless)")
     return {
@@ -254,16 +247,3 @@ def load_teacher(context: Context, folder: Path, engine: EngineSettings | None =
     require_classes(network, names, f"teacher {folder}")
     network.model.eval()
     return replace(network, class_names=list(names))
-
-
-def copy_index(context: Context, folder: Path) -> CopyIndex | None:
-    """Index of the validation and test images; None where the recipe turns it off."""
-    if not context.recipe.filter.copies.enabled:
-        return None
-    size = min(INDEXED, json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1])
-    pixels, names = [], []
-    for split in evaluation_splits(context):
-        images = context.data_set.images(split, size)
-        pixels.append(images.images.permute(0, 2, 3, 1).numpy())
-        names += [f"{split.name}/{shard}/{row}" for shard, row in zip(images.shards, images.rows, strict=True)]
-    return CopyIndex(np.concatenate(pixels), names) if pixels else None

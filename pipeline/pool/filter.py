@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
+from pipeline.pool.copies.calibration import Calibration
 from pipeline.pool.rejected import CANDIDATE, JUDGED_BY, REJECTED, Lines, Rejects, Verdicts
 from pipeline.pool.repeats import Hashed, count_repeats, find_repeats, hash_texts
 from pipeline.pool.scores import ScoredPool, shard_file
@@ -46,6 +47,7 @@ class Filtered:
         kept: distinct images.
         rows: of selection.parquet, one per image and class.
         rejected: images by reason.
+        copies: images that are copies of evaluation images, whether they were rejected for it or not.
         classes: a count per class.
         repeated_keys: images whose key an earlier image has; only people are confused by it.
         fingerprint: of the rules and the scores.
@@ -55,6 +57,7 @@ class Filtered:
     kept: int
     rows: int
     rejected: dict[str, int]
+    copies: int
     classes: tuple[ClassCount, ...]
     repeated_keys: int
     fingerprint: str
@@ -73,8 +76,10 @@ def is_filtered(pool: ScoredPool, folder: Location, rules: Rules) -> bool:
     return all(header is not None and header.fingerprint == mark for header in headers)
 
 
-def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
+def filter_pool(pool: ScoredPool, folder: Location, rules: Rules, calibration: Calibration | None = None) -> Filtered:
     """Select, and write rejected/part-*.parquet and selection.parquet into `folder`.
+
+    Without a calibration the rules' threshold alone says what a copy is.
 
     A class without a candidate keeps nothing, and its count says so. Memory: at most 18 bytes per class and k,
     the keys of what is kept, and buffers of bounded size.
@@ -84,7 +89,10 @@ def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
         RunError: a file cannot be written.
     """
     discard(folder / SELECTION_FILE)  # it never stands beside rejects of other rules
-    verdicts = Verdicts(rules.copy_threshold, find_repeats(pool.rows, lambda: _pixel_hashes(pool)))
+    if calibration is None and rules.copy_threshold is not None:
+        calibration = Calibration(rules.copy_threshold)
+    repeats = find_repeats(pool.rows, lambda: _pixel_hashes(pool))
+    verdicts = Verdicts(calibration, repeats, rules.keep_copies)
     chosen = select_top_k(_candidates(pool, verdicts), rules.k, rules.assign, min_log_odds=rules.min_log_odds)
     lines = Lines(chosen, rules)
     reasons, keys = _reject(Rejects(pool, rules, verdicts, lines), folder / REJECTED_FOLDER)
@@ -99,6 +107,7 @@ def filter_pool(pool: ScoredPool, folder: Location, rules: Rules) -> Filtered:
         kept=len(lines.kept),
         rows=sum(len(rows) for rows in chosen.rows),
         rejected=dict(reasons),
+        copies=_count_copies(pool, verdicts),
         classes=class_counts(pool.class_names, chosen, rules.k),
         repeated_keys=_repeated_keys(pool),
         fingerprint=selection_fingerprint(pool, rules),
@@ -117,6 +126,12 @@ def _pixel_hashes(pool: ScoredPool) -> Iterator[Hashed]:
     for ordinals, batch in pool.stream(["status", "pixel_hash"]):
         ok = pc.equal(batch.column("status"), "ok").to_numpy(zero_copy_only=False)
         yield ordinals[ok], fixed_numbers(batch.column("pixel_hash"), "<u8")[ok]
+
+
+def _count_copies(pool: ScoredPool, verdicts: Verdicts) -> int:
+    if verdicts.calibration is None:
+        return 0
+    return sum(int(verdicts.copies(batch).sum()) for _, batch in pool.stream(["similarity", "match"]))
 
 
 def _repeated_keys(pool: ScoredPool) -> int:

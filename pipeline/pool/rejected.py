@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.pool.copies.calibration import Calibration
 from pipeline.pool.repeats import Repeats
 from pipeline.pool.scores import ScoredPool
 from pipeline.pool.select.top_k import Selection, float32_floor
@@ -58,7 +59,7 @@ SCHEMA = pa.schema(
         ("detail", pa.string()),
     ]
 )
-JUDGED_BY = ("status", "similarity")  # columns that a verdict rests on
+JUDGED_BY = ("status", "similarity", "match")  # columns that a verdict rests on
 
 Codes = NDArray[np.int8]
 Floats = NDArray[np.float32]
@@ -69,23 +70,35 @@ class Verdicts:
     """The verdict on rows, before selecting.
 
     Attributes:
-        copy_threshold: rows at least as similar to an evaluation image are copies; None: none is.
+        calibration: tells which rows are copies of evaluation images; None: none is.
         repeats: rows with the pixels of an earlier one.
+        keep_copies: whether copies may be selected.
     """
 
-    copy_threshold: float | None
+    calibration: Calibration | None
     repeats: Repeats
+    keep_copies: bool = False
 
     def __call__(self, ordinals: NDArray[np.int64], batch: pa.RecordBatch) -> Codes:
         """CANDIDATE or a place in REASONS, (n,). `batch` has at least the columns JUDGED_BY."""
         codes = np.full(len(ordinals), CANDIDATE, np.int8)
         codes[self.repeats.first_of(ordinals) >= 0] = REPEAT_OF
-        if self.copy_threshold is not None:
-            codes[np.nan_to_num(floats(batch.column("similarity")), nan=-1) >= self.copy_threshold] = EVAL_COPY
+        if not self.keep_copies:
+            codes[self.copies(batch)] = EVAL_COPY
         known = pc.index_in(batch.column("status"), pa.array(REASONS))  # null for ok
         bad = known.is_valid().to_numpy(zero_copy_only=False)
         codes[bad] = known.drop_null().to_numpy()
         return codes
+
+    def copies(self, batch: pa.RecordBatch) -> NDArray[np.bool_]:
+        """Which rows are copies of evaluation images, (n,)."""
+        if self.calibration is None:
+            return np.zeros(batch.num_rows, bool)
+        similarity = np.nan_to_num(floats(batch.column("similarity")), nan=-1)
+        found = similarity >= self.calibration.threshold
+        names = batch.column("match").filter(pa.array(found)).to_pylist()  # few: only these are looked up
+        found[found] = self.calibration.are_copies(similarity[found], names)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

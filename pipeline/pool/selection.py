@@ -29,8 +29,10 @@ class Rules:
         k: images per class.
         assign: "any" (an image may serve several classes) or "argmax" (its most probable one).
         min_probability: that the teacher must give the class; 0 is no floor.
-        copy_threshold: images at least as similar to an evaluation image are left out; None keeps them.
+        copy_threshold: images at least as similar to an evaluation image are copies; None: none is.
         upsample: fill classes short of k by a repeat count.
+        copy_calibration: fingerprint of what evaluation images need beyond the threshold; None: nothing.
+        keep_copies: whether copies stay candidates.
     """
 
     k: int
@@ -38,6 +40,8 @@ class Rules:
     min_probability: float = 0.0
     copy_threshold: float | None = None
     upsample: bool = False
+    copy_calibration: str | None = None
+    keep_copies: bool = False
 
     def __post_init__(self) -> None:
         checked_k(self.k)
@@ -70,8 +74,10 @@ class SelectionFile:
 
 
 def selection_fingerprint(pool: ScoredPool, rules: Rules) -> str:
-    """Of the scores and the rules."""
-    return fingerprint_of(["selection", pool.fingerprint(), asdict(rules)])
+    """Of the scores and the rules; of those that came later, where they change something."""
+    later = {"copy_calibration": None, "keep_copies": False}
+    values = {name: value for name, value in asdict(rules).items() if name not in later or value != later[name]}
+    return fingerprint_of(["selection", pool.fingerprint(), values])
 
 
 def write_selection(

@@ -192,8 +192,32 @@ def test_a_data_set_without_evaluation_splits(place, filtered) -> None:
         del manifest["splits"][name]
     path.write_text(yaml.safe_dump(manifest))
     outcome = filtered()
-    assert outcome.status == 1
-    assert "neither a validation nor a test split" in outcome.err
+    assert outcome.status == 0, outcome.err
+    assert "copies of evaluation images: not looked for (there are no evaluation images)" in outcome.err
+
+
+def test_copies_are_told_and_may_be_kept(place, filtered) -> None:
+    """Four of 36 images are test images; the threshold and what it rests on are said; kept ones are counted."""
+    tar(place / "data/pool-0.tar", [*members(8, 10), *((f"t{at}.png", data) for at, data in enumerate(images(4, 1)))])
+    outcome = filtered()
+    assert outcome.status == 0, outcome.err
+    assert "copies of evaluation images: 4, from similarity 0.95 on" in outcome.err
+    assert "of the 18 labelled and evaluation images are as like another one. These are few images" in outcome.err
+    assert "WARNING: 11.1% of the pool are taken for copies" in outcome.err
+    rejected = pq.read_table(place / "run/rejected").to_pylist()
+    assert sorted(row["match"] for row in rejected if row["reason"] == "eval_copy") == [
+        f"test/test/{i}" for i in range(4)
+    ]
+    before = (place / "run/copies.json").stat().st_mtime_ns
+    kept = filtered("--keep-copies")
+    assert "copies of evaluation images: 4, kept, from" in kept.err
+    assert "WARNING" not in kept.err
+    assert (place / "run/copies.json").stat().st_mtime_ns == before  # made once
+    assert not any(row["reason"] == "eval_copy" for row in pq.read_table(place / "run/rejected").to_pylist())
+    assert (
+        "copies of evaluation images: 4, from similarity 0.80"
+        in filtered("--remove-copies", "--set", "filter.copies.threshold=0.8").err
+    )
 
 
 def test_a_teacher_of_other_classes(place, filtered) -> None:

@@ -105,6 +105,18 @@ class CopyIndex:
             MIRRORED[candidates.turn.gather(1, best)[:, 0]].numpy(),
         )
 
+    def ranked(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The `count` best matches of each image (n, S, S, 3), best first: evaluation images and similarities, both
+        (n, count); a similarity is 0 where no more are like enough to be compared."""
+        if self._small is not None:
+            return self._small.ranked(images, count)
+        grey = luminance(images)
+        candidates = self._thumbnails.candidates(grey, count)
+        alike, order = self._compared(torch.from_numpy(grey), candidates).sort(dim=1, descending=True, stable=True)
+        index, found = candidates.index.gather(1, order).numpy(), alike.double().numpy()
+        missing = ((0, 0), (0, count - index.shape[1]))
+        return np.pad(index, missing), np.pad(found, missing)
+
     def _compared(self, grey: Tensor, candidates: Candidates) -> Tensor:
         """Similarity, (n, m), of the likely candidates; 0 of the others."""
         result = torch.zeros(candidates.likely.shape)

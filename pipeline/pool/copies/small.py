@@ -40,17 +40,33 @@ class SmallIndex:
         """
         if images.shape[1] != self._side:
             raise ValueError(f"images of {images.shape[1]} pixels, evaluation images of {self._side}")
+        near, alike = self._nearest(images, NEAREST)
+        best = alike.argmax(1)[:, None]
+        index = np.take_along_axis(near, best, 1)[:, 0]
+        return index, np.take_along_axis(alike, best, 1)[:, 0], best[:, 0] >= near.shape[1] // 2
+
+    def ranked(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The `count` best of each image (n, S, S, 3), best first, and their correlations, both (n, count)."""
+        near, alike = self._nearest(images, count)
+        order = np.argsort(-alike, axis=1, kind="stable")
+        near, alike = np.take_along_axis(near, order, 1), np.take_along_axis(alike, order, 1)
+        again = (near[:, :, None] == near[:, None, :]) & np.tri(near.shape[1], k=-1, dtype=bool)
+        first = np.argsort(again.any(2), axis=1, kind="stable")[:, :count]
+        alike = np.where(np.take_along_axis(again.any(2), first, 1), 0.0, np.take_along_axis(alike, first, 1))
+        missing = ((0, 0), (0, count - first.shape[1]))
+        return np.pad(np.take_along_axis(near, first, 1), missing), np.pad(alike, missing)
+
+    def _nearest(self, images: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The nearest of each image as it is, then of its mirror image, and their correlations, (n, 2 · count)."""
         load_faiss().omp_set_num_threads(torch.get_num_threads())
         n = len(images)
         seen = np.stack([_centred(images), _centred(images[:, :, ::-1])], 1)  # (n, 2, S²)
-        _, near = self._index.search(_scaled(seen.reshape(2 * n, -1)), min(NEAREST, self._index.ntotal))
+        _, near = self._index.search(_scaled(seen.reshape(2 * n, -1)), min(count, self._index.ntotal))
         near = np.sort(near.reshape(n, 2, -1), axis=2)  # of equal ones, the first
         there = self._centred[near]  # (n, 2, k, S²)
         norms = np.sqrt(np.square(seen).sum(2, keepdims=True) * np.square(there).sum(3))
-        alike = ((seen[:, :, None] * there).sum(3) / np.maximum(norms, 1)).reshape(n, -1)
-        best = alike.argmax(1)[:, None]
-        index = np.take_along_axis(near.reshape(n, -1), best, 1)[:, 0]
-        return index, np.take_along_axis(alike, best, 1)[:, 0], best[:, 0] >= near.shape[2]
+        alike = (seen[:, :, None] * there).sum(3) / np.maximum(norms, 1)
+        return near.reshape(n, -1), alike.reshape(n, -1)
 
 
 def _centred(images: NDArray[np.uint8]) -> NDArray[np.float64]:

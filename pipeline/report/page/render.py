@@ -182,11 +182,13 @@ def rules(report: FilterReport) -> list[tuple[str, str]]:
     texts = dict(report.rules)
     assign = {"any": "to any class", "argmax": "to its most probable class"}
     floor, copies = texts.pop("min_probability", "0.0"), texts.pop("copy_threshold", "None")
+    kept = " (counted, and kept)" if texts.pop("keep_copies", "False") == "True" else ""
+    texts.pop("copy_calibration", None)  # means nothing to people
     rows = [
         ("images per class, K", f"{int(texts.pop('k', 0)):,}"),
         ("an image goes", assign.get(rule := texts.pop("assign", "any"), rule)),
         ("least probability", "none" if float(floor) == 0 else floor),
-        ("copies: similarity from", "not looked for" if copies == "None" else copies),
+        ("copies: similarity from", "not looked for" if copies == "None" else copies + kept),
         ("short classes", "filled by repeats" if texts.pop("upsample", "False") == "True" else "stay short"),
     ]
     rows += [(name.replace("_", " "), text) for name, text in texts.items()]
