@@ -6,7 +6,8 @@ need it, `<name>_small_stem`, so that a network saved here loads again by timm f
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from timm.layers import DropPath
 from timm.models import register_model
 from torch import Tensor, nn
 
+from pipeline.classes import canonical
 from pipeline.config import ModelSettings
-from pipeline.errors import CheckpointError, DataError, RecipeError
+from pipeline.errors import CheckpointError, RecipeError
 from pipeline.storage.files import sha256_file, whole_file, write_json
 
 SMALL_IMAGE = 64  # pixels; up to here `stem: auto` avoids early downsampling where the family allows it
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PLACEHOLDER = re.compile(r"LABEL_\d+")  # what transformers writes where nobody named the classes
 
 
 # --- wide residual networks ----------------------------------------------------------------------------
@@ -173,6 +176,7 @@ __all__ = [  # register_model appends every architecture to it
     "save_network",
     "set_batch_norm_momentum",
     "shrink_stem",
+    "stated_names",
 ]
 
 
@@ -189,6 +193,7 @@ class Network:
         class_names: C names, in the order of the logits.
         image_size: S, pixels.
         mean, std: of the normalisation, per channel, for images in [0, 1].
+        states_classes: whether the names are its own; else they are numbers.
     """
 
     model: nn.Module
@@ -198,6 +203,7 @@ class Network:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    states_classes: bool = True
 
 
 def build_network(
@@ -227,20 +233,6 @@ def to_device(network: Network, device: torch.device) -> Network:
     """Move the weights, channels last: on CPUs convolutions are several times faster so."""
     network.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
-
-
-def require_classes(network: Network, names: Sequence[str], where: str) -> None:
-    """Refuse a network whose class list is not the data set's.
-
-    Raises:
-        DataError: with both lists.
-    """
-    unnamed = network.class_names == [str(c) for c in range(len(names))]
-    if network.class_names != list(names) and not unnamed:
-        raise DataError(
-            f"{where} has the classes {network.class_names[:4]}… ({len(network.class_names)}), the data set has "
-            f"{list(names[:4])}… ({len(names)}); they must be the same, in the same order"
-        )
 
 
 def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:
@@ -308,7 +300,7 @@ def save_network(folder: Path, network: Network, state: dict[str, Tensor]) -> st
 def load_network(folder: Path) -> Network:
     """A network from a folder in timm's layout: one saved here, or a person's own.
 
-    The class list is `label_names`; a config without it gets the names "0", "1", ….
+    The class list is what `stated_names` finds; a config without one gets the names "0", "1", ….
 
     Raises:
         CheckpointError: a file is missing, cut short, edited after it was written, or does not fit.
@@ -317,8 +309,8 @@ def load_network(folder: Path) -> Network:
     try:
         cfg = config.get("pretrained_cfg", {})
         classes = int(config.get("num_classes", cfg.get("num_classes", 0)))
-        names = config.get("label_names") or [str(c) for c in range(classes)]
-        names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+        stated = stated_names(config, str(folder / CONFIG))
+        names = [str(c) for c in range(classes)] if stated is None else stated
         arguments = dict(config.get("model_args", {})) | {"num_classes": classes}
         size = int(cfg["input_size"][-1])
         mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
@@ -326,13 +318,37 @@ def load_network(folder: Path) -> Network:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{folder / CONFIG} lacks or misstates {error}; see docs/formats.md") from error
     if len(names) != classes:
-        raise CheckpointError(f"{folder / CONFIG}: {len(names)} label_names for {classes} classes")
+        raise CheckpointError(f"{folder / CONFIG}: {len(names)} class names for {classes} classes")
     try:
         model = timm.create_model(architecture, **arguments)
     except Exception as error:
         raise CheckpointError(f"{folder / CONFIG}: cannot build {architecture!r}: {error}") from error
     _load_weights(model, folder, config.get("weights_sha256"))
-    return Network(model, architecture, arguments, names, size, mean, std)
+    return Network(model, architecture, arguments, names, size, mean, std, states_classes=stated is not None)
+
+
+def stated_names(config: Mapping[str, Any], where: str) -> list[str] | None:
+    """The class names in a network's config, in the order of its outputs; None if it has none.
+
+    timm's `save_for_hf` writes `label_names` into `pretrained_cfg`, older versions beside it; transformers writes
+    `id2label`, and `LABEL_0` … for names that nobody gave.
+
+    Raises:
+        CheckpointError: two places state different names, or two classes have one name.
+    """
+    found = []
+    for section in (config, config.get("pretrained_cfg") or {}):
+        for key in ("label_names", "id2label"):
+            if stated := section.get(key):
+                by_number = isinstance(stated, Mapping)
+                names = [stated[key] for key in sorted(stated, key=int)] if by_number else stated
+                found.append([str(name) for name in names])
+    found = [names for names in found if not all(PLACEHOLDER.fullmatch(name) for name in names)]
+    if any(names != found[0] for names in found):
+        raise CheckpointError(f"{where} states its classes twice, and differently: {found[0][:5]}… and {found[1][:5]}…")
+    if found and len({*map(canonical, found[0])}) < len(found[0]):
+        raise CheckpointError(f"{where}: two classes have one name; name each of them")
+    return found[0] if found else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from pipeline.config import Reading, Recipe, TrainMplSettings, TrainSettings
 from pipeline.data.decoded import Images
 from pipeline.data.sets import LabelledSet, Pool, PoolSet
 from pipeline.distributed.layouts import bare, full_state, lay_out
-from pipeline.errors import RecipeError, TargetsError
+from pipeline.errors import DataError, RecipeError, TargetsError
 from pipeline.gradient.replay import log_probabilities
-from pipeline.models import Network, load_network, require_classes, save_network, to_device
+from pipeline.models import Network, load_network, save_network, to_device
+from pipeline.network_classes import order_of
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.storage.files import whole_file
 from pipeline.targets import TargetsStore
@@ -270,7 +271,10 @@ def build_teacher(assembly: Assembly, class_names: tuple[str, ...], pretrained: 
     settings = mpl_settings(assembly.recipe)
     if settings.teacher.start == "pretrain":
         network = to_device(load_network(pretrained), assembly.placement.device)
-        require_classes(network, class_names, str(pretrained))
+        if order_of(network.class_names, class_names, str(pretrained)) != list(range(len(class_names))):
+            raise DataError(
+                f"{pretrained} has the data set's classes in another order; make it again: mpl pretrain --force"
+            )
     else:
         network = assembly.network(settings.teacher.model or settings.model, class_names, "teacher")
     network.model.train()

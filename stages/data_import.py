@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pipeline.data.classes import SHOWN
+from pipeline.classes import SHOWN
 from pipeline.data.get.found import Source
 from pipeline.data.get.importing import LEFT_OUT, Imported, ImportSettings, append_images, import_images
 from pipeline.data.manifest import SplitName

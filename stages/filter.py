@@ -11,7 +11,8 @@ import torch
 
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError, UsageError
-from pipeline.models import WEIGHTS, Network, load_network, require_classes, to_device
+from pipeline.models import CONFIG, WEIGHTS, Network, load_network, stated_names, to_device
+from pipeline.network_classes import order_of, with_classes_of
 from pipeline.pool.copies.index import VERSION, default_threshold
 from pipeline.pool.filter import REJECTED_FOLDER, SELECTION_FILE, filter_pool
 from pipeline.pool.infer import Scorer
@@ -19,15 +20,20 @@ from pipeline.pool.rejected import REJECTED
 from pipeline.pool.score import ScoreWork
 from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_file
 from pipeline.pool.selection import Rules
-from pipeline.storage.files import fingerprint, remove_leftovers, sha256_file
+from pipeline.storage.files import fingerprint, read_json, remove_leftovers, sha256_file
 from pipeline.storage.workers import EngineSettings
 from stages.copies import calibrated, calibration_mark, copy_index, evaluation_splits, tell_copies
 from stages.execution import Stage, execute
-from stages.options import Context, stage_options, with_changes
+from stages.options import Context, assume_option, stage_options, with_changes
 from stages.workers import engine_options, is_elsewhere, run_shards
 
 SHOWN = 20  # classes in the table at the end
-SCORED_BY = {"teacher", "evaluation", "precision"}  # keys of the basis that scores depend on, the shard's content apart
+SCORED_BY = {
+    "teacher",
+    "classes",
+    "evaluation",
+    "precision",
+}  # keys of the basis that scores depend on, the shard's content apart
 
 
 @click.command()
@@ -43,9 +49,12 @@ SCORED_BY = {"teacher", "evaluation", "precision"}  # keys of the basis that sco
     default=None,
     help="Count copies of evaluation images, but leave them in the pool.",
 )
+@assume_option
 @click.option("--teacher", type=click.Path(path_type=Path, file_okay=False),
               help="A teacher of your own: a folder in timm's layout. [default: the run's teacher/]")  # fmt: skip
-def command(context: Context, teacher: Path | None, engine: EngineSettings, **rules: object) -> None:
+def command(
+    context: Context, teacher: Path | None, assume_class_order: bool, engine: EngineSettings, **rules: object
+) -> None:
     """Score the pool and keep the K most probable images of each class.
 
     Copies of evaluation images are removed; for every image that is dropped the reason is kept. Another K,
@@ -54,7 +63,7 @@ def command(context: Context, teacher: Path | None, engine: EngineSettings, **ru
     Reads: teacher/ (or --teacher) and the pool. Writes: scores/, selection.parquet, rejected/.
     """
     context = with_changes(context, **{f"filter__{name}": value for name, value in rules.items()})
-    record = execute(context, lambda c: plan(c, teacher, engine))
+    record = execute(context, lambda c: plan(c, teacher, engine, assume_class_order))
     if "result" in record:
         for line in class_table(record["result"]):
             context.console.note(line)
@@ -68,7 +77,12 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
     return Path(known["result"]["teacher"]) if known is not None else (context.run / "teacher").resolve()
 
 
-def plan(context: Context, teacher: Path | None = None, engine: EngineSettings | None = None) -> Stage:
+def plan(
+    context: Context,
+    teacher: Path | None = None,
+    engine: EngineSettings | None = None,
+    assume_class_order: bool = False,
+) -> Stage:
     """Plan the stage."""
     engine = engine or EngineSettings()
     folder = teacher_folder(context, teacher)
@@ -76,6 +90,14 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         context.run.require("pretrain", "mpl pretrain")
     if not (folder / WEIGHTS).is_file():
         load_network(folder)  # for its message
+    names = context.data_set.split("labelled").class_names
+    stated = stated_names(read_json(folder / CONFIG), f"teacher {folder}")
+    order = list(range(len(names))) if stated is None else order_of(stated, names, f"teacher {folder}")
+    if order != list(range(len(names))):
+        context.console.note(f"teacher {folder} has the data set's classes in another order; they are matched by name")
+        basis_classes = {"classes": order}
+    else:
+        basis_classes = {}
     settings = context.recipe.filter
     copies = settings.copies.enabled and bool(evaluation_splits(context))
     basis = {
@@ -86,12 +108,13 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         "rules": asdict(rules(context)),
         "calibration": calibration_mark(context) if copies else None,
         "rejected_format": REJECTED.version,
+        **basis_classes,
     }
     return Stage(
         name="filter",
         basis=basis,
         outputs=[context.store / SELECTION_FILE, context.store / "scores"],
-        work=lambda: work(context, folder, basis, engine),
+        work=lambda: work(context, folder, basis, engine, assume_class_order),
         summary=summary,
         replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
         cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
@@ -145,7 +168,9 @@ def class_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSettings) -> dict[str, Any]:
+def work(
+    context: Context, folder: Path, basis: dict[str, Any], engine: EngineSettings, assume_class_order: bool = False
+) -> dict[str, Any]:
     """Score every shard that is not scored yet, then select."""
     shards = context.data_set.split("unlabelled").shards
     scores = context.store / "scores"
@@ -162,7 +187,11 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
     if left:
         if len(left) < len(shards):
             context.console.note(f"{len(shards) - len(left):,} of {len(shards):,} shards are scored already")
-        scoring = _score(context, left, folder, mark, engine)
+        device_of(context, engine)  # before anything takes time
+        network = load_teacher(context, folder, engine, assume_class_order)
+        copies = copy_index(context, folder)
+        scorer_of_all = ScoreWork(scorer(context, network, engine), scores, mark, copies)
+        scoring = _score(context, left, scorer_of_all, engine)
         remove_leftovers(scores)  # of workers that died
     selecting, calibration = rules(context), calibrated(context, folder, basis["calibration"])
     if calibration is not None:
@@ -182,11 +211,8 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
     }
 
 
-def _score(context: Context, shards: list[Shard], folder: Path, mark: str, engine: EngineSettings) -> dict[str, float]:
+def _score(context: Context, shards: list[Shard], work: ScoreWork, engine: EngineSettings) -> dict[str, float]:
     """Score `shards`, one file each; images a second, and the share of time in which the network waited."""
-    device_of(context, engine)  # before anything takes time
-    network, copies = load_teacher(context, folder, engine), copy_index(context, folder)
-    work = ScoreWork(scorer(context, network, engine), context.store / "scores", mark, copies)
     began = time.monotonic()
     counts = run_shards(
         context,
@@ -239,11 +265,16 @@ def device_of(context: Context, engine: EngineSettings | None) -> str:
     return device
 
 
-def load_teacher(context: Context, folder: Path, engine: EngineSettings | None = None) -> Network:
-    """The teacher, on its device unless workers will bring it there, with the data set's classes."""
+def load_teacher(
+    context: Context, folder: Path, engine: EngineSettings | None = None, assume_class_order: bool = True
+) -> Network:
+    """The teacher, on its device unless workers will bring it there, with the data set's classes in their order.
+
+    That a teacher names no classes is `mpl filter`'s to ask; what comes after takes the same one.
+    """
     device = torch.device("cpu") if engine is not None and is_elsewhere(engine) else context.device
-    network = to_device(load_network(folder), device)
     names = context.data_set.split("labelled").class_names
-    require_classes(network, names, f"teacher {folder}")
+    network = with_classes_of(load_network(folder), names, f"teacher {folder}", assume_class_order)
+    to_device(network, device)
     network.model.eval()
-    return replace(network, class_names=list(names))
+    return network

@@ -143,6 +143,9 @@ def stage_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+assume_option = click.option(
+    "--assume-class-order", is_flag=True, help="A network that names no classes has the data set's, in their order."
+)
 OPTIONS = (
     click.option(
         "--run", type=click.Path(path_type=Path), default=DEFAULT_RUN, envvar="MPL_RUN",

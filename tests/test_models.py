@@ -1,14 +1,16 @@
 """Networks: counts, stems, files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from pipeline.config import ModelSettings
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CheckpointError, DataError, RecipeError
 from pipeline.models import Network, build_network, load_network, save_network
+from pipeline.network_classes import with_classes_of
 
 NAMES = [f"class {i}" for i in range(10)]
 HALF = (0.5, 0.5, 0.5)
@@ -92,9 +94,75 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path) -> None:
     for change, words in (
         ({"architecture": "wrn_16_1"}, "does not hold the weights"),
         ({"architecture": "nothing"}, "cannot build"),
-        ({"label_names": ["a"]}, "1 label_names for 10 classes"),
+        ({"label_names": ["a"]}, "1 class names for 10 classes"),
         ({"pretrained_cfg": {}}, "lacks or misstates"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=words):
             load_network(tmp_path)
+
+
+# --- classes by name --------------------------------------------------------------------------------------
+
+
+def network_of(folder: Path, **config: object) -> Path:
+    """A network of three classes on disk, with this in its config.json instead of `label_names`."""
+    torch.manual_seed(0)
+    network = build_network(ModelSettings(name="wrn_10_1"), ["a", "b", "c"], 8, (0.5,) * 3, (0.5,) * 3)
+    save_network(folder, network, network.model.state_dict())
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["label_names"]
+    saved["pretrained_cfg"].update(config.pop("pretrained_cfg", {}))
+    (folder / "config.json").write_text(json.dumps(saved | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"label_names": ["red", "green", "blue"]},
+        {"pretrained_cfg": {"label_names": ["red", "green", "blue"]}},
+        {"id2label": {"0": "red", "1": "green", "2": "blue"}},
+        {"pretrained_cfg": {"label_names": {"2": "blue", "1": "green", "0": "red"}}},
+        {"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}, "label_names": ["red", "green", "blue"]},
+    ],
+)
+def test_outputs_are_put_in_the_data_sets_order_by_name(tmp_path: Path, config: dict) -> None:
+    network = load_network(network_of(tmp_path, **config))
+    assert (network.class_names, network.states_classes) == (["red", "green", "blue"], True)
+    images = torch.randn(4, 3, 8, 8)
+    network.model.eval()
+    ours = with_classes_of(network, ("blue", "green", "red"), "it")
+    assert ours.class_names == ["blue", "green", "red"]
+    assert torch.equal(ours.model(images), network.model(images)[:, [2, 1, 0]])
+    assert with_classes_of(network, ("red", "green", "blue "), "it").model is network.model
+    with pytest.raises(
+        DataError, match=r"it has other classes than the data set: 3 against 3; it lacks grey; .* lacks blue"
+    ):
+        with_classes_of(network, ("red", "green", "grey"), "it")
+    with pytest.raises(DataError, match="3 against 2"):
+        with_classes_of(network, ("red", "green"), "it")
+
+
+@pytest.mark.parametrize("config", [{}, {"id2label": {str(i): f"LABEL_{i}" for i in range(3)}}])
+def test_a_network_that_names_no_classes_is_asked_about(tmp_path: Path, config: dict) -> None:
+    network = load_network(network_of(tmp_path, **config))
+    assert not network.states_classes
+    with pytest.raises(DataError, match=r"does not say which classes its 3 outputs are.*--assume-class-order"):
+        with_classes_of(network, ("x", "y", "z"), "it")
+    assert with_classes_of(network, ("x", "y", "z"), "it", assume_order=True).class_names == ["x", "y", "z"]
+    with pytest.raises(DataError, match="it has 3 classes, the data set 4"):
+        with_classes_of(network, tuple("wxyz"), "it", assume_order=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"label_names": ["a", "a", "b"]}, "two classes have one name"),
+        ({"label_names": ["a", "b", "c"], "id2label": {"0": "b", "1": "a", "2": "c"}}, "states its classes twice"),
+        ({"label_names": ["a", "b"]}, "2 class names for 3 classes"),
+    ],
+)
+def test_classes_that_cannot_be_right(tmp_path: Path, config: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_network(network_of(tmp_path, **config))

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.classes import SHOWN
 from pipeline.config import DataSettings
-from pipeline.data.classes import SHOWN
 from pipeline.data.decode import default_workers
 from pipeline.data.decoded import Images, load_images
 from pipeline.data.draw import stratified

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from pipeline.data.classes import SHOWN
+from pipeline.classes import SHOWN
 from pipeline.data.readers.shard import Chosen, Shard
 from pipeline.data.sources import Split
 from pipeline.errors import DataError

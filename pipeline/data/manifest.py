@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator, model_validator
 
-from pipeline.data.classes import canonical
+from pipeline.classes import canonical
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, opened
 

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from pipeline.data.classes import ClassNames
+from pipeline.classes import ClassNames
 from pipeline.data.manifest import FileSpec, Manifest, SplitName, SplitSpec
 from pipeline.data.readers.digits import digits_shards
 from pipeline.data.readers.folder import folder_shards

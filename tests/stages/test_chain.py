@@ -6,14 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config import load_recipe
 from pipeline.storage.runs import Run
+from pipeline.storage.tables import fixed_numbers
 from tests.stages.reproduce.comparisons import run_here
 
 STAGES = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "evaluate")
@@ -130,11 +132,43 @@ def test_a_teacher_of_your_own(mpl, run, tmp_path, recipe) -> None:
 
 def test_a_teacher_with_other_classes_is_refused(mpl, run, tmp_path, recipe) -> None:
     config = json.loads((run / "teacher/config.json").read_text())
-    config["label_names"] = config["label_names"][::-1]
-    (run / "teacher/config.json").write_text(json.dumps(config))
-    outcome = mpl("filter", "--recipe", recipe, "--run", tmp_path / "other", "--teacher", run / "teacher")
-    assert outcome.status == 1
-    assert "same order" in outcome.err
+    del config["weights_sha256"]
+    names = config.pop("label_names")
+    for stated, words in (([*names[:-1], "ten"], "it lacks 9; the data set lacks ten"), (None, "--assume-class-order")):
+        (run / "teacher/config.json").write_text(json.dumps(config | ({"label_names": stated} if stated else {})))
+        outcome = mpl("filter", "--recipe", recipe, "--run", tmp_path / "other", "--teacher", run / "teacher")
+        assert outcome.status == 1
+        assert words in outcome.err
+    more = ["--teacher", run / "teacher", "--assume-class-order"]
+    assert mpl("filter", "--recipe", recipe, "--run", tmp_path / "assumed", *more).status == 0
+    assert mpl("precompute", "--run", tmp_path / "assumed").status == 0
+
+
+def test_a_teacher_with_the_classes_in_another_order_selects_the_same(mpl, run, tmp_path, recipe) -> None:
+    """As timm's `save_for_hf` writes it: the names in `pretrained_cfg`. The same weights, the outputs turned round."""
+    other = tmp_path / "teacher"
+    weights = load_file(run / "teacher/model.safetensors")
+    for name in ("fc.weight", "fc.bias"):
+        weights[name] = weights[name].flip(0).contiguous()
+    other.mkdir()
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((run / "teacher/config.json").read_text())
+    del config["weights_sha256"]
+    config["pretrained_cfg"]["label_names"] = config.pop("label_names")[::-1]
+    (other / "config.json").write_text(json.dumps(config))
+    outcome = mpl("filter", "--recipe", recipe, "--run", tmp_path / "other", "--teacher", other)
+    assert outcome.status == 0
+    assert "in another order; they are matched by name" in outcome.err
+    columns = ["key", "class", "rank"]
+    selections = [pq.read_table(path / "selection.parquet").select(columns) for path in (run, tmp_path / "other")]
+    assert selections[0].equals(selections[1])
+    assert mpl("precompute", "--run", tmp_path / "other").status == 0
+    tables = [pq.read_table(path / "targets") for path in (run, tmp_path / "other")]
+    values = [fixed_numbers(t["distribution"].combine_chunks(), "<f2").astype(float) for t in tables]
+    np.testing.assert_allclose(*values, atol=1e-3)  # float16, and the sum of the softmax in another order
+    judged = [mpl("evaluate", "--run", run, "--network", path, "--json") for path in (run / "teacher", other)]
+    top1 = [json.loads(outcome.out.splitlines()[-1])["result"]["top1"] for outcome in judged]
+    assert top1[0] == top1[1]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -225,7 +225,7 @@ def test_a_teacher_of_other_classes(place, filtered) -> None:
     path.write_text(path.read_text().replace("- dog", "- dog\n- owl").replace("classes: 2", "classes: 3"))
     outcome = filtered()
     assert outcome.status == 1
-    assert "(2), the data set has ['cat', 'dog', 'owl']" in outcome.err
+    assert "has other classes than the data set: 2 against 3; it lacks owl" in outcome.err
 
 
 @pytest.mark.parametrize(("command", "limit"), [("filter", 2_000), ("precompute", 8_000)])

@@ -165,7 +165,11 @@ def test_a_teacher_with_other_classes_is_refused(mpl, mpl_recipe, run) -> None:
     options = ["--name", "x", "--set", "train_mpl.teacher.start=pretrain"]
     outcome = mpl("train-mpl", "--run", run, "--recipe", mpl_recipe, *options)
     assert outcome.status == 1
-    assert "has the classes ['a', 'b', 'c', 'd']" in outcome.err
+    assert "it lacks 0, 1, 2, 3, 4, …; the data set lacks a, b, c, d, e, …" in outcome.err
+    tree["label_names"] = [str(c) for c in reversed(range(10))]
+    config.write_text(json.dumps(tree))
+    outcome = mpl("train-mpl", "--run", run, "--recipe", mpl_recipe, *options)
+    assert "the data set's classes in another order" in outcome.err
 
 
 def test_a_recipe_without_the_section_is_explained(mpl, recipe, tmp_path) -> None:

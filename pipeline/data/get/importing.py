@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO
 
-from pipeline.data.classes import in_order, require_distinct
+from pipeline.classes import in_order, require_distinct
 from pipeline.data.get.accepted import Accepted, AcceptedImages, accept
 from pipeline.data.get.found import Source
 from pipeline.data.get.tables import TABLE_SUFFIXES

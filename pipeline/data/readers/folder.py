@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.data.classes import canonical, in_order, require_distinct
+from pipeline.classes import canonical, in_order, require_distinct
 from pipeline.data.readers.shard import NO_LABEL, LeftOut, Sample, Shard
 from pipeline.data.readers.suffixes import HEAD, IMAGE_SUFFIXES, NO_IMAGE, OTHER_SUFFIXES, starts_an_image
 from pipeline.errors import DataError

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.classes import ClassNames
+from pipeline.classes import ClassNames
 from pipeline.data.readers.shard import NO_LABEL, Sample, Shard
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, fingerprint, is_local, opened, quick_fingerprint

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pipeline.data.classes import ClassNames
+from pipeline.classes import ClassNames
 from pipeline.data.readers.shard import NO_LABEL, LeftOut, Sample, Shard, between
 from pipeline.data.readers.suffixes import HEAD, IMAGE_SUFFIXES, NO_IMAGE, OTHER_SUFFIXES, starts_an_image
 from pipeline.data.readers.tar import open_tar
