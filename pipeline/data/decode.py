@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple, TypeVar
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
 """Width times height; more is `too_large`. It is Pillow's own limit: a quarter GiB of RGB."""
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """What is tried. Pillow knows more, of which EPS would start Ghostscript on bytes from the web."""
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
 CHUNK = 64  # images that a thread decodes at a time …
@@ -23,6 +24,11 @@ CHUNK_BYTES = 16 << 20  # … or less, when they are large
 SMALL = 100  # pixels: below, decoding mostly holds the interpreter's lock, and a second thread slows it
 T = TypeVar("T")
 ORIENTATION = 0x0112  # EXIF tag
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value
+OVERSHOOT = 2.0  # greatest value of an image of real numbers from 0 to 1
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
+DEPTH_AT = 24  # place of the bits of a sample in a PNG, whose first chunk is its header
 
 
 class Status(StrEnum):
@@ -54,21 +60,34 @@ def decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
 
     The first frame is turned upright as its EXIF says, drawn on white where it is transparent,
     converted to 8-bit RGB, its shorter side brought to `size` (antialiased bicubic) and its centre cut
-    out. An image of size × size keeps its pixels.
+    out. An image of size × size keeps its pixels. A PNG whose comments, colour profile or checksums of these are
+    broken or too long is read without them.
 
     Returns:
         The pixels, uint8 (size, size, 3), or None; the status; and why, for people.
     """
     if not data:
         return None, Status.empty, "no bytes"
+    pixels, status, detail = _decode(data, size)
+    if status is Status.decode_error and data.startswith(PNG):
+        try:
+            return _decode(_bare_png(data), size)
+        except ValueError:
+            return None, status, detail  # of the file as it is
+    return pixels, status, detail
+
+
+def _decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None, Status.too_large, TOO_LARGE
-            return _pixels(image, size), Status.ok, ""
+            return _pixels(image, size, data), Status.ok, ""
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None, Status.too_large, TOO_LARGE
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and "HEIF" not in _formats():
+            return None, Status.decode_error, "HEIC needs pillow-heif: pip install 'reduced-mpl[heif]'"
         return None, Status.decode_error, f"not an image of a known format ({', '.join(_formats())})"
     except Exception as error:  # Pillow's plugins raise a dozen kinds on malformed bytes
         return None, Status.decode_error, f"{type(error).__name__}: {error}"[:200]
@@ -122,15 +141,22 @@ def _chunks(items: Iterable[T], data_of: Callable[[T], bytes]) -> Iterator[list[
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     # Pillow warns of large images and of odd metadata; here the status says it all.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _pixels(image: Image.Image, size: int) -> np.ndarray:
+def _pixels(image: Image.Image, size: int, data: bytes) -> np.ndarray:
     image.draft("RGB", (2 * size, 2 * size))  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
     image.load()
-    rgb = _rgb(_upright(image))
+    if image.format == "PNG" and "transparency" in image.info:
+        image.info["transparency"] = _as_stored(image, data[DEPTH_AT])
+    inverted = image.format == "TIFF" and image.mode != "L" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+    rgb = _rgb(_upright(image), inverted)
     if rgb.size != (size, size):
         side = min(rgb.size)
         left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
@@ -147,20 +173,62 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _as_stored(image: Image.Image, depth: int) -> object:
+    """The transparent grey or colour of a PNG as Pillow's pixels have it, which are brought to 8 bits."""
+    value = image.info["transparency"]
+    if image.mode == "L" and depth < 8:
+        return value * 255 // (2**depth - 1)
+    if image.mode == "RGB" and depth == 16:
+        return tuple(part >> 8 for part in value)
+    return value
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG with the chunks that its pixels need, and no others.
+
+    Raises:
+        ValueError: it is cut short.
+    """
+    parts, at = [data[: len(PNG)]], len(PNG)
+    while at < len(data):
+        if at + 8 > len(data):
+            raise ValueError("cut short")
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in PNG_CHUNKS:
+            parts.append(data[at:end])
+        if data[at + 4 : at + 8] == b"IEND":
+            return b"".join(parts)
+        at = end
+    raise ValueError("has no end")
+
+
+def _rgb(image: Image.Image, inverted: bool = False) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        return _eight_bits(image).convert("RGB")
+        return _eight_bits(image, inverted).convert("RGB")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits or more: the range that the format has, or 0 … 1 for real numbers, to 0 … 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+def _eight_bits(image: Image.Image, inverted: bool) -> Image.Image:
+    """Grey of 16 bits or more to 8.
+
+    The range is what the format has: 0 … 65535 of 16 bits. Of 32 bits no format says what is used: it is the least of
+    0 … 1 (real numbers alone), 0 … 255, 0 … 65535 and 0 … 2³² − 1 that holds the greatest value; real numbers up to 2
+    are of the range 0 … 1, as resampling overshoots.
+    """
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     top = values.max(initial=0)
-    scale = 1.0 if top <= 1 and image.mode == "F" else 255.0 if top <= 255 else 65535.0
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or image.format == "PPM":
         scale = 65535.0
-    return Image.fromarray(np.rint(np.clip(values / scale, 0, 1) * 255).astype(np.uint8))
+    elif image.mode == "F" and top <= OVERSHOOT:
+        scale = 1.0
+    else:
+        scale = next(limit for limit in (255.0, 65535.0, max(top, 2.0**32 - 1)) if top <= limit)
+    shares = np.clip(values / scale, 0, 1)
+    if inverted:
+        shares = 1 - shares
+    if (transparent := image.info.get("transparency")) is not None:
+        shares[values == transparent] = 1  # drawn on white
+    return Image.fromarray(np.rint(shares * 255).astype(np.uint8))

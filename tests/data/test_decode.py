@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,3 +247,145 @@ def test_streams_read_ahead_within_bounds() -> None:
     next(stream)
     assert taken <= 64 * (2 * 2 + 1)
     stream.close()  # type: ignore[attr-defined]
+
+
+# --- the same picture in any format -----------------------------------------------------------------------
+
+GREY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+WIDE = GREY.astype(np.uint16) * 257  # the same greys in 16 bits
+
+
+def saved(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(name: bytes, data: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(name + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
+
+
+def png_of(samples: bytes, depth: int, colour: int, *more: bytes, side: int = 8) -> bytes:
+    """A PNG of rows of samples, each row without its filter byte."""
+    header = struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)
+    row = len(samples) // side
+    lines = b"".join(b"\0" + samples[at : at + row] for at in range(0, len(samples), row))
+    parts = (chunk(b"IHDR", header), *more, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def pgm(values: np.ndarray, top: int) -> bytes:
+    return b"P5 8 8 %d\n" % top + values.astype(">u2").tobytes()
+
+
+def tiff(values: np.ndarray, kind: int, white_is_zero: bool) -> bytes:
+    """Uncompressed, little-endian: samples as they are, `kind` 1 for whole numbers, 3 for real ones."""
+    data, bits = values.tobytes(), values.dtype.itemsize * 8
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 8), (277, 1), (278, 8),
+            (279, len(data)), (339, kind)]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+RGB16 = np.stack([WIDE] * 3, 2).astype(">u2").tobytes()
+TWINS = {
+    "png, 16 bits": saved(WIDE, "PNG"),
+    "png, 16 bits, colour": png_of(RGB16, 16, 2),
+    "png, palette": saved(GREY, "PNG", optimize=True),
+    "tiff, 8 bits": saved(GREY, "TIFF"),
+    "tiff, 16 bits": saved(WIDE, "TIFF"),
+    "tiff, white is zero": tiff(255 - GREY, 1, white_is_zero=True),
+    "tiff, 16 bits, white is zero": tiff(65535 - WIDE, 1, white_is_zero=True),
+    "tiff, real, white is zero": tiff((1 - GREY / 255).astype("<f4"), 3, white_is_zero=True),
+    "tiff, real numbers to 1": tiff((GREY / 255).astype("<f4"), 3, white_is_zero=False),
+    "tiff, real numbers to 255": tiff(GREY.astype("<f4"), 3, white_is_zero=False),
+    "tiff, real numbers to 65535": tiff(WIDE.astype("<f4"), 3, white_is_zero=False),
+    "pgm, 8 bits": saved(GREY, "PPM"),
+    "pgm, 16 bits": pgm(WIDE, 65535),
+    "bmp": saved(GREY, "BMP"),
+    "webp": saved(np.stack([GREY] * 3, 2), "WEBP", lossless=True),
+    "gif": saved(GREY, "GIF"),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_same_picture_in_any_format(name: str) -> None:
+    pixels, status, detail = decode(TWINS[name], 8)
+    assert (status, detail) == (Status.ok, "")
+    np.testing.assert_array_equal(pixels, np.stack([GREY] * 3, 2))
+
+
+@pytest.mark.parametrize("dark", [saved(WIDE // 300, "PNG"), pgm(WIDE // 300, 65535), saved(WIDE // 300, "TIFF")])
+def test_a_dark_picture_of_16_bits_stays_dark(dark: bytes) -> None:
+    """Values up to 215 of 65,535: they are not taken for 8 bits."""
+    pixels, _, _ = decode(dark, 8)
+    assert pixels is not None
+    assert pixels.max() == 1
+
+
+def test_a_real_number_beyond_one_does_not_change_the_others() -> None:
+    values = (GREY / 255).astype("<f4")
+    values[0, 0], values[0, 1] = 1.01, np.nan
+    pixels, status, _ = decode(tiff(values, 3, white_is_zero=False), 8)
+    assert status is Status.ok
+    expected = GREY.copy()
+    expected[0, :2] = 255, 0
+    np.testing.assert_array_equal(pixels[..., 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("samples", "depth", "colour", "transparent", "painted"),
+    [
+        (GREY.tobytes(), 8, 0, 100, GREY == 100),
+        (WIDE.astype(">u2").tobytes(), 16, 0, 100 * 257, GREY == 100),
+        (bytes([0b00011011] * 16), 2, 0, 2, np.tile([False, False, True, False], (8, 2))),
+        (bytes([0x3C] * 32), 4, 0, 12, np.tile([False, True], (8, 4))),
+    ],
+)
+def test_a_transparent_grey_is_white(samples: bytes, depth: int, colour: int, transparent: int, painted: Any) -> None:
+    opaque, _, _ = decode(png_of(samples, depth, colour), 8)
+    pixels, status, _ = decode(png_of(samples, depth, colour, chunk(b"tRNS", struct.pack(">H", transparent))), 8)
+    assert status is Status.ok
+    assert painted.any()
+    np.testing.assert_array_equal(pixels, np.where(painted[..., None], 255, opaque))
+
+
+def test_a_transparent_colour_of_16_bits_is_white() -> None:
+    more = chunk(b"tRNS", struct.pack(">HHH", *[100 * 257] * 3))
+    pixels, _, _ = decode(png_of(RGB16, 16, 2, more), 8)
+    np.testing.assert_array_equal(pixels[..., 0], np.where(GREY == 100, 255, GREY))
+
+
+LONG = b"Comment\0\0" + zlib.compress(bytes(2 << 20))
+TROUBLES = {
+    "a long comment": chunk(b"zTXt", LONG),
+    "a long profile": chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2 << 20))),
+    "a comment's checksum": chunk(b"tEXt", b"Comment\0hello", crc=1),
+    "a time's checksum": chunk(b"tIME", bytes(7), crc=1),
+    "a comment that is no text": chunk(b"iTXt", b"\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_whole_pixels_are_used_whatever_the_comments(name: str) -> None:
+    pixels, status, _ = decode(png_of(GREY.tobytes(), 8, 0, TROUBLES[name]), 8)
+    assert status is Status.ok
+    np.testing.assert_array_equal(pixels[..., 0], GREY)
+
+
+def test_broken_pixels_are_not_used() -> None:
+    good = png_of(GREY.tobytes(), 8, 0, TROUBLES["a comment's checksum"])
+    at = good.index(b"IDAT") + 8
+    for bad in (good[:at] + b"\xff" + good[at + 1 :], good[: at + 10], good[:-12]):
+        assert decode(bad, 8)[1] is Status.decode_error
+
+
+def test_heic() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    picture = np.stack([np.kron(GREY, np.ones((8, 8), np.uint8))] * 3, 2)
+    pillow_heif.from_pillow(Image.fromarray(picture)).save(buffer, quality=90)
+    pixels, status, _ = decode(buffer.getvalue(), 64)
+    assert status is Status.ok
+    assert np.abs(pixels.astype(int) - picture).mean() < 4
