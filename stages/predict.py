@@ -1,29 +1,53 @@
-"""`mpl predict`: a network + any images → a table of key and distribution."""
+"""`mpl predict`: a network + any images → a table with a row for each."""
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import torch
 
-from pipeline.data.decode import default_workers
-from pipeline.data.decoded import load_images
-from pipeline.data.manifest import FileSpec, ImageSpec, Manifest, SplitSpec
-from pipeline.data.readers.folder import FolderShard
-from pipeline.data.readers.shard import Shard
-from pipeline.data.sources import open_split
+from pipeline.data.decode import Status, decode_stream, default_workers
+from pipeline.data.get.archives import is_archive, list_members, read_members
+from pipeline.data.readers.folder import list_files, shown
+from pipeline.data.readers.parquet import ParquetShard
+from pipeline.data.readers.shard import LeftOut
 from pipeline.errors import DataError, UsageError
 from pipeline.evaluate import predict_logits
-from pipeline.models import load_network, to_device
+from pipeline.models import Network, load_network, to_device
 from pipeline.storage.files import whole_file
 from stages.evaluate import last_student
 from stages.options import Context, stage_options
 
 SUFFIXES = {".csv", ".parquet"}
+NONFINITE = "nonfinite"
+HARMLESS = {"ok", "no_image", "hidden", "another_view"}  # states of what can be read, or need not be
+PREFIX = "p:"  # of a column of probabilities: no class can have the name of another column
+
+
+class Entry(NamedTuple):
+    """Something to classify, or what lies beside it and is no image."""
+
+    key: str
+    data: bytes
+    left_out: LeftOut | None = None
+
+
+@dataclass
+class Table:
+    """The rows so far, in the order of the input. Probabilities are float64, (C,), NaN where there are none."""
+
+    keys: list[str] = field(default_factory=list)
+    states: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+    probabilities: list[np.ndarray] = field(default_factory=list)
 
 
 @click.command()
@@ -34,72 +58,136 @@ SUFFIXES = {".csv", ".parquet"}
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"),
               show_default=True, help="A .csv or .parquet file.")  # fmt: skip
 def command(context: Context, inputs: tuple[Path, ...], network: Path | None, output: Path) -> None:
-    """Classify images: files, folders, WebDataset tars or Parquet files.
+    """Classify images: files, folders, archives (.tar, .tar.gz, .zip, WebDataset) or Parquet files.
 
-    Writes one row per image: key, status, the predicted class and the probability of every class.
+    Writes a row for everything that is found, in its order: key (the path as given), status, detail, prediction, and
+    the probability of every class, in columns p:CLASS. Exit status 1 if something could not be read.
     """
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--output {output}: expected a name that ends in .csv or .parquet")
-    shards = [shard for path in inputs for shard in shards_of(path)]
+    for path in inputs:
+        if not path.exists():
+            raise DataError(f"{path} does not exist")
     if context.dry_run:
-        context.console.note(f"predict: would classify {sum(s.rows() for s in shards):,} images into {output}")
+        context.console.note(f"predict: would classify {', '.join(map(str, inputs))} into {output}")
         return
-    result = work(context, shards, network, output)
-    context.console.note(
-        f"predict: {result['images']:,} images classified, {result['skipped']:,} could not be read; {output}"
-    )
+    result = work(context, inputs, network, output)
+    states = ", ".join(f"{count:,} {state}" for state, count in result["states"].items())
+    context.console.note(f"predict: {sum(result['states'].values()):,} entries found: {states}; {output}")
     if context.as_json:
         click.echo(json.dumps(result))
+    if result["unreadable"]:
+        raise click.exceptions.Exit(1)
 
 
-def shards_of(path: Path) -> tuple[Shard, ...]:
-    """Any images as shards: one file, a folder, a tar or a Parquet file."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist")
-    suffix = path.suffix.lower()
-    reader = "folder" if path.is_dir() else {".tar": "webdataset", ".parquet": "parquet"}.get(suffix)
-    if reader is None:
-        return (FolderShard(path.stem, path.parent, (path.name,), (), with_labels=False),)
-    path = path.resolve()
-    manifest = Manifest.model_validate(
-        {
-            "name": "images",
-            "classes": 2,  # not used: a pool has no labels
-            "image": ImageSpec(size=1),
-            "files": {"images": FileSpec(path=path.name, reader=reader)},
-            "splits": {"unlabelled": SplitSpec.model_validate({"from": "images"})},
-        }
-    )
-    return open_split(manifest, "unlabelled", path.parent).shards
+def entries(inputs: Iterable[Path]) -> Iterator[Entry]:
+    """Everything in the inputs, in order, keys unique.
+
+    Raises:
+        DataError: an archive or a table is cut short, or a folder cannot be listed.
+    """
+    seen = Counter[str]()
+    for path in inputs:
+        for entry in _entries(path):
+            seen[entry.key] += 1
+            again = seen[entry.key]
+            yield entry if again == 1 else entry._replace(key=f"{entry.key}#{again}")
 
 
-def work(context: Context, shards: Sequence[Shard], network: Path | None, output: Path) -> dict[str, Any]:
+def _entries(path: Path) -> Iterator[Entry]:
+    where = shown(str(path))
+    if path.is_dir():
+        images, others = list_files(path)
+        left_out = {entry.key: entry for entry in others}
+        for file in sorted([*images, *left_out]):
+            entry = left_out.get(file)
+            yield Entry(f"{where}/{shown(file)}", b"" if entry else _read(path / file), entry)
+    elif is_archive(path):
+        for member in read_members(path):
+            yield Entry(f"{where}/{member.name}", member.data)
+        yield from (Entry(f"{where}/{entry.key}", b"", entry) for entry in list_members(path)[2])
+    elif path.suffix.lower() == ".parquet":
+        for sample in ParquetShard(path.stem, path, label=None).read():
+            yield Entry(f"{where}/{sample.key}", sample.data)
+    else:
+        yield Entry(where, _read(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def work(context: Context, inputs: Iterable[Path], network: Path | None, output: Path) -> dict[str, Any]:
     """Classify and write the table."""
     folder = network if network is not None else last_student(context)
     loaded = to_device(load_network(folder), context.device)
-    samples = ((shard.name, sample) for shard in shards for sample in shard.read())
-    images = load_images(samples, loaded.image_size, workers=default_workers(loaded.image_size))
-    logits = predict_logits(
-        loaded.model, images.images, loaded.mean, loaded.std,
-        batch=context.recipe.evaluate.batch, device=context.device, autocast=context.placement.autocast,
-    )  # fmt: skip
-    p = logits.double().softmax(dim=1).numpy()  # (N, C)
-    absent = [None] * len(images.skipped)
-    columns: dict[str, Any] = {
-        "key": images.keys + [entry.key for entry in images.skipped],
-        "status": ["ok"] * len(images.keys) + [str(entry.status) for entry in images.skipped],
-        "prediction": [loaded.class_names[c] for c in p.argmax(1)] + absent,
-    }
-    columns |= {name: pa.array([*p[:, c], *absent], pa.float64()) for c, name in enumerate(loaded.class_names)}
-    table = pa.table(columns)
-    with whole_file(output) as temporary:
-        if output.suffix == ".csv":
-            pyarrow.csv.write_csv(table, temporary)
-        else:
-            pyarrow.parquet.write_table(table, temporary)
+    table = classified(context, loaded, entries(inputs))
+    write(table, loaded.class_names, output)
+    states = Counter(table.states)
     return {
-        "images": len(images),
-        "skipped": len(images.skipped),
+        "images": states["ok"],
+        "skipped": len(table.keys) - states["ok"],
+        "unreadable": sum(count for state, count in states.items() if state not in HARMLESS),
+        "states": dict(states),
         "network": str(folder),
         "output": str(output),
     }
+
+
+def classified(context: Context, network: Network, found: Iterable[Entry]) -> Table:
+    """Decode and classify, a batch of images at a time."""
+    table, size = Table(), network.image_size
+    nothing = np.full(len(network.class_names), np.nan)
+    pixels: list[np.ndarray] = []
+    rows: list[int] = []
+
+    def flush() -> None:
+        if not rows:
+            return
+        logits = predict_logits(
+            network.model, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), network.mean, network.std,
+            batch=len(rows), device=context.device, autocast=context.placement.autocast,
+        )  # fmt: skip
+        for row, finite, p in zip(rows, logits.isfinite().all(1), logits.double().softmax(1).numpy(), strict=True):
+            if finite:
+                table.probabilities[row] = p
+            else:
+                table.states[row], table.details[row] = NONFINITE, "the network's logits are not finite"
+        pixels.clear()
+        rows.clear()
+
+    for entry, image, status, detail in decode_stream(found, size, default_workers(size), data_of=lambda e: e.data):
+        table.keys.append(entry.key)
+        table.states.append(str(status) if entry.left_out is None else entry.left_out.reason)
+        table.details.append(detail if entry.left_out is None else entry.left_out.detail)
+        table.probabilities.append(nothing)
+        if status is Status.ok and image is not None:
+            pixels.append(image)
+            rows.append(len(table.keys) - 1)
+            if len(rows) == context.recipe.evaluate.batch:
+                flush()
+    flush()
+    return table
+
+
+def write(table: Table, class_names: list[str], output: Path) -> None:
+    """The table as CSV or Parquet, whole or not at all."""
+    p = np.stack(table.probabilities) if table.keys else np.zeros((0, len(class_names)))
+    known = ~np.isnan(p).any(axis=1)
+    best = np.where(known, np.nan_to_num(p).argmax(1), -1)
+    columns: dict[str, Any] = {
+        "key": pa.array(table.keys, pa.string()),
+        "status": pa.array(table.states, pa.string()),
+        "detail": pa.array(table.details, pa.string()),
+        "prediction": pa.array([class_names[c] if c >= 0 else None for c in best], pa.string()),
+    }
+    for c, name in enumerate(class_names):
+        columns[PREFIX + name] = pa.array(p[:, c], pa.float64(), mask=~known)
+    with whole_file(output) as temporary:
+        if output.suffix == ".csv":
+            pyarrow.csv.write_csv(pa.table(columns), temporary)
+        else:
+            pyarrow.parquet.write_table(pa.table(columns), temporary)

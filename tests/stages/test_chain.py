@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,7 @@ def test_a_teacher_with_the_classes_in_another_order_selects_the_same(mpl, run, 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_predict_any_images(mpl, run, tmp_path, suffix) -> None:
+    """A row for everything that was found, in its order, under its own key."""
     from PIL import Image
 
     folder = tmp_path / "images"
@@ -180,17 +182,59 @@ def test_predict_any_images(mpl, run, tmp_path, suffix) -> None:
     Image.new("L", (30, 20), 200).save(folder / "grey.png")
     Image.new("RGBA", (9, 9), (255, 0, 0, 128)).save(folder / "clear.png")
     (folder / "broken.jpg").write_bytes(b"not an image")
+    (folder / "notes.txt").write_text("not an image")
+    for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as tar:
+            tar.add(folder / "grey.png", "x.1.png")
+            tar.add(folder / "clear.png", "x.2.png")
+    inputs = [tmp_path / "b.tar.gz", folder, tmp_path / "a.tar", folder / "grey.png", folder / "grey.png"]
     output = tmp_path / f"table.{suffix}"
-    outcome = mpl("predict", "--run", run, folder, "--output", output, "--json")
-    assert outcome.status == 0
-    assert json.loads(outcome.out)["skipped"] == 1
+    outcome = mpl("predict", "--run", run, *inputs, "--output", output, "--json")
+    assert outcome.status == 1  # one could not be read
+    assert json.loads(outcome.out)["states"] == {"ok": 8, "decode_error": 1, "no_image": 1}
     if suffix == "csv":
         rows = list(csv.DictReader(output.read_text().splitlines()))
-        assert {row["key"]: row["status"] for row in rows}["broken.jpg"] == "decode_error"
-        good = next(row for row in rows if row["key"] == "grey.png")
-        assert sum(float(good[str(c)]) for c in range(10)) == pytest.approx(1, abs=1e-6)
     else:
-        assert pq.read_table(output).num_rows == 3
+        rows = pq.read_table(output).to_pylist()
+    t = str(tmp_path)
+    assert [(row["key"].removeprefix(f"{t}/"), row["status"]) for row in rows] == [
+        ("b.tar.gz/x.1.png", "ok"), ("b.tar.gz/x.2.png", "ok"), ("images/broken.jpg", "decode_error"),
+        ("images/clear.png", "ok"), ("images/grey.png", "ok"), ("images/notes.txt", "no_image"),
+        ("a.tar/x.1.png", "ok"), ("a.tar/x.2.png", "ok"), ("images/grey.png#2", "ok"), ("images/grey.png#3", "ok"),
+    ]  # fmt: skip
+    grey = [row for row in rows if "grey" in row["key"] or "x.1" in row["key"]]
+    assert len({row["p:3"] for row in grey}) == 1
+    assert sum(float(grey[0][f"p:{c}"]) for c in range(10)) == pytest.approx(1, abs=1e-6)
+    assert max(range(10), key=lambda c: float(grey[0][f"p:{c}"])) == int(grey[0]["prediction"])
+    assert mpl("predict", "--run", run, folder / "grey.png", "--output", output).status == 0
+    gone = mpl("predict", "--run", run, folder, tmp_path / "gone.png", "--output", output)
+    assert gone.status == 1
+    assert "gone.png does not exist" in gone.err
+
+
+def test_predict_with_logits_that_are_not_finite(mpl, run, tmp_path) -> None:
+    """And classes that are called as columns are."""
+    from PIL import Image
+
+    weights = load_file(run / "student/model.safetensors")
+    weights["fc.bias"][3] = float("nan")
+    (tmp_path / "net").mkdir()
+    save_file(weights, tmp_path / "net/model.safetensors", {"format": "pt"})
+    config = json.loads((run / "student/config.json").read_text())
+    del config["weights_sha256"]
+    config["label_names"][:3] = ["key", "status", "prediction"]
+    (tmp_path / "net/config.json").write_text(json.dumps(config))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    output = tmp_path / "t.parquet"
+    arguments = ["predict", "--run", run, tmp_path / "x.png", "--network", tmp_path / "net", "--output", output]
+    assert mpl(*arguments).status == 1
+    (row,) = pq.read_table(output).to_pylist()
+    assert (row["key"], row["status"], row["prediction"], row["p:key"]) == (
+        f"{tmp_path}/x.png",
+        "nonfinite",
+        None,
+        None,
+    )
 
 
 def test_status_shows_where_a_run_stands(mpl, run) -> None:
