@@ -11,6 +11,7 @@ from pipeline.config import EvaluateSettings
 from pipeline.data.augment.augment import normalize
 from pipeline.data.decoded import Images
 from pipeline.distributed import ALONE, Ranks
+from pipeline.errors import DataError
 from pipeline.models import Network
 
 
@@ -24,6 +25,7 @@ class Evaluation:
         nll: mean negative log-likelihood, nats.
         ece: expected calibration error of the top prediction, percent, over equal-width bins.
         per_class: accuracy of each class, percent; None for a class without images.
+        confusion: images of each class (rows) that were taken for each class (columns), int64, (C, C).
     """
 
     images: int
@@ -32,9 +34,30 @@ class Evaluation:
     nll: float
     ece: float
     per_class: list[float | None]
+    confusion: Tensor
+
+    @property
+    def majority(self) -> float:
+        """Accuracy of always answering the most frequent class, percent."""
+        return 100 * int(self.confusion.sum(dim=1).max()) / self.images
+
+    def whole_json(self, class_names: list[str]) -> dict[str, Any]:
+        """For evaluation.json: `as_json` with 95% intervals (Wilson), the majority's accuracy, and who was taken for
+        whom: class → class → images, without those that are 0."""
+        counts, hits = self.confusion.sum(dim=1), self.confusion.diagonal()
+        taken = [{class_names[int(j)]: int(row[j]) for j in row.nonzero()[:, 0]} for row in self.confusion]
+        return self.as_json(class_names) | {
+            "top1_interval": interval(int(hits.sum()), self.images),
+            "majority": round(self.majority, 4),
+            "images_per_class": dict(zip(class_names, counts.tolist(), strict=True)),
+            "per_class_interval": {
+                name: interval(int(h), int(n)) for name, h, n in zip(class_names, hits, counts, strict=True)
+            },
+            "confusion": dict(zip(class_names, taken, strict=True)),
+        }
 
     def as_json(self, class_names: list[str]) -> dict[str, Any]:
-        """For evaluation.json, figures rounded to what they mean."""
+        """Figures rounded to what they mean."""
         return {
             "images": self.images,
             "top1": round(self.top1, 4),
@@ -101,22 +124,42 @@ def predict_logits(
 
 
 def evaluate_logits(logits: Tensor, labels: Tensor, bins: int = 15) -> Evaluation:
-    """Judge logits (N, C) against labels (N,)."""
+    """Judge logits (N, C) against labels (N,).
+
+    Raises:
+        DataError: logits are not finite: nothing can be said of such a network.
+    """
     n, classes = logits.shape
+    if bad := int((~logits.isfinite().all(dim=1)).sum()):
+        raise DataError(
+            f"the network's logits are not finite for {bad:,} of {n:,} images: its weights are broken, or its "
+            "precision is too low. Train it again with a lower learning rate, or judge it with --precision float32"
+        )
     log_p = F.log_softmax(logits.double(), dim=1)
     confidence, predicted = log_p.exp().max(dim=1)
     right = (predicted == labels).double()
     top5 = (log_p.topk(min(5, classes), dim=1).indices == labels[:, None]).any(dim=1)
-    counts = torch.bincount(labels, minlength=classes)
-    hits = torch.bincount(labels, weights=right, minlength=classes)
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    counts, hits = confusion.sum(dim=1), confusion.diagonal()
     return Evaluation(
         images=n,
         top1=100 * float(right.mean()),
         top5=100 * float(top5.double().mean()),
         nll=float(F.nll_loss(log_p, labels)),
         ece=100 * calibration_error(confidence, right, bins),
-        per_class=[100 * float(h / c) if c else None for h, c in zip(hits, counts, strict=True)],
+        per_class=[100 * int(h) / int(c) if c else None for h, c in zip(hits, counts, strict=True)],
+        confusion=confusion,
     )
+
+
+def interval(hits: int, count: int) -> list[float] | None:
+    """95% interval of an accuracy, percent (Wilson 1927); None without images."""
+    from scipy.stats import binomtest
+
+    if not count:
+        return None
+    found = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    return [round(100 * float(found.low), 2), round(100 * float(found.high), 2)]
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int) -> float:

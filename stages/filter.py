@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,13 @@ def work(
         selecting = replace(selecting, copy_threshold=calibration.threshold, copy_calibration=mark_of)
     filtered = filter_pool(open_scored(shards, scores, mark), context.store, selecting, calibration)
     tell_copies(context, filtered, selecting.copy_threshold if basis["evaluation"] else None, calibration)
+    left_out = [entry for _, entry in context.data_set.split("unlabelled").left_out()]
+    if left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(e.reason for e in left_out).items())
+        context.console.note(
+            f"{filtered.images + len(left_out):,} files found: {filtered.images:,} in the pool; not in it: {reasons} "
+            f"(such as {left_out[0].key}: {left_out[0].detail})"
+        )
     if filtered.repeated_keys:
         context.console.note(f"{filtered.repeated_keys:,} images have a key that an earlier image has (harmless)")
     return {
@@ -207,6 +215,7 @@ def work(
         "k": context.recipe.filter.k,
         "scores_fingerprint": mark,
         "scoring": scoring,
+        "left_out": dict(Counter(entry.reason for entry in left_out)),
         **asdict(filtered),
     }
 

@@ -117,6 +117,33 @@ def test_finetune_then_evaluate_judges_the_finetuned_student(mpl, run) -> None:
     assert json.loads((run / "evaluation.json").read_text())["network"].endswith("student-finetuned")
 
 
+def test_no_evaluation_overwrites_another(mpl, run) -> None:
+    """Of a network and a split each has its file; evaluation.json is the run's last student's."""
+    outcome = mpl("evaluate", "--run", run, "--network", run / "teacher")
+    assert outcome.status == 0
+    assert mpl("evaluate", "--run", run, "--network", run / "teacher", "--split", "validation").status == 0
+    assert json.loads((run / "evaluation.json").read_text())["network"].endswith("student")
+    assert mpl("finetune", "--run", run).status == 0
+    assert mpl("evaluate", "--run", run).status == 0
+    assert json.loads((run / "evaluation.json").read_text())["network"].endswith("student-finetuned")
+    found = {path.stem: json.loads(path.read_text()) for path in (run / "evaluations").iterdir()}
+    assert {name: Path(r["network"]).name for name, r in found.items()} == {
+        "student-test": "student", "student-finetuned-test": "student-finetuned", "teacher-test": "teacher",
+        "teacher-validation": "teacher",
+    }  # fmt: skip
+    result = found["teacher-test"]
+    assert "always the most frequent class: 10.0%" in outcome.err
+    assert f"95% interval {result['top1_interval'][0]:.1f} to {result['top1_interval'][1]:.1f}" in outcome.err
+    lines = outcome.err.splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("class")) + 1 :][:10]
+    assert [line.split()[:2] for line in table] == [[str(c), "50"] for c in range(10)]
+    matrix = lines[next(i for i, line in enumerate(lines) if "taken for" in line) + 1 :][:10]
+    for c, line in enumerate(matrix):
+        assert [int(text) for text in line.split()[1:]] == [
+            result["confusion"][str(c)].get(str(j), 0) for j in range(10)
+        ]
+
+
 def test_precompute_check_infers_again(mpl, run) -> None:
     outcome = mpl("precompute", "--run", run, "--check", 50, "--json")
     assert outcome.status == 0

@@ -198,10 +198,13 @@ def test_a_data_set_without_evaluation_splits(place, filtered) -> None:
 
 def test_copies_are_told_and_may_be_kept(place, filtered) -> None:
     """Four of 36 images are test images; the threshold and what it rests on are said; kept ones are counted."""
-    tar(place / "data/pool-0.tar", [*members(8, 10), *((f"t{at}.png", data) for at, data in enumerate(images(4, 1)))])
+    beside = [("._x.png", b"-"), ("README", b"-")]
+    copied = [(f"t{at}.png", data) for at, data in enumerate(images(4, 1))]
+    tar(place / "data/pool-0.tar", [*members(8, 10), *copied, *beside])
     outcome = filtered()
     assert outcome.status == 0, outcome.err
     assert "copies of evaluation images: 4, from similarity 0.95 on" in outcome.err
+    assert "38 files found: 36 in the pool; not in it: 1 hidden, 1 no_image (such as ._x.png: its name" in outcome.err
     assert "of the 18 labelled and evaluation images are as like another one. These are few images" in outcome.err
     assert "WARNING: 11.1% of the pool are taken for copies" in outcome.err
     rejected = pq.read_table(place / "run/rejected").to_pylist()
