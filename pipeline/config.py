@@ -151,7 +151,8 @@ class TrainSettings(Settings):
     def _warmup_fits(self) -> "TrainSettings":
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
-                f"schedule.warmup_steps (={self.schedule.warmup_steps}) must be below steps (={self.steps})"
+                f"schedule.warmup_steps (={self.schedule.warmup_steps}) must be below steps (={self.steps}); "
+                f"change one of them: --set SECTION.schedule.warmup_steps={self.steps // 10}"
             )
         return self
 
@@ -288,7 +289,8 @@ class TrainMplSettings(TrainSettings):
         if self.student_wait + self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"student_wait (={self.student_wait}) and schedule.warmup_steps (={self.schedule.warmup_steps}) "
-                f"together must be below steps (={self.steps})"
+                f"together must be below steps (={self.steps}); change one of them: --set SECTION.student_wait=0 "
+                f"--set SECTION.schedule.warmup_steps={self.steps // 10}"
             )
         return self
 
@@ -446,7 +448,7 @@ def _explain(item: Any, origin: str) -> str:
         return f"recipe {origin}: {key} is not a setting{_suggest(key, _siblings(location))}".rstrip()
     if item["type"] == "missing":
         return f"recipe {origin}: {key} is missing"
-    message = item["msg"].removeprefix("Value error, ")
+    message = item["msg"].removeprefix("Value error, ").replace("SECTION", key)
     given = "" if isinstance(item["input"], dict | BaseModel) else f", found {item['input']!r}"
     return f"recipe {origin}: {key or 'recipe'}: {message}{given}"
 

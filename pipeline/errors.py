@@ -12,9 +12,11 @@ class UserError(ValueError):
 
     Attributes:
         shared: whether all processes of a training raise it together, so that one of them prints it for all.
+        resumable: whether the same command goes on once its cause is gone: work had begun, and is kept.
     """
 
     shared = False
+    resumable = False
 
     def on_all(self) -> Self:
         """Mark it as raised by all processes together, with the same text."""

@@ -99,7 +99,7 @@ def main() -> None:
             raise
         usage = isinstance(error, UsageError)
         if not (error.shared and int(os.environ.get("RANK", "0"))):  # the first process prints it for all
-            _say(f"Error: {error}", resume=not usage)
+            _say(f"Error: {error}", resume=error.resumable)
         status = 2 if usage else 1
     sys.exit(status if isinstance(status, int) else 0)
 

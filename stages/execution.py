@@ -11,7 +11,7 @@ import click
 
 import pipeline
 from pipeline.distributed.launch import joined
-from pipeline.errors import DataError, RunError, UsageError
+from pipeline.errors import DataError, FeedbackError, NonFiniteError, RunError, UsageError, UserError
 from pipeline.storage.files import Location, discard, fingerprint
 from pipeline.storage.runs import NOT_DONE, Action, Decision, Stopwatch
 from stages.console import Console
@@ -134,9 +134,13 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     try:
         with console.graceful_stop():
             result = stage.work()
-    except (UsageError, DataError):
+    except (UsageError, DataError) as error:
+        error.resumable = isinstance(error, DataError)
         if context.first and not any(place.exists() for place in (*stage.replaces, *stage.outputs)):
             run.withdraw(stage.name)  # nothing was made of it: it may begin again with what the message advises
+        raise
+    except UserError as error:
+        error.resumable = not isinstance(error, NonFiniteError | FeedbackError)  # these come again
         raise
     finally:
         console.close()

@@ -68,6 +68,7 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
             f"{result['bytes'] / 2**20:,.1f} MiB"
         ),
         replaces=[context.store / "targets"],
+        cheap=frozenset({"selection"}),  # derived: made again from the new one
     )
 
 
@@ -94,7 +95,7 @@ def require_fresh_targets(run: Run) -> dict[str, Any]:
     """
     record = run.require("precompute", "mpl precompute")
     if record["basis"]["selection"] != require_fresh_selection(run)["result"]["fingerprint"]:
-        raise TargetsError(f"{run / 'targets'} was made from another selection; run mpl precompute --force")
+        raise TargetsError(f"{run / 'targets'} was made from another selection; run mpl precompute")
     return record
 
 

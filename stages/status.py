@@ -57,7 +57,10 @@ def stage_status(run: Run, stage: str) -> dict[str, Any]:
             detail += f", top-1 {top1:.2f}% on {split}"
         if "kept" in result:
             detail += f", {result['kept']:,} of {result['images']:,} images kept"
-        return {"stage": stage, "state": "done", "detail": detail, "ended": record["ended"]}
+        state = "done"
+        if stale := why_stale(run, stage, record):
+            state, detail = "stale", f"{stale}; {detail}"
+        return {"stage": stage, "state": state, "detail": detail, "ended": record["ended"]}
     started = run.root / stage / STARTED_FILE
     if not started.exists():
         return {"stage": stage, "state": "to come", "detail": ""}
@@ -67,6 +70,22 @@ def stage_status(run: Run, stage: str) -> dict[str, Any]:
         store = location((run.description or {}).get("store") or run.root)
         detail += f", {sum(name.startswith('part-') for name in names_in(store / 'scores')):,} shards scored"
     return {"stage": stage, "state": "unfinished", "detail": detail}
+
+
+def why_stale(run: Run, stage: str, record: dict[str, Any]) -> str:
+    """What a finished stage was made from and is no longer so; empty if all is."""
+    filtered, precomputed = run.record("filter"), run.record("precompute")
+    old_targets = (
+        precomputed is not None
+        and filtered is not None
+        and precomputed["basis"]["selection"] != filtered["result"]["fingerprint"]
+    )
+    if stage == "precompute" and old_targets:
+        return "of another selection: mpl precompute"
+    targets = record["basis"].get("targets") if stage.startswith("train-reduced") else None
+    if targets is not None and (old_targets or precomputed is None or targets != precomputed["result"]["fingerprint"]):
+        return "trained on other targets"
+    return ""
 
 
 def metrics_folder(stage: str) -> str:

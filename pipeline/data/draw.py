@@ -22,7 +22,7 @@ def stratified(split: Split, count: int, seed: int) -> Split:
     """
     labels = split.labels()  # (N,)
     if count > len(labels):
-        raise DataError(f"the {split.name} split has {len(labels):,} rows; {count:,} were asked for")
+        raise DataError(f"data.labelled={count}: the {split.name} split has only {len(labels):,} rows")
     present = np.bincount(labels, minlength=len(split.class_names))  # (C,)
     if absent := [name for name, number in zip(split.class_names, present, strict=True) if not number]:
         raise DataError(f"the {split.name} split has no image of {_shown(absent)}, so no draw of it can have one")

@@ -123,10 +123,12 @@ def whole_file(path: Location) -> Iterator[Path]:
                 path.fs.put_file(str(temporary), path.path)
     except OSError as error:
         by_way_of = "" if isinstance(path, Path) else f" (by way of {tempfile.gettempdir()})"
-        raise RunError(
+        unwritten = RunError(
             f"cannot write {path}{by_way_of}: {error.strerror or error}. What was there before is untouched; "
             "free some space or choose a place that can be written, then run the same command again"
-        ) from error
+        )
+        unwritten.resumable = True
+        raise unwritten from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

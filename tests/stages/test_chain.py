@@ -76,11 +76,21 @@ def test_another_k_selects_again_without_the_teacher_and_marks_the_targets_stale
     stale = mpl("train-reduced", "--run", run)
     assert stale.status == 1
     assert "another selection" in stale.err
-    assert "mpl precompute --force" in stale.err
-    refused = mpl("precompute", "--run", run)
+    assert "run mpl precompute" in stale.err
+    assert "Resume with" not in stale.err
+    states = {r["stage"]: r for r in json.loads(mpl("status", "--run", run, "--json").out)["stages"]}
+    assert {name: states[name]["state"] for name in ("filter", "precompute", "train-reduced")} == {
+        "filter": "done", "precompute": "stale", "train-reduced": "stale"
+    }  # fmt: skip
+    again = mpl("precompute", "--run", run)
+    assert again.status == 0
+    assert "made again: selection" in again.err
+    states = {r["stage"]: r for r in json.loads(mpl("status", "--run", run, "--json").out)["stages"]}
+    assert states["precompute"]["state"] == "done"
+    assert states["train-reduced"]["detail"].startswith("trained on other targets")
+    refused = mpl("train-reduced", "--run", run)
     assert refused.status == 1
     assert "--force" in refused.err
-    assert mpl("precompute", "--run", run, "--force").status == 0
 
 
 def test_changed_settings_are_refused_with_both_ways_out(mpl, run) -> None:
@@ -88,6 +98,19 @@ def test_changed_settings_are_refused_with_both_ways_out(mpl, run) -> None:
     assert outcome.status == 1
     for words in ("settings.steps: 24 → 30", "--force", "another --run"):
         assert words in outcome.err
+
+
+def test_settings_that_do_not_fit_name_the_flag(mpl, tmp_path) -> None:
+    outcome = mpl("pretrain", "--run", tmp_path / "run", "--set", "pretrain.steps=40")
+    assert outcome.status == 2
+    assert "schedule.warmup_steps (=50) must be below steps (=40)" in outcome.err
+    assert "--set pretrain.schedule.warmup_steps=4" in outcome.err
+    both = ["--set", "pretrain.steps=40", "--set", "pretrain.schedule.warmup_steps=4", "--dry-run"]
+    assert mpl("pretrain", "--run", tmp_path / "run", *both).status == 0
+    mine = mpl(
+        "train-mpl", "--run", tmp_path / "run", "--set", "train_mpl.steps=50", "--set", "train_mpl.student_wait=10"
+    )
+    assert "--set train_mpl.student_wait=0 --set train_mpl.schedule.warmup_steps=5" in mine.err
 
 
 def test_dry_run_does_nothing_and_says_why(mpl, run, tmp_path) -> None:

@@ -150,8 +150,9 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(mpl, recipe, ki
 def test_a_loss_that_explodes_stops_with_the_remedy(mpl, recipe, tmp_path) -> None:
     outcome = mpl("pretrain", "--run", tmp_path / "run", "--recipe", recipe, "--set", "pretrain.optimizer.lr=1e30")
     assert outcome.status == 1
-    for words in ("training stopped before that update", "Lower the learning rate", "Resume with"):
+    for words in ("training stopped before that update", "Lower the learning rate"):
         assert words in outcome.err
+    assert "Resume with" not in outcome.err  # it would come again
     assert not (tmp_path / "run/teacher/checkpoints").exists()  # it broke before the first checkpoint
 
 
