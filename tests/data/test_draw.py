@@ -50,7 +50,7 @@ def test_the_seed_decides_and_a_larger_draw_holds_the_smaller(ordered: Split) ->
 def test_what_cannot_be_drawn_is_refused_by_name(ordered: Split, data_set: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=r"data.labelled=1 is less than one image for each of 2 classes \(cat, dog\)"):
         stratified(ordered, 1, 0)
-    with pytest.raises(DataError, match="data.labelled=91: the labelled split has only 90 rows"):
+    with pytest.raises(DataError, match=r"data\.labelled=91: the labelled split has only 90 rows"):
         stratified(ordered, 91, 0)
     path = data_set()
     write_parquet(path.parent / "train.parquet", IMAGES[:5], [0] * 5)

@@ -107,10 +107,9 @@ def test_settings_that_do_not_fit_name_the_flag(mpl, tmp_path) -> None:
     assert "--set pretrain.schedule.warmup_steps=4" in outcome.err
     both = ["--set", "pretrain.steps=40", "--set", "pretrain.schedule.warmup_steps=4", "--dry-run"]
     assert mpl("pretrain", "--run", tmp_path / "run", *both).status == 0
-    mine = mpl(
-        "train-mpl", "--run", tmp_path / "run", "--set", "train_mpl.steps=50", "--set", "train_mpl.student_wait=10"
-    )
-    assert "--set train_mpl.student_wait=0 --set train_mpl.schedule.warmup_steps=5" in mine.err
+    wait = ["--set", "train_mpl.steps=60", "--set", "train_mpl.student_wait=10"]
+    mine = mpl("train-mpl", "--run", tmp_path / "run", *wait)
+    assert "--set train_mpl.student_wait=0 --set train_mpl.schedule.warmup_steps=6" in mine.err
 
 
 def test_dry_run_does_nothing_and_says_why(mpl, run, tmp_path) -> None:
