@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from pipeline.distributed.layouts import average_gradients, bare, running_statistics, unsynchronised
 from pipeline.distributed.ranks import ALONE, Ranks
 from pipeline.distributed.sharded import clip_gradients, is_sharded
-from pipeline.errors import FeedbackError
+from pipeline.errors import FeedbackError, NonFiniteError, UsageError
 from pipeline.gradient.derivative import Engine, check_engine, directional_derivative
 from pipeline.gradient.labelled_loss import LabelledLoss
 from pipeline.gradient.micro_batches import micro_batches
 from pipeline.gradient.replay import Replay, log_probabilities, record
-from pipeline.gradient.update_rules import Update, check_rule
+from pipeline.gradient.update_rules import Update, check_hooks, check_rule
 
 
 class Student:
@@ -93,12 +93,18 @@ class Student:
             probe: labelled images (V, 3, H, W) and labels (V,), int64: take R before and after the step.
 
         Raises:
+            UsageError: the arguments are not of these shapes, or the network returns no logits (B, C).
+            FeedbackError: the optimiser has no derivative here, or a hook may change its step.
             NonFiniteError: the loss or the gradient is NaN or infinite, on whatever rank; weights and
                 optimiser state are untouched, on all ranks.
         """
         targets = targets.detach()
+        weight = None if weight is None else weight.detach().clone()  # the caller may change it
+        _check_batch(images, targets, weight)
         if replay:
             check_rule(self.optimizer)
+            if not is_sharded(self.module):  # whose own machinery hangs on hooks
+                check_hooks(self.module, self.optimizer)
         before = None if probe is None else self.labelled_loss.value(*probe)
         loss, log_p, replays = self._forward_and_backward(images, targets, weight, replay)
         norm = clip_gradients(self.module, self.clip_norm, f"the student's gradient at its step {self.steps_taken + 1}")
@@ -110,6 +116,10 @@ class Student:
         after = None if probe is None else self.labelled_loss.value(*probe)
         losses = None if before is None or after is None else (before, after)
         return StudentStep(self, loss, norm, lr, log_p, weight, losses, replays, update)
+
+    def _versions(self) -> list[int]:
+        """Grow when the weights change, by whomever; of shards nothing is told."""
+        return [] if is_sharded(self.module) else [p._version for p in self.module.parameters()]
 
     def _forward_and_backward(
         self, images: Tensor, targets: Tensor, weight: Tensor | None, replay: bool
@@ -148,6 +158,15 @@ class Student:
             self.ranks.mean_(running_statistics(self.module))
 
 
+def _check_batch(images: Tensor, targets: Tensor, weight: Tensor | None) -> None:
+    if not len(images):
+        raise UsageError("a step needs at least one image")
+    if targets.ndim != 2 or len(targets) != len(images):
+        raise UsageError(f"targets must be (B, C) = ({len(images)}, C), and are {tuple(targets.shape)}")
+    if weight is not None and weight.shape != (len(images),):
+        raise UsageError(f"weight must be (B,) = ({len(images)},), one for each row, and is {tuple(weight.shape)}")
+
+
 class Feedback(NamedTuple):
     """What labelled images say of a step.
 
@@ -184,7 +203,7 @@ class StudentStep:
     _update: Update | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._taken = self.student.steps_taken
+        self._taken, self._versions = self.student.steps_taken, self.student._versions()
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -216,6 +235,8 @@ class StudentStep:
             the ranks, is that of a single process.
 
         Raises:
+            UsageError: there is no labelled image, or the labels are no class indices.
+            NonFiniteError: R is NaN or infinite.
             FeedbackError: the step kept no replay, the student has moved on since, an operation has no
                 derivative, or the replayed forward differs from the recorded one.
 
@@ -223,6 +244,8 @@ class StudentStep:
         """
         update, student = self._replayable(engine), self.student
         loss, gradient = student.labelled_loss.gradient(images, labels)  # ∇R at θ'
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the labelled loss is {float(loss)}: a labelled image or the network is not finite")
         direction = update.pull_back(gradient)  # v = (∂θ'/∂g)ᵀ ∇R
         recorded = self.log_probabilities.split([len(replay.images) for replay in self._replays])
         tangents = [
@@ -243,5 +266,9 @@ class StudentStep:
             raise FeedbackError(
                 f"the student has taken {self.student.steps_taken - self._taken} more step(s) since this one; "
                 "ask for the gradient before the next learn()"
+            )
+        if self.student._versions() != self._versions:
+            raise FeedbackError(
+                "the student's weights were changed since this step, not by learn(); ask for the gradient before that"
             )
         return self._update

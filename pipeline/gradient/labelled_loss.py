@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.sharded import is_sharded, local, reshard
+from pipeline.errors import UsageError
 from pipeline.gradient.micro_batches import micro_batches
-from pipeline.gradient.replay import Tensors, log_probabilities, training_modes
+from pipeline.gradient.replay import Tensors, call_with, log_probabilities, training_modes
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,19 @@ class LabelledLoss:
 
     def value(self, images: Tensor, labels: Tensor) -> Tensor:
         """R, nats, ()."""
+        check_labels(images, labels)
         total = torch.zeros((), device=images.device)
         for rows, share in micro_batches(len(images), self.micro_batches):
             total = total + labelled_loss(self.module, images[rows], labels[rows], self.autocast) * share
         return self.ranks.mean(total)
 
     def gradient(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensors]:
-        """R, and ∇R by name; of a sharded network this process's part."""
+        """R, and ∇R by name; of a sharded network this process's part.
+
+        Raises:
+            UsageError: there is no image, or labels are no class indices.
+        """
+        check_labels(images, labels)
         loss, total = torch.zeros((), device=images.device), Tensors()
         for rows, share in micro_batches(len(images), self.micro_batches):
             part, gradient = labelled_loss_gradient(self.module, images[rows], labels[rows], self.autocast)
@@ -47,6 +53,21 @@ class LabelledLoss:
             del gradient  # before the next one is there
         self.ranks.mean_([loss] if is_sharded(self.module) else [loss, *total.values()])
         return loss, total
+
+
+def check_labels(images: Tensor, labels: Tensor) -> None:
+    """Refuse what is no labelled image with its class.
+
+    Raises:
+        UsageError: says what is expected.
+    """
+    if not len(images):
+        raise UsageError("feedback needs at least one labelled image")
+    if labels.shape != images.shape[:1] or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
+        raise UsageError(
+            f"labels must be class indices, int64 ({len(images)},), and are {labels.dtype} {tuple(labels.shape)}; "
+            "feedback on soft labels is not implemented"
+        )
 
 
 def labelled_loss_modes(module: nn.Module) -> dict[str, bool]:
@@ -63,7 +84,7 @@ def labelled_loss(module: nn.Module, images: Tensor, labels: Tensor, autocast: t
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with training_modes(module, labelled_loss_modes(module)):
-        log_p = log_probabilities(lambda x: functional_call(module, buffers, (x,)), images, autocast)
+        log_p = log_probabilities(lambda x: call_with(module, buffers, x), images, autocast)
     reshard(module)
     return F.nll_loss(log_p, labels)
 
@@ -84,7 +105,7 @@ def labelled_loss_gradient(
     modes = labelled_loss_modes(module)
     with torch.enable_grad(), training_modes(module, modes):  # also while checkpointed blocks are run again
         loss = F.nll_loss(
-            log_probabilities(lambda x: functional_call(module, parameters | fixed | buffers, (x,)), images, autocast),
+            log_probabilities(lambda x: call_with(module, parameters | fixed | buffers, x), images, autocast),
             labels,
         )
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -104,7 +125,7 @@ def _sharded_labelled_loss_gradient(
         p.grad = None
     try:
         with torch.enable_grad(), training_modes(module, labelled_loss_modes(module)):
-            log_p = log_probabilities(lambda x: functional_call(module, buffers, (x,)), images, autocast)
+            log_p = log_probabilities(lambda x: call_with(module, buffers, x), images, autocast)
             loss = F.nll_loss(log_p, labels)
             loss.backward()
         gradient = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}

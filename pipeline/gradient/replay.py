@@ -6,6 +6,7 @@ Same weights, modes, buffers, dropout and drop-path masks, precision, without to
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.distributed.sharded import is_sharded, local, reshard
-from pipeline.errors import FeedbackError
+from pipeline.errors import FeedbackError, UsageError
 
 Tensors = dict[str, Tensor]
 
@@ -54,9 +55,7 @@ class Replay:
                 stack.enter_context(shards_set(self.module, parameters))
             else:
                 given |= parameters
-            return log_probabilities(
-                lambda images: functional_call(self.module, given, (images,)), self.images, self.autocast
-            )
+            return log_probabilities(lambda images: call_with(self.module, given, images), self.images, self.autocast)
 
 
 def record(module: nn.Module, images: Tensor, autocast: torch.dtype | None, earlier: Replay | None = None) -> Replay:
@@ -96,10 +95,29 @@ def check_replay(primal: Tensor, recorded: Tensor, replay: Replay) -> None:
         )
 
 
+def call_with(module: nn.Module, tensors: Tensors, images: Tensor) -> Tensor:
+    """The module's output with other parameters and buffers, by the names of `named_parameters`.
+
+    A tensor is exchanged at every place where it hangs, once: a module that is reachable by two names is visited once,
+    and a tensor that two modules share has one name. (`functional_call` by itself puts its own copies into the former
+    for good.)
+    """
+    names = {id(tensor): name for name, tensor in chain(module.named_parameters(), module.named_buffers())}
+    places = {}
+    for prefix, part in module.named_modules():
+        for own, tensor in chain(part._parameters.items(), part._buffers.items()):
+            if tensor is not None and (name := names.get(id(tensor))) in tensors:
+                places[f"{prefix}.{own}" if prefix else own] = tensors[name]
+    return functional_call(module, places, (images,), tie_weights=False)
+
+
 def log_probabilities(network: Callable[[Tensor], Tensor], images: Tensor, autocast: torch.dtype | None) -> Tensor:
     """log softmax of the network's logits, (B, C), at least in float32."""
     with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
         logits = network(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UsageError(f"the network must return logits (B, C), and returned {found}; wrap it in a module that does")
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
 
 

@@ -44,6 +44,31 @@ def check_rule(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
+def check_hooks(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse hooks that may change a gradient or a step on its way: their derivative is not known.
+
+    Raises:
+        FeedbackError: says where there is one.
+    """
+    found = [f"parameter {n}" for n, p in module.named_parameters() if p._backward_hooks or _after_grad(p)]
+    found += [f"module {n or type(m).__name__}" for n, m in module.named_modules() if _backward_hooks(m)]
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        found.append(type(optimizer).__name__)
+    if found:
+        raise FeedbackError(
+            f"{found[0]} has a hook, which may change the gradient or the step in a way whose derivative is not known; "
+            "remove it, or learn(..., replay=False)"
+        )
+
+
+def _after_grad(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def _backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or getattr(module, "_backward_pre_hooks", None))
+
+
 def update_derivative(
     optimizer: torch.optim.Optimizer, group: Group, parameter: Tensor, gradient: Tensor
 ) -> Tensor | float:
@@ -150,10 +175,12 @@ class Update:
         They are kept by reference and outlive a zero_grad() of the caller.
         """
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        gradients = {
-            name: (p, p.grad) for name, p in module.named_parameters() if p.grad is not None and id(p) in groups
+        gradients = {name: (p, p.grad) for name, p in module.named_parameters() if p.grad is not None}
+        derivative = {
+            name: update_derivative(optimizer, groups[id(p)], p, g)
+            for name, (p, g) in gradients.items()
+            if id(p) in groups  # those that are not trained are clipped with the others
         }
-        derivative = {name: update_derivative(optimizer, groups[id(p)], p, g) for name, (p, g) in gradients.items()}
         clipped = {} if clip_norm is None else {name: local(g) for name, (_, g) in gradients.items()}
         return cls(module, derivative, clipped, clip_norm, norm)
 

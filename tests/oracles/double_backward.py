@@ -82,7 +82,9 @@ def step_and_loss(
             gradients = tuple(g * torch.clamp(clip_norm / (norm + 1e-6), max=1.0) for g in gradients)
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         after = {
-            name: updated(optimizer, groups[id(p)], p, theta[name], g) if p.requires_grad else theta[name]
+            name: updated(optimizer, groups[id(p)], p, theta[name], g)
+            if id(p) in groups and p.requires_grad
+            else theta[name]
             for (name, p), g in zip(model.named_parameters(), gradients, strict=True)
         }
         modes = {m: m.training for m in model.modules()}
