@@ -2,6 +2,7 @@
 
     python -m benchmarks.copies --data DATA          (cifar10/ and tinyimagenet32/, as data_manifests/cifar10.yaml says)
     python -m benchmarks.copies --data DATA --speed
+    python -m benchmarks.copies --data DATA --sets [--also FOLDER]   (the calibration, on sets of any kind)
 
 Copies of CIFAR-10 test images are made in every way of benchmarks/copy_kinds.py, and searched among all validation and
 test images; held-out kinds are made of other images than the rest. Honest images are those of the pool, once each, and
@@ -24,11 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from benchmarks.copy_kinds import DESIGN, HELD_OUT, NAMED, Kind
+from benchmarks.copy_sets import MADE
 from benchmarks.record import write_table
 from pipeline.data.decode import decode
 from pipeline.data.decoded import load_images
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import open_split
+from pipeline.pool.copies.calibration import calibrate
 from pipeline.pool.copies.candidates import AROUND, LOOKS, load_faiss
 from pipeline.pool.copies.index import CopyIndex, default_threshold
 from pipeline.pool.copies.thumbnails import luminance, thumbnails
@@ -53,14 +56,14 @@ def similarities(index: CopyIndex, images: Pixels) -> Found:
     return np.concatenate([match.similarity for match in matches]), np.concatenate([match.index for match in matches])
 
 
-def copies(originals: Pixels, kind: Kind) -> Pixels:
+def copies(originals: Pixels, kind: Kind, size: int = SIZE) -> Pixels:
     """A copy of each image, as the decode stage sees it."""
     made = []
     for seed, pixels in enumerate(originals):
         picture = kind(Image.fromarray(pixels), np.random.default_rng(seed))
         file = io.BytesIO()
         picture.convert("RGB").save(file, "PNG")  # the kind itself went through a format
-        made.append(decode(file.getvalue(), SIZE)[0])
+        made.append(decode(file.getvalue(), size)[0])
     return np.stack(made)
 
 
@@ -219,6 +222,62 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(took)
 
 
+def sets(arguments: argparse.Namespace) -> None:
+    """Honest images removed by the default threshold and by the calibration, and copies found, on sets of any kind."""
+    rows = []
+    for name, make in MADE.items():
+        images, _ = make()
+        rows.append(calibrated(name, images[:300], images[300:600], images[600:]))
+    for folder in arguments.also:
+        manifest = load_manifest(folder / "manifest.yaml")
+        size = min(manifest.image.size, 64)
+        parts = [load_images(open_split(manifest, name).read(), size) for name in ("test", "labelled", "unlabelled")]
+        rows.append(calibrated(manifest.name, *(part.images.permute(0, 2, 3, 1).numpy() for part in parts)))
+    pool = np.unique(split(arguments.data, "unlabelled", arguments.honest), axis=0)
+    test, labelled = split(arguments.data, "test"), split(arguments.data, "labelled", 4000)
+    rows.append(calibrated("CIFAR-10, Tiny-ImageNet as the pool", test, labelled, pool, arguments.true))
+    rest = split(arguments.data, "labelled", 4000 + arguments.honest // 2)[4000:]
+    rows.append(calibrated("CIFAR-10, more of its training set as the pool", test, labelled, rest, arguments.true))
+    head = ["set", "evaluation", "labelled", "pool", "pixels", "default", "honest removed by it, %", "calibrated"]
+    head += [
+        "honest removed, %",
+        *(f"{name}: found, %" for name in NAMED),
+        "all 12 kinds",
+        "calibrated in, s",
+        "pool in, s",
+    ]
+    also = "".join(f" --also {folder.name}" for folder in arguments.also)
+    command = f"python -m benchmarks.copies --data DATA --sets --honest {arguments.honest}{also}"
+    note = f"Images of CIFAR-10's pools that are at least {arguments.true} alike are true copies, and not counted."
+    write_table("copies-sets", head, rows, command, note)
+
+
+def calibrated(name: str, evaluation: Pixels, labelled: Pixels, pool: Pixels, true: float = 1.1) -> list[object]:
+    """A line of the table. Images of the pool at least as similar as `true` are taken for true copies."""
+    size = pool.shape[1]
+    index, default = CopyIndex(evaluation, [str(i) for i in range(len(evaluation))]), default_threshold(size)
+    began = time.process_time()
+    calibration = calibrate(index, evaluation, labelled, default, 0.001)
+    took = time.process_time() - began
+
+    def judged(images: Pixels) -> tuple[Found, NDArray[np.bool_]]:
+        similarity, match = similarities(index, images)
+        return (similarity, match), calibration.are_copies(similarity, [index.names[i] for i in match])
+
+    began = time.process_time()
+    (similarity, _), removed = judged(pool)
+    compared = time.process_time() - began
+    honest = similarity < true
+    found = []
+    for kind in NAMED.values():
+        (_, match), is_copy = judged(copies(evaluation[:100], kind, size))
+        found.append(100 * np.mean(is_copy & (match == np.arange(len(match)))))
+    line = [name, len(evaluation), len(labelled), int(honest.sum()), size, f"{default:.3g}"]
+    line += [f"{100 * np.mean(similarity[honest] >= default):.2f}", calibration.threshold]
+    line += [f"{100 * np.mean(removed[honest]):.2f}", *(f"{share:.0f}" for share in found), f"{np.mean(found):.1f}"]
+    return [*line, f"{took:.1f}", f"{compared:.1f}"]
+
+
 def main() -> None:
     """Measure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -228,8 +287,10 @@ def main() -> None:
     parser.add_argument("--true", type=float, default=0.85)
     parser.add_argument("--sheet", type=Path, help="a folder for contact sheets")
     parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--sets", action="store_true")
+    parser.add_argument("--also", type=Path, action="append", default=[], help="data folders of `mpl data import`")
     arguments = parser.parse_args()
-    (speed if arguments.speed else measure)(arguments)
+    (speed if arguments.speed else sets if arguments.sets else measure)(arguments)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def plan(
     own = context.run / "evaluations" / f"{label}.json"
     outputs = [own]
     stage = f"evaluate-network-{label}"
-    if network is None:
+    if network is None or name is not None:
         outputs.append(context.run / (f"evaluation-{name}.json" if name else "evaluation.json"))
         stage = f"evaluate-{name}" if name else "evaluate"
     return Stage(

@@ -43,7 +43,7 @@ def begun(finished: Path, tmp_path: Path) -> Path:
 def outputs(root: Path) -> dict[str, bytes]:
     """What the pool stages leave, by name."""
     found = {}
-    for name in ("selection.parquet", "scores", "rejected", "targets"):
+    for name in ("copies.json", "selection.parquet", "scores", "rejected", "targets"):
         for path in [root / name, *sorted((root / name).rglob("*"))]:
             if path.is_file():
                 found[path.relative_to(root).as_posix()] = path.read_bytes()

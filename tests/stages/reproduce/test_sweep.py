@@ -113,7 +113,7 @@ def test_a_small_sweep_runs_and_goes_on(mpl, monkeypatch, tmp_path: Path) -> Non
 
 def test_other_data_and_recipes_without_mpl_are_refused(mpl, tmp_path: Path, recipe: Path) -> None:
     (tmp_path / "data").mkdir()
-    outcome = mpl("reproduce", "sweep", "--run", tmp_path / "a", "--data", tmp_path / "data")
+    outcome = mpl("reproduce", "sweep", "--run", tmp_path / "a", "--data", tmp_path / "data", "--recipe", "digits")
     assert outcome.status == 2
     assert "leave out --data" in outcome.err
     outcome = mpl("reproduce", "sweep", "--run", tmp_path / "b", "--recipe", "svhn")
