@@ -19,7 +19,7 @@ from pipeline.data.sets import LabelledSet, Pool
 from pipeline.distributed.layouts import bare
 from pipeline.distributed.placement import Placement
 from pipeline.evaluate import Judge
-from pipeline.models import Network, build_network, save_network, to_device
+from pipeline.models import Network, build_network, require_classifier, save_network, to_device
 from pipeline.seeds import derive_seed
 from pipeline.storage.runs import peak_memory_mib
 from pipeline.teachers import Teacher
@@ -80,9 +80,9 @@ class Assembly:
         """A fresh network on its device; the same initial weights for every method of a seed."""
         data = self.recipe.data
         self.seed_initialisation(purpose)
-        return to_device(
-            build_network(settings, class_names, data.image_size, data.mean, data.std), self.placement.device
-        )
+        network = build_network(settings, class_names, data.image_size, data.mean, data.std)
+        require_classifier(network, settings.name)
+        return to_device(network, self.placement.device)
 
     def batches(
         self,

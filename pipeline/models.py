@@ -172,6 +172,7 @@ __all__ = [  # register_model appends every architecture to it
     "WideResNet",
     "build_network",
     "load_network",
+    "require_classifier",
     "resolve",
     "save_network",
     "set_batch_norm_momentum",
@@ -229,6 +230,29 @@ def build_network(
     return Network(model, name, arguments, list(class_names), image_size, mean, std)
 
 
+@torch.no_grad()
+def require_classifier(network: Network, name: str) -> None:
+    """Refuse, before any training, what gives no logits for images of its size.
+
+    Raises:
+        RecipeError: says what it gives instead.
+    """
+    size, classes = network.image_size, len(network.class_names)
+    training = network.model.training
+    try:
+        logits = network.model.eval()(torch.zeros(2, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise RecipeError(
+            f"model {name!r} cannot take images of 3 × {size} × {size}: {str(error).splitlines()[0]}. Choose another "
+            "--set data.image_size=, or a network made for such images (with three channels)"
+        ) from error
+    finally:
+        network.model.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise RecipeError(f"model {name!r} is no classifier: it gives {found} instead of logits (2, {classes})")
+
+
 def to_device(network: Network, device: torch.device) -> Network:
     """Move the weights, channels last: on CPUs convolutions are several times faster so."""
     network.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -249,6 +273,11 @@ def resolve(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, An
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise RecipeError(f"timm knows no model {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
     arguments: dict[str, Any] = dict(settings.options)
+    if "." in name and not arguments.get("pretrained"):
+        raise RecipeError(
+            f"{name!r} names published weights, and the network would begin with random ones under that name: leave "
+            f"the tag away ({name.partition('.')[0]}), or ask for the weights by options: {{pretrained: true}}"
+        )
     if settings.dropout:
         arguments["drop_rate"] = settings.dropout
     if settings.drop_path:
@@ -270,7 +299,12 @@ def resolve(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, An
 
 def save_network(folder: Path, network: Network, state: dict[str, Tensor]) -> str:
     """Write `folder`/model.safetensors and config.json, in timm's layout; returns the weights' SHA-256."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors, seen = {}, set[int]()
+    for name, tensor in state.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        tensors[name] = own.clone() if place in seen else own  # safetensors keeps no memory that two names share
+        seen.add(place)
     with whole_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     digest = sha256_file(folder / WEIGHTS)

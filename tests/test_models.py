@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import ModelSettings
 from pipeline.errors import CheckpointError, DataError, RecipeError
-from pipeline.models import Network, build_network, load_network, save_network
+from pipeline.models import Network, build_network, load_network, require_classifier, save_network
 from pipeline.network_classes import with_classes_of
 
 NAMES = [f"class {i}" for i in range(10)]
@@ -166,3 +166,27 @@ def test_a_network_that_names_no_classes_is_asked_about(tmp_path: Path, config: 
 def test_classes_that_cannot_be_right(tmp_path: Path, config: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_network(network_of(tmp_path, **config))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "words"),
+    [
+        ("resnet18", {"features_only": True}, 32, "is no classifier: it gives list"),
+        ("resnet18", {"in_chans": 1}, 32, "cannot take images of 3 × 32 × 32"),
+        ("vgg11", {}, 16, "cannot take images of 3 × 16 × 16"),
+        ("resnet18.a1_in1k", {}, 32, "names published weights, and the network would begin with random ones"),
+    ],
+)
+def test_what_is_no_classifier_is_refused_before_training(name: str, options: dict, size: int, words: str) -> None:
+    settings = ModelSettings(name=name, options=options)
+    with pytest.raises(RecipeError, match=words):
+        require_classifier(build_network(settings, ["a", "b"], size, (0.5,) * 3, (0.5,) * 3), name)
+
+
+def test_a_network_that_shares_a_tensor_is_saved_and_loads(tmp_path: Path) -> None:
+    network = build_network(ModelSettings(name="wrn_10_1"), ["a", "b"], 8, (0.5,) * 3, (0.5,) * 3)
+    require_classifier(network, "wrn_10_1")
+    network.model.bn.bias = network.model.bn.weight
+    save_network(tmp_path, network, network.model.state_dict())
+    loaded = load_network(tmp_path).model.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in network.model.state_dict().items())
