@@ -47,26 +47,22 @@ def check_rule(optimizer: torch.optim.Optimizer) -> None:
 def check_hooks(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse hooks that may change a gradient or a step on its way: their derivative is not known.
 
+    A hook that only looks says so: `hook.observes = True`.
+
     Raises:
         FeedbackError: says where there is one.
     """
-    found = [f"parameter {n}" for n, p in module.named_parameters() if p._backward_hooks or _after_grad(p)]
-    found += [f"module {n or type(m).__name__}" for n, m in module.named_modules() if _backward_hooks(m)]
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        found.append(type(optimizer).__name__)
-    if found:
-        raise FeedbackError(
-            f"{found[0]} has a hook, which may change the gradient or the step in a way whose derivative is not known; "
-            "remove it, or learn(..., replay=False)"
-        )
-
-
-def _after_grad(parameter: nn.Parameter) -> bool:
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
-
-
-def _backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or getattr(module, "_backward_pre_hooks", None))
+    hooks = [
+        (f"parameter {n}", (p._backward_hooks, p._post_accumulate_grad_hooks)) for n, p in module.named_parameters()
+    ]
+    hooks += [(f"module {n}", (m._backward_hooks, m._backward_pre_hooks)) for n, m in module.named_modules()]
+    steps = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    for where, kinds in [*hooks, (type(optimizer).__name__, steps)]:
+        if any(not getattr(hook, "observes", False) for kind in kinds for hook in (kind or {}).values()):
+            raise FeedbackError(
+                f"{where} has a hook, which may change the gradient or the step in a way whose derivative is not "
+                "known. Remove it; or, if it only looks, say so by hook.observes = True; or learn(..., replay=False)"
+            )
 
 
 def update_derivative(

@@ -1,6 +1,7 @@
 """A step is run once without data for each way of taking it, and what it allocates and calculates is measured."""
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,8 +96,12 @@ def _announce(step: Step, tally: Tally) -> None:
     """Mark the phases of the step by hooks of its networks and optimisers."""
     updated = False
 
-    def mark(phase: str, *_: Any) -> None:
-        tally.mark(phase)
+    def marks(phase: str) -> Callable[..., None]:
+        def mark(*_: Any) -> None:
+            tally.mark(phase)
+
+        mark.observes = True  # type: ignore[attr-defined]
+        return mark
 
     def forward(*_: Any) -> None:
         training = torch.is_grad_enabled()
@@ -109,10 +114,11 @@ def _announce(step: Step, tally: Tally) -> None:
         nonlocal updated
         updated = True
 
+    after_update.observes = True  # type: ignore[attr-defined]
     for name, (network, optimizer) in step.networks.items():
         assert optimizer is not None
-        network.register_forward_pre_hook(forward if name == "student" else partial(mark, f"{name}'s forward"))
+        network.register_forward_pre_hook(forward if name == "student" else marks(f"{name}'s forward"))
         for p in network.parameters():
-            p.register_post_accumulate_grad_hook(partial(mark, f"{name}'s backward"))
-        optimizer.register_step_pre_hook(partial(mark, f"{name}'s update"))
+            p.register_post_accumulate_grad_hook(marks(f"{name}'s backward"))
+        optimizer.register_step_pre_hook(marks(f"{name}'s update"))
     step.student.optimizer.register_step_post_hook(after_update)

@@ -119,6 +119,19 @@ def test_hooks_are_refused_while_feedback_is_asked_for(kind: str) -> None:
     assert problem.learn(replay=False).loss > 0
 
 
+def test_a_hook_that_only_looks_says_so() -> None:
+    problem, seen = make_problem(), []
+
+    def looks(gradient: Tensor) -> None:
+        seen.append(gradient.norm())
+
+    looks.observes = True  # type: ignore[attr-defined]
+    problem.student.model.fc.weight.register_hook(looks)
+    exact = problem.oracle()
+    assert relative_error(problem.learn().target_gradient(problem.labelled, problem.labels), exact) < 1e-9
+    assert seen
+
+
 def test_a_step_of_the_callers_own_in_between_is_noticed() -> None:
     problem = make_problem()
     step = problem.learn()
