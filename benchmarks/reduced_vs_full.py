@@ -42,7 +42,7 @@ from pipeline.config import (
 from pipeline.distributed.placement import Placement
 from pipeline.methods import Views
 from pipeline.methods.uda import Uda
-from pipeline.models import resolve
+from pipeline.networks.network import resolve
 from pipeline.optim import build_optimizer
 from pipeline.student import Student
 from pipeline.teacher_network import TeacherNetwork, TeacherRule

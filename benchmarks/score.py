@@ -21,7 +21,7 @@ from benchmarks.images import write_tar
 from benchmarks.record import write_table
 from pipeline.config import ModelSettings
 from pipeline.data.readers.webdataset import TarShard
-from pipeline.models import build_network
+from pipeline.networks.network import build_network
 from pipeline.pool.copies.index import CopyIndex
 from pipeline.pool.infer import Scorer, decode_batch
 from pipeline.pool.score import score_shard

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.record import write_table
 from pipeline.config import ModelSettings
-from pipeline.models import resolve
+from pipeline.networks.network import resolve
 from pipeline.student import Student
 
 CASES = [("resnet18", 32), ("efficientnet_b0", 64), ("vit_tiny_patch16_224", 64)]  # the ViT gets patches of 8

@@ -38,7 +38,7 @@ from pipeline.data.sets import LabelledSet, PoolSet
 from pipeline.data.sources import open_split
 from pipeline.distributed.placement import Placement
 from pipeline.methods.uda import Uda
-from pipeline.models import build_network
+from pipeline.networks.network import build_network
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.storage.files import location
 from pipeline.teacher_network import TeacherNetwork, TeacherRule

@@ -19,7 +19,8 @@ from pipeline.data.sets import LabelledSet, Pool
 from pipeline.distributed.layouts import bare
 from pipeline.distributed.placement import Placement
 from pipeline.evaluate import Judge
-from pipeline.models import Network, build_network, require_classifier, save_network, to_device
+from pipeline.networks.folders import save_network
+from pipeline.networks.network import Network, build_network, require_classifier, to_device
 from pipeline.seeds import derive_seed
 from pipeline.storage.runs import peak_memory_mib
 from pipeline.teachers import Teacher
@@ -106,7 +107,7 @@ class Assembly:
         """Judges on the validation split; None where the data set has none."""
         if "validation" not in self.data.manifest.splits:
             return None
-        return self.judge(self.data.images(self.data.split("validation"), network.image_size), network)
+        return self.judge(self.data.images(self.data.split("validation"), network.image_size, network.framing), network)
 
     def train(
         self,

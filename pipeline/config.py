@@ -42,7 +42,7 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
-    """A network by its timm name (or wrn_28_2 and relatives from `pipeline.models`)."""
+    """A network by its timm name (or wrn_28_2 and relatives from `pipeline.networks`)."""
 
     name: str
     stem: Literal["auto", "standard", "small"] = "auto"  # small: no early downsampling, for images up to 64 px
@@ -146,6 +146,16 @@ class TrainSettings(Settings):
     def wait(self) -> int:
         """Steps that a teacher learns alone, before the student's first."""
         return 0
+
+    @property
+    def schedules(self) -> list[ScheduleSettings]:
+        """Those of all that is trained."""
+        return [self.schedule]
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether a step is the same however many follow, so that a finished training can be made longer."""
+        return all(schedule.kind != "cosine" for schedule in self.schedules)
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "TrainSettings":
@@ -283,6 +293,10 @@ class TrainMplSettings(TrainSettings):
     @property
     def wait(self) -> int:
         return 0 if self.alone else self.student_wait
+
+    @property
+    def schedules(self) -> list[ScheduleSettings]:
+        return [self.schedule, *([self.teacher.schedule] if self.teacher.schedule and not self.alone else [])]
 
     @model_validator(mode="after")
     def _student_begins(self) -> "TrainMplSettings":

@@ -12,7 +12,7 @@ from pipeline.data.augment.augment import normalize
 from pipeline.data.decoded import Images
 from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import DataError
-from pipeline.models import Network
+from pipeline.networks.network import Network
 
 
 @dataclass(frozen=True)

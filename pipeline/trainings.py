@@ -21,8 +21,10 @@ from pipeline.data.sets import LabelledSet, Pool, PoolSet
 from pipeline.distributed.layouts import bare, full_state, lay_out
 from pipeline.errors import DataError, RecipeError, TargetsError
 from pipeline.gradient.replay import log_probabilities
-from pipeline.models import Network, load_network, save_network, to_device
-from pipeline.network_classes import order_of
+from pipeline.networks.classes import order_of
+from pipeline.networks.folders import save_network
+from pipeline.networks.loading import load_network
+from pipeline.networks.network import Network, to_device
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.storage.files import whole_file
 from pipeline.targets import TargetsStore
@@ -49,7 +51,7 @@ def finetune(assembly: Assembly, output: Output, student: Path) -> dict[str, Any
     """A student trained on with true labels, from its averaged weights; returns figures for the record."""
     settings, split = assembly.recipe.finetune, assembly.data.split("labelled")
     network = to_device(load_network(student), assembly.placement.device)
-    images = assembly.data.images(split, network.image_size)
+    images = assembly.data.images(split, network.image_size, network.framing)
     labelled = LabelledSet(images.images, images.labels, len(split.class_names))
     batches = assembly.batches(network, labelled, true_labels(settings))
     return assembly.train(network, FixedTargets(), batches, settings, output)

@@ -39,7 +39,7 @@ def _require_our_pipeline() -> None:
 _require_our_pipeline()
 
 import pipeline  # noqa: E402
-import pipeline.models  # noqa: E402  (makes our architectures known to timm)
+import pipeline.networks.architectures  # noqa: E402  (makes our architectures known to timm)
 
 __version__ = pipeline.__version__
 __all__ = ["__version__", *pipeline.DOORS]

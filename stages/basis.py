@@ -1,12 +1,17 @@
 """What the result of a training stage depends on: the basis of its record."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
+from pipeline.assembly import Output
+from pipeline.checkpoints import CHECKPOINTS
 from pipeline.config import DataSettings, FeedbackSettings, ModelSettings, TrainSettings
 from pipeline.gradient.derivative import check_engine
-from pipeline.models import CONFIG, WEIGHTS
+from pipeline.networks.architectures import WEIGHTS
+from pipeline.networks.folders import CONFIG
+from pipeline.storage.files import fingerprint
+from stages.execution import Stage
 from stages.options import Context
 
 INTERVALS = {"log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds"}  # change no result
@@ -27,6 +32,27 @@ def training_basis(
         **({} if plain else {"distributed": parts}),
         **inputs,
     }
+
+
+def training_stage(
+    settings: TrainSettings, folder: Path, basis: dict[str, Any], work: Callable[[Output], dict[str, Any]], **more: Any
+) -> Stage:
+    """The stage that trains a network into a folder; `more` are further fields.
+
+    Checkpoints go when it is done, unless more steps can follow: then they belong to the training whatever its length.
+    """
+    checkpoints = [] if settings.open_ended else [folder / CHECKPOINTS]
+    of_any_length = basis | {"settings": {**basis["settings"], "steps": None}}
+    identity = fingerprint(of_any_length if settings.open_ended else basis)
+    return Stage(
+        basis=basis,
+        work=lambda: work(Output(folder, identity)),
+        replaces=[folder],
+        leftovers=checkpoints,
+        together=True,
+        longer="goes on" if settings.open_ended else "is another training",
+        **more,
+    )
 
 
 def data_basis(settings: DataSettings) -> dict[str, Any]:

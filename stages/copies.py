@@ -1,16 +1,17 @@
 """Copies of evaluation images, for `mpl filter`: what is looked for, from which similarity on, and what is told."""
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.decode import WHOLE, Framing
+from pipeline.data.decoded import Images
 from pipeline.data.sources import Split
 from pipeline.errors import DataError, MissingDataError
-from pipeline.models import CONFIG
+from pipeline.networks.folders import read_description
 from pipeline.pool.copies.calibration import SELF_SIMILAR, Calibration, calibrate
 from pipeline.pool.copies.calibration import VERSION as CALIBRATION
 from pipeline.pool.copies.index import VERSION, CopyIndex, default_threshold
@@ -37,16 +38,34 @@ def evaluation_splits(context: Context) -> list[Split]:
         raise DataError(f"{error}. {remedy}") from error
 
 
-def compared_size(folder: Path) -> int:
-    """Pixels at which images are compared: those that the teacher sees, up to a limit."""
-    return min(INDEXED, json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1])
+@dataclass(frozen=True)
+class Compared:
+    """How images are compared: as the teacher sees them, up to a size.
+
+    Attributes:
+        size: pixels.
+        framing: the teacher's.
+    """
+
+    size: int
+    framing: Framing
+
+    @classmethod
+    def of(cls, folder: Path) -> "Compared":
+        """By the teacher in a folder."""
+        teacher = read_description(folder)
+        return cls(min(INDEXED, teacher.image_size), teacher.framing)
+
+    def images(self, context: Context, split: Split) -> Images:
+        """A split's images as they are compared."""
+        return context.data_set.images(split, self.size, self.framing)
 
 
-def evaluation_images(context: Context, size: int) -> tuple[NDArray[np.uint8], list[str]]:
+def evaluation_images(context: Context, compared: Compared) -> tuple[NDArray[np.uint8], list[str]]:
     """The validation and test images, (N, S, S, 3), and their names."""
-    pixels, names = [np.zeros((0, size, size, 3), np.uint8)], []
+    pixels, names = [np.zeros((0, compared.size, compared.size, 3), np.uint8)], []
     for split in evaluation_splits(context):
-        images = context.data_set.images(split, size)
+        images = compared.images(context, split)
         pixels.append(images.images.permute(0, 2, 3, 1).numpy())
         names += [f"{split.name}/{shard}/{row}" for shard, row in zip(images.shards, images.rows, strict=True)]
     return np.concatenate(pixels), names
@@ -56,7 +75,7 @@ def copy_index(context: Context, folder: Path) -> CopyIndex | None:
     """Index of the validation and test images; None where the recipe turns it off, or there are none."""
     if not context.recipe.filter.copies.enabled:
         return None
-    pixels, names = evaluation_images(context, compared_size(folder))
+    pixels, names = evaluation_images(context, Compared.of(folder))
     return CopyIndex(pixels, names) if names else None
 
 
@@ -73,15 +92,17 @@ def calibrated(context: Context, folder: Path, mark: list[Any] | None) -> Calibr
     if mark is None:
         return None
     splits = [split.fingerprint() for split in evaluation_splits(context)]
-    made_of = fingerprint([mark, VERSION, splits, (size := compared_size(folder))])
+    compared = Compared.of(folder)
+    seen = [compared.size, *([] if compared.framing == WHOLE else [asdict(compared.framing)])]
+    made_of = fingerprint([mark, VERSION, splits, *seen])
     path = context.store / CALIBRATION_FILE
     kept = read_json(path) if path.exists() else {}
     if kept.get("fingerprint") == made_of:
         return Calibration(**kept["calibration"])
-    pixels, names = evaluation_images(context, size)
-    labelled = context.data_set.images(context.data_set.split("labelled"), size).images.permute(0, 2, 3, 1).numpy()
+    pixels, names = evaluation_images(context, compared)
+    labelled = compared.images(context, context.data_set.split("labelled")).images.permute(0, 2, 3, 1).numpy()
     honest = context.recipe.filter.copies.honest
-    calibration = calibrate(CopyIndex(pixels, names), pixels, labelled, default_threshold(size), honest)
+    calibration = calibrate(CopyIndex(pixels, names), pixels, labelled, default_threshold(compared.size), honest)
     write_json(path, {"fingerprint": made_of, "calibration": asdict(calibration)})
     return calibration
 

@@ -5,10 +5,14 @@ from typing import Any
 
 import click
 
-from pipeline.models import WEIGHTS, load_network, to_device
-from pipeline.network_classes import with_classes_of
+from pipeline.networks.architectures import WEIGHTS
+from pipeline.networks.classes import order_or_assumed, with_classes_of
+from pipeline.networks.folders import read_description
+from pipeline.networks.loading import load_network
+from pipeline.networks.network import to_device
 from pipeline.storage.files import sha256_file, write_json
 from stages.execution import Stage, execute
+from stages.networks import architecture_option, network_folder
 from stages.options import Context, assume_option, stage_options, with_changes
 from stages.students import stage_name, student_folder, trained
 
@@ -20,13 +24,19 @@ MATRIX = 12  # classes up to which the whole matrix is
 
 @click.command()
 @stage_options
-@click.option("--network", type=click.Path(path_type=Path, file_okay=False),
-              help="A network's folder. [default: the run's last student]")  # fmt: skip
+@click.option("--network", type=click.Path(path_type=Path),
+              help="A network's folder, or a file of weights. [default: the run's last student]")  # fmt: skip
+@architecture_option
 @assume_option
 @click.option("--split", type=click.Choice(["test", "validation", "labelled"]), help="[default: test]")
 @click.option("--name", help="Judge student-NAME/ and write evaluation-NAME.json.")
 def command(
-    context: Context, network: Path | None, assume_class_order: bool, split: str | None, name: str | None
+    context: Context,
+    network: Path | None,
+    architecture: str | None,
+    assume_class_order: bool,
+    split: str | None,
+    name: str | None,
 ) -> None:
     """Judge a network: accuracy with its 95% interval, NLL, ECE, accuracy per class, and who is taken for whom.
 
@@ -34,6 +44,8 @@ def command(
     evaluations/NETWORK-SPLIT.json, none of which overwrites another.
     """
     context = with_changes(context, evaluate__split=split)
+    if network is not None:
+        network = network_folder(context, network, architecture)
     record = execute(context, lambda c: plan(c, network, name, assume_class_order))
     if "confusion" in record.get("result", {}):
         for line in [*class_table(record["result"]), *confusions(record["result"])]:
@@ -62,9 +74,12 @@ def plan(
     if not (folder / WEIGHTS).is_file():
         load_network(folder)  # for its message
     settings, digest = context.recipe.evaluate, sha256_file(folder / WEIGHTS)
+    is_of, names = read_description(folder), context.data_set.split(context.recipe.evaluate.split).class_names
+    order_or_assumed(is_of.class_names, is_of.arguments["num_classes"], names, str(folder), assume_class_order)
     basis = {
         "settings": settings.model_dump(mode="json"),
         "network": digest,
+        "preprocessing": is_of.preprocessing(),
         "split": context.data_set.split(settings.split).fingerprint(),
         "precision": context.precision,
     }
@@ -100,7 +115,7 @@ def work(context: Context, folder: Path, outputs: list[Path], assume_class_order
     split = context.data_set.split(settings.split)
     network = with_classes_of(network, split.class_names, str(folder), assume_class_order)
     to_device(network, context.device)
-    images = context.data_set.images(split, network.image_size)
+    images = context.data_set.images(split, network.image_size, network.framing)
     evaluation = context.assembly.judge(images, network)(network.model)
     result = {
         "format": 1,

@@ -13,7 +13,7 @@ import pipeline
 from pipeline.distributed.launch import joined
 from pipeline.errors import DataError, FeedbackError, NonFiniteError, RunError, UsageError, UserError
 from pipeline.storage.files import Location, discard, fingerprint
-from pipeline.storage.runs import NOT_DONE, Action, Decision, Stopwatch
+from pipeline.storage.runs import NOT_DONE, Action, Decision, Longer, Stopwatch
 from stages.console import Console
 from stages.options import Context
 
@@ -33,6 +33,7 @@ class Stage:
         together: several processes, started by torchrun, do it together.
         keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
         cheap: top-level keys of the basis whose change is no reason to refuse: the work is done again at once.
+        longer: of a training, what more steps of it are when it is done.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     cheap: frozenset[str] = frozenset()
     keeps_recipe: bool = True
     together: bool = False
+    longer: Longer | None = None
 
 
 def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any]:
@@ -184,7 +186,9 @@ def require_store(context: Context, stage: str) -> None:
 
 def decide(context: Context, stage: Stage) -> Decision:
     """What the stage would do."""
-    return context.run.decide(stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap)
+    return context.run.decide(
+        stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap, longer=stage.longer
+    )
 
 
 def _tell(context: Context, value: dict[str, Any]) -> dict[str, Any]:

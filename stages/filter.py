@@ -8,29 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError, UsageError
-from pipeline.models import CONFIG, WEIGHTS, Network, load_network, stated_names, to_device
-from pipeline.network_classes import order_of, with_classes_of
+from pipeline.networks.architectures import WEIGHTS
+from pipeline.networks.classes import order_or_assumed, with_classes_of
+from pipeline.networks.folders import read_description
+from pipeline.networks.loading import load_network
+from pipeline.networks.network import Network, to_device
 from pipeline.pool.copies.index import VERSION, default_threshold
 from pipeline.pool.filter import REJECTED_FOLDER, SELECTION_FILE, filter_pool
-from pipeline.pool.infer import Scorer
+from pipeline.pool.infer import Scorer, infer_distributions
 from pipeline.pool.rejected import REJECTED
 from pipeline.pool.score import ScoreWork
 from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_file
 from pipeline.pool.selection import Rules
-from pipeline.storage.files import fingerprint, read_json, remove_leftovers, sha256_file
+from pipeline.storage.files import fingerprint, remove_leftovers, sha256_file
 from pipeline.storage.workers import EngineSettings
 from stages.copies import calibrated, calibration_mark, copy_index, evaluation_splits, tell_copies
 from stages.execution import Stage, execute
+from stages.networks import architecture_option, network_folder
 from stages.options import Context, assume_option, stage_options, with_changes
 from stages.workers import engine_options, is_elsewhere, run_shards
 
 SHOWN = 20  # classes in the table at the end
 SCORED_BY = {
     "teacher",
+    "preprocessing",
     "classes",
     "evaluation",
     "precision",
@@ -51,10 +57,17 @@ SCORED_BY = {
     help="Count copies of evaluation images, but leave them in the pool.",
 )
 @assume_option
-@click.option("--teacher", type=click.Path(path_type=Path, file_okay=False),
-              help="A teacher of your own: a folder in timm's layout. [default: the run's teacher/]")  # fmt: skip
+@click.option("--teacher", type=click.Path(path_type=Path),
+              help="A teacher of your own: a folder (timm, transformers) or a file of weights. "
+                   "[default: the run's teacher/]")  # fmt: skip
+@architecture_option
 def command(
-    context: Context, teacher: Path | None, assume_class_order: bool, engine: EngineSettings, **rules: object
+    context: Context,
+    teacher: Path | None,
+    architecture: str | None,
+    assume_class_order: bool,
+    engine: EngineSettings,
+    **rules: object,
 ) -> None:
     """Score the pool and keep the K most probable images of each class.
 
@@ -64,6 +77,8 @@ def command(
     Reads: teacher/ (or --teacher) and the pool. Writes: scores/, selection.parquet, rejected/.
     """
     context = with_changes(context, **{f"filter__{name}": value for name, value in rules.items()})
+    if teacher is not None:
+        teacher = network_folder(context, teacher, architecture)
     record = execute(context, lambda c: plan(c, teacher, engine, assume_class_order))
     if "result" in record:
         for line in class_table(record["result"]):
@@ -91,9 +106,12 @@ def plan(
         context.run.require("pretrain", "mpl pretrain")
     if not (folder / WEIGHTS).is_file():
         load_network(folder)  # for its message
-    names = context.data_set.split("labelled").class_names
-    stated = stated_names(read_json(folder / CONFIG), f"teacher {folder}")
-    order = list(range(len(names))) if stated is None else order_of(stated, names, f"teacher {folder}")
+    names, teacher_is = context.data_set.split("labelled").class_names, read_description(folder)
+    digest, outputs = sha256_file(folder / WEIGHTS), teacher_is.arguments["num_classes"]
+    known = (context.run.record("filter") or {}).get("result", {})
+    if known.get("teacher_sha256") == digest:
+        assume_class_order |= known.get("assumed_class_order", False)  # it was said before
+    order = order_or_assumed(teacher_is.class_names, outputs, names, f"teacher {folder}", assume_class_order)
     if order != list(range(len(names))):
         context.console.note(f"teacher {folder} has the data set's classes in another order; they are matched by name")
         basis_classes = {"classes": order}
@@ -102,7 +120,8 @@ def plan(
     settings = context.recipe.filter
     copies = settings.copies.enabled and bool(evaluation_splits(context))
     basis = {
-        "teacher": sha256_file(folder / WEIGHTS),
+        "teacher": digest,
+        "preprocessing": teacher_is.preprocessing(),
         "pool": context.data_set.split("unlabelled").fingerprint(),
         "evaluation": [VERSION, *(split.fingerprint() for split in evaluation_splits(context))] if copies else [],
         "precision": context.precision,
@@ -190,6 +209,8 @@ def work(
             context.console.note(f"{len(shards) - len(left):,} of {len(shards):,} shards are scored already")
         device_of(context, engine)  # before anything takes time
         network = load_teacher(context, folder, engine, assume_class_order)
+        if folder != (context.run / "teacher").resolve():
+            tell_accuracy(context, scorer(context, network))
         copies = copy_index(context, folder)
         scorer_of_all = ScoreWork(scorer(context, network, engine), scores, mark, copies)
         scoring = _score(context, left, scorer_of_all, engine)
@@ -212,12 +233,33 @@ def work(
     return {
         "teacher": str(folder),
         "teacher_sha256": basis["teacher"],
+        "assumed_class_order": assume_class_order,
         "k": context.recipe.filter.k,
         "scores_fingerprint": mark,
         "scoring": scoring,
         "left_out": dict(Counter(entry.reason for entry in left_out)),
         **asdict(filtered),
     }
+
+
+def tell_accuracy(context: Context, teacher: Scorer) -> None:
+    """How a teacher that was trained elsewhere does on the labelled images: a wrong size, scale or order shows."""
+    split = context.data_set.split("labelled")
+    samples = [sample for _, sample in split.read()]
+    p, places = infer_distributions(samples, teacher)
+    if not len(places):
+        return
+    labels = np.array([samples[place].label for place in places])
+    right = int((p.argmax(axis=1) == labels).sum())
+    majority = int(np.bincount(labels).max())
+    doubt = (
+        f"naming the most frequent class for all would be right about {majority:,}; the size, mean and std of its "
+        "config.json, or the order of its classes, may be wrong"
+    )
+    context.console.note(
+        f"the teacher is right about {right:,} of the {len(labels):,} labelled images"
+        + ("" if right > majority else f". WARNING: {doubt}")
+    )
 
 
 def _score(context: Context, shards: list[Shard], work: ScoreWork, engine: EngineSettings) -> dict[str, float]:

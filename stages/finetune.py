@@ -2,11 +2,8 @@
 
 import click
 
-from pipeline.assembly import Output
-from pipeline.checkpoints import CHECKPOINTS
-from pipeline.storage.files import fingerprint
 from pipeline.trainings import finetune
-from stages.basis import network_outputs, training_basis
+from stages.basis import network_outputs, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
@@ -34,14 +31,13 @@ def plan(context: Context, name: str | None = None) -> Stage:
         labelled=context.data_set.split("labelled").fingerprint(),
         student=trained(context, name)["result"]["weights_sha256"],
     )
-    return Stage(
+    return training_stage(
+        context.recipe.finetune,
+        folder,
+        basis,
+        lambda output: finetune(context.assembly, output, source),
         name=stage_name("finetune", name),
-        basis=basis,
         outputs=network_outputs(folder),
-        leftovers=[folder / CHECKPOINTS],
-        work=lambda: finetune(context.assembly, Output(folder, fingerprint(basis)), source),
         summary=lambda result: f"Finetuned student: {on_validation(result)}",
-        replaces=[folder],
         keeps_recipe=name is None,
-        together=True,
     )

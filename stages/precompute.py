@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from pipeline.errors import RunError, TargetsError
-from pipeline.models import WEIGHTS
+from pipeline.networks.architectures import WEIGHTS
+from pipeline.networks.folders import read_description
 from pipeline.pool.filter import SELECTION_FILE
 from pipeline.pool.scores import open_scored
 from pipeline.pool.selection import read_selection
@@ -133,7 +134,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
             here=scorer(context, network),
         ),
         store_settings(context, basis),
-        preprocessing={"image_size": network.image_size, "mean": network.mean, "std": network.std},
+        preprocessing=read_description(folder).preprocessing(),
         run=partial(run_shards, context, engine or EngineSettings(), images=lambda count: count),
         tell=context.console.note,
     )

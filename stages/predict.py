@@ -21,9 +21,11 @@ from pipeline.data.readers.parquet import ParquetShard
 from pipeline.data.readers.shard import LeftOut
 from pipeline.errors import DataError, UsageError
 from pipeline.evaluate import predict_logits
-from pipeline.models import Network, load_network, to_device
+from pipeline.networks.loading import load_network
+from pipeline.networks.network import Network, to_device
 from pipeline.storage.files import whole_file
 from stages.evaluate import last_student
+from stages.networks import architecture_option, shown_by
 from stages.options import Context, stage_options
 
 SUFFIXES = {".csv", ".parquet"}
@@ -53,11 +55,14 @@ class Table:
 @click.command()
 @stage_options
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--network", type=click.Path(path_type=Path, file_okay=False),
-              help="A network's folder. [default: the run's last student]")  # fmt: skip
+@click.option("--network", type=click.Path(path_type=Path),
+              help="A network's folder, or a file of weights. [default: the run's last student]")  # fmt: skip
+@architecture_option
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("predictions.csv"),
               show_default=True, help="A .csv or .parquet file.")  # fmt: skip
-def command(context: Context, inputs: tuple[Path, ...], network: Path | None, output: Path) -> None:
+def command(
+    context: Context, inputs: tuple[Path, ...], network: Path | None, architecture: str | None, output: Path
+) -> None:
     """Classify images: files, folders, archives (.tar, .tar.gz, .zip, WebDataset) or Parquet files.
 
     Writes a row for everything that is found, in its order: key (the path as given), status, detail, prediction, and
@@ -71,7 +76,7 @@ def command(context: Context, inputs: tuple[Path, ...], network: Path | None, ou
     if context.dry_run:
         context.console.note(f"predict: would classify {', '.join(map(str, inputs))} into {output}")
         return
-    result = work(context, inputs, network, output)
+    result = work(context, inputs, network, architecture, output)
     states = ", ".join(f"{count:,} {state}" for state, count in result["states"].items())
     context.console.note(f"predict: {sum(result['states'].values()):,} entries found: {states}; {output}")
     if context.as_json:
@@ -120,10 +125,12 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def work(context: Context, inputs: Iterable[Path], network: Path | None, output: Path) -> dict[str, Any]:
+def work(
+    context: Context, inputs: Iterable[Path], network: Path | None, architecture: str | None, output: Path
+) -> dict[str, Any]:
     """Classify and write the table."""
     folder = network if network is not None else last_student(context)
-    loaded = to_device(load_network(folder), context.device)
+    loaded = to_device(load_network(folder, architecture, shown_by(context)), context.device)
     table = classified(context, loaded, entries(inputs))
     write(table, loaded.class_names, output)
     states = Counter(table.states)
@@ -159,7 +166,9 @@ def classified(context: Context, network: Network, found: Iterable[Entry]) -> Ta
         pixels.clear()
         rows.clear()
 
-    for entry, image, status, detail in decode_stream(found, size, default_workers(size), data_of=lambda e: e.data):
+    for entry, image, status, detail in decode_stream(
+        found, size, default_workers(size), data_of=lambda e: e.data, framing=network.framing
+    ):
         table.keys.append(entry.key)
         table.states.append(str(status) if entry.left_out is None else entry.left_out.reason)
         table.details.append(detail if entry.left_out is None else entry.left_out.detail)

@@ -2,11 +2,8 @@
 
 import click
 
-from pipeline.assembly import Output
-from pipeline.checkpoints import CHECKPOINTS
-from pipeline.storage.files import fingerprint
 from pipeline.trainings import pretrain
-from stages.basis import network_outputs, training_basis
+from stages.basis import network_outputs, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
@@ -27,13 +24,12 @@ def plan(context: Context) -> Stage:
     folder = context.run / "teacher"
     labelled = context.data_set.split("labelled").fingerprint()
     basis = training_basis(context, context.recipe.pretrain, labelled=labelled)
-    return Stage(
+    return training_stage(
+        context.recipe.pretrain,
+        folder,
+        basis,
+        lambda output: pretrain(context.assembly, output),
         name="pretrain",
-        basis=basis,
         outputs=network_outputs(folder),
-        leftovers=[folder / CHECKPOINTS],
-        work=lambda: pretrain(context.assembly, Output(folder, fingerprint(basis))),
         summary=lambda result: f"Teacher: {on_validation(result)}",
-        replaces=[folder],
-        together=True,
     )

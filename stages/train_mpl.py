@@ -4,11 +4,8 @@ from typing import Any
 
 import click
 
-from pipeline.assembly import Output
-from pipeline.checkpoints import CHECKPOINTS
-from pipeline.storage.files import fingerprint
 from pipeline.trainings import mpl_settings, train_mpl, uses_pool
-from stages.basis import network_outputs, require_engine, training_basis
+from stages.basis import network_outputs, require_engine, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
@@ -51,15 +48,14 @@ def plan(context: Context, name: str | None = None) -> Stage:
     outputs = network_outputs(folder)
     if not settings.alone:
         outputs += network_outputs(folder / "teacher")
-    stage = Stage(
+    stage = training_stage(
+        settings,
+        folder,
+        basis,
+        lambda output: train_mpl(context.assembly, output, teacher),
         name=stage_name("train-mpl", name),
-        basis=basis,
         outputs=outputs,
-        work=lambda: train_mpl(context.assembly, Output(folder, fingerprint(basis)), teacher),
         summary=lambda result: f"{result['method']}: {on_validation(result)}",
-        replaces=[folder],
-        leftovers=[folder / CHECKPOINTS],
         keeps_recipe=name is None,
-        together=True,
     )
     return own_student(context, stage, "train-mpl", name)

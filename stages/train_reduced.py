@@ -1,16 +1,14 @@
 """`mpl train-reduced`: targets + labelled images → student/, with the calibrator, or with a baseline's teacher."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from pipeline.assembly import Output
-from pipeline.checkpoints import CHECKPOINTS
-from pipeline.storage.files import fingerprint
+from pipeline.config import Reading
 from pipeline.targets import TargetsStore
 from pipeline.trainings import CALIBRATOR, pool_reading, train_reduced
-from stages.basis import network_outputs, require_engine, training_basis
+from stages.basis import network_outputs, require_engine, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
@@ -57,21 +55,20 @@ def plan(context: Context, name: str | None = None) -> Stage:
     outputs = network_outputs(folder)
     if settings.teacher == "calibrator":
         outputs.append(folder / CALIBRATOR)
-    stage = Stage(
+    stage = training_stage(
+        settings,
+        folder,
+        basis,
+        lambda output: work(context, output, basis.get("reading", "memory")),
         name=stage_name("train-reduced", name),
-        basis=basis,
         outputs=outputs,
-        work=lambda: work(context, folder, basis),
         summary=lambda result: f"Student ({result['method']}): {on_validation(result)}",
-        replaces=[folder],
-        leftovers=[folder / CHECKPOINTS],
         keeps_recipe=name is None,
-        together=True,
     )
     return own_student(context, stage, "train-reduced", name)
 
 
-def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any]:
+def work(context: Context, output: Output, reading: Reading) -> dict[str, Any]:
     """Open the targets and train."""
     store = None
     if context.recipe.train_reduced.teacher != "none":
@@ -80,5 +77,4 @@ def work(context: Context, folder: Path, basis: dict[str, Any]) -> dict[str, Any
         store = TargetsStore.open(
             context.store / "targets", teacher=precomputed["teacher_sha256"], class_names=class_names
         )
-    output = Output(folder, fingerprint(basis))
-    return train_reduced(context.assembly, output, store, basis.get("reading", "memory"))
+    return train_reduced(context.assembly, output, store, reading)

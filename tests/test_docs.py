@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.config import ModelSettings
-from pipeline.models import build_network, save_network
+from pipeline.networks.folders import save_network
+from pipeline.networks.network import build_network
 from pipeline.storage.metrics import read_metrics
 from stages.cli import COMMANDS, LazyGroup
 

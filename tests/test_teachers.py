@@ -21,7 +21,7 @@ from pipeline.data.manifest import load_manifest
 from pipeline.data.sets import LabelledSet, PoolSet
 from pipeline.data.sources import open_split
 from pipeline.evaluate import evaluate_logits, predict_logits
-from pipeline.models import build_network
+from pipeline.networks.network import build_network
 from pipeline.student import Feedback
 from pipeline.teachers import Calibrator, CalibratorNetwork, FixedTargets
 from pipeline.training import Journal, Training

@@ -1,12 +1,12 @@
 """The data set of a recipe: its splits, opened, and decoded to the recipe's size."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.classes import SHOWN
 from pipeline.config import DataSettings
-from pipeline.data.decode import default_workers
+from pipeline.data.decode import WHOLE, Framing, default_workers
 from pipeline.data.decoded import Images, load_images
 from pipeline.data.draw import stratified
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
@@ -46,9 +46,9 @@ class DataSet:
             return stratified(split, self.settings.labelled, self.seed)
         return split
 
-    def images(self, split: Split, size: int | None = None) -> Images:
+    def images(self, split: Split, size: int | None = None, framing: Framing = WHOLE) -> Images:
         """Decode a split; what did not decode is told."""
-        images = self.decoded(split.read(), split.name, split.fingerprint(), size)
+        images = self.decoded(split.read(), split.name, split.fingerprint(), size, framing)
         if images.skipped:
             first = images.skipped[0]
             self.note(
@@ -61,17 +61,24 @@ class DataSet:
         return images
 
     def decoded(
-        self, samples: Iterable[tuple[str, Sample]], name: str, identity: str, size: int | None = None
+        self,
+        samples: Iterable[tuple[str, Sample]],
+        name: str,
+        identity: str,
+        size: int | None = None,
+        framing: Framing = WHOLE,
     ) -> Images:
         """Decode to the recipe's size, or another; beyond `memory_gib` into a file that all processes share.
 
         `identity` changes when the samples do.
         """
         size = size or self.settings.image_size
+        shown = [identity, size] if framing == WHOLE else [identity, size, asdict(framing)]
         return load_images(
             samples,
             size,
-            place=self.scratch / f"{name}-{fingerprint([identity, size])[:16]}",
+            place=self.scratch / f"{name}-{fingerprint(shown)[:16]}",
             memory_limit=int(self.settings.memory_gib * 2**30) // processes_here(),
             workers=default_workers(size),
+            framing=framing,
         )

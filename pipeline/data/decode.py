@@ -1,12 +1,14 @@
 """From the bytes of any image file to RGB pixels of one size, with a status instead of an exception."""
 
 import io
+import math
 import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple, TypeVar
@@ -40,6 +42,38 @@ class Status(StrEnum):
     too_large = "too_large"
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How an image of any shape becomes a square: what timm's evaluation does with the values of these names.
+
+    Attributes:
+        crop_pct: the side of the square as a share of what the image is resized to, in (0, 1].
+        interpolation: bicubic, bilinear, lanczos, box, hamming or nearest.
+        crop_mode: center resizes the shorter side and cuts the centre out; squash resizes both.
+    """
+
+    crop_pct: float = 1.0
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct (={self.crop_pct:g}) must lie in (0, 1]")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation (={self.interpolation!r}) must be one of {', '.join(INTERPOLATIONS)}")
+        if self.crop_mode not in ("center", "squash"):
+            raise ValueError(f"crop_mode (={self.crop_mode!r}) must be center or squash")
+
+    def scaled(self, size: int) -> int:
+        """What the shorter side is resized to, pixels."""
+        return math.floor(size / self.crop_pct)
+
+
+INTERPOLATIONS = {name.lower(): Image.Resampling[name] for name in Image.Resampling.__members__}
+WHOLE = Framing()
+"""The whole of the shorter side: what networks trained here are shown."""
+
+
 class Skipped(NamedTuple):
     """An entry that gave no image."""
 
@@ -55,34 +89,34 @@ def default_workers(size: int) -> int:
     return 1 if size < SMALL else os.cpu_count() or 1
 
 
-def decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
+def decode(data: bytes, size: int, framing: Framing = WHOLE) -> tuple[np.ndarray | None, Status, str]:
     """Decode one image; nothing that `data` holds makes it raise.
 
     The first frame is turned upright as its EXIF says, drawn on white where it is transparent,
-    converted to 8-bit RGB, its shorter side brought to `size` (antialiased bicubic) and its centre cut
-    out. An image of size × size keeps its pixels. A PNG whose comments, colour profile or checksums of these are
-    broken or too long is read without them.
+    converted to 8-bit RGB, resized (antialiased) and cut as `framing` says; by default its shorter side is brought to
+    `size` and its centre cut out, and an image of size × size keeps its pixels. A PNG whose comments, colour profile or
+    checksums of these are broken or too long is read without them.
 
     Returns:
         The pixels, uint8 (size, size, 3), or None; the status; and why, for people.
     """
     if not data:
         return None, Status.empty, "no bytes"
-    pixels, status, detail = _decode(data, size)
+    pixels, status, detail = _decode(data, size, framing)
     if status is Status.decode_error and data.startswith(PNG):
         try:
-            return _decode(_bare_png(data), size)
+            return _decode(_bare_png(data), size, framing)
         except ValueError:
             return None, status, detail  # of the file as it is
     return pixels, status, detail
 
 
-def _decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
+def _decode(data: bytes, size: int, framing: Framing) -> tuple[np.ndarray | None, Status, str]:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None, Status.too_large, TOO_LARGE
-            return _pixels(image, size, data), Status.ok, ""
+            return _pixels(image, size, data, framing), Status.ok, ""
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None, Status.too_large, TOO_LARGE
     except UnidentifiedImageError:
@@ -94,7 +128,7 @@ def _decode(data: bytes, size: int) -> tuple[np.ndarray | None, Status, str]:
 
 
 def decode_stream(
-    items: Iterable[T], size: int, workers: int = 0, *, data_of: Callable[[T], bytes]
+    items: Iterable[T], size: int, workers: int = 0, *, data_of: Callable[[T], bytes], framing: Framing = WHOLE
 ) -> Iterator[tuple[T, np.ndarray | None, Status, str]]:
     """Decode a stream in its order: each item with what `decode` says of its bytes.
 
@@ -104,10 +138,11 @@ def decode_stream(
         workers: threads (Pillow releases the interpreter's lock while it decodes, which pays for images
             of more than about 100 pixels); 0 is none. At most two chunks per thread are under way.
         data_of: gives an item's bytes.
+        framing: how images of another shape become squares.
     """
 
     def work(chunk: list[T]) -> list[tuple[T, np.ndarray | None, Status, str]]:
-        return [(item, *decode(data_of(item), size)) for item in chunk]
+        return [(item, *decode(data_of(item), size, framing)) for item in chunk]
 
     chunks = _chunks(items, data_of)
     if workers < 1:
@@ -150,19 +185,37 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _pixels(image: Image.Image, size: int, data: bytes) -> np.ndarray:
-    image.draft("RGB", (2 * size, 2 * size))  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
+def _pixels(image: Image.Image, size: int, data: bytes, framing: Framing) -> np.ndarray:
+    image.draft(
+        "RGB", (2 * framing.scaled(size),) * 2
+    )  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
     image.load()
     if image.format == "PNG" and "transparency" in image.info:
         image.info["transparency"] = _as_stored(image, data[DEPTH_AT])
     inverted = image.format == "TIFF" and image.mode != "L" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
     rgb = _rgb(_upright(image), inverted)
-    if rgb.size != (size, size):
+    return np.array(_square(rgb, size, framing))  # (size, size, 3)
+
+
+def _square(rgb: Image.Image, size: int, framing: Framing) -> Image.Image:
+    method = INTERPOLATIONS[framing.interpolation]
+    if framing.crop_mode == "squash":
+        scaled = (framing.scaled(size),) * 2
+    elif framing.crop_pct == 1:
         side = min(rgb.size)
         left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
         box = (left, top, left + side, top + side)
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.array(rgb)  # (size, size, 3)
+        return rgb if rgb.size == (size, size) else rgb.resize((size, size), method, box=box)
+    else:
+        shorter = framing.scaled(size)
+        scaled = (
+            (shorter, shorter * rgb.height // rgb.width)
+            if rgb.width <= rgb.height
+            else (shorter * rgb.width // rgb.height, shorter)
+        )
+    resized = rgb if rgb.size == scaled else rgb.resize(scaled, method)
+    left, top = (round((side - size) / 2) for side in scaled)  # as torchvision's CenterCrop rounds
+    return resized.crop((left, top, left + size, top + size))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from pipeline.data.decode import Skipped, Status, decode_stream
+from pipeline.data.decode import WHOLE, Framing, Skipped, Status, decode_stream
 from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, RunError
 from pipeline.storage.files import remove_leftovers, whole_file
@@ -50,6 +50,7 @@ def load_images(
     place: Path | None = None,
     memory_limit: int = MEMORY_LIMIT,
     workers: int = 0,
+    framing: Framing = WHOLE,
 ) -> Images:
     """Decode a stream of (shard name, sample) to `size` × `size` pixels, keeping its order.
 
@@ -61,6 +62,7 @@ def load_images(
             place map them, also at a later start. None keeps the set in memory.
         memory_limit: bytes.
         workers: threads that decode (Pillow releases the interpreter's lock); 0 = in this one.
+        framing: how images of another shape become squares; of `place`, too, always the same.
 
     Raises:
         DataError: no entry gave an image.
@@ -69,7 +71,7 @@ def load_images(
     if place is not None and (mapped := _mapped(place, size)):
         return mapped
     decoding = _Decoding(size)
-    stream = decode_stream(samples, size, workers, data_of=lambda entry: entry[1].data)
+    stream = decode_stream(samples, size, workers, data_of=lambda entry: entry[1].data, framing=framing)
     for entry in stream:
         decoding.add(*entry)
         if place is not None and decoding.nbytes > memory_limit:

@@ -24,7 +24,7 @@ from pipeline.distributed.layouts import Layout, lay_out
 from pipeline.distributed.placement import Placement
 from pipeline.errors import RecipeError, UserError
 from pipeline.methods import Method, Views
-from pipeline.models import resolve
+from pipeline.networks.network import resolve
 from pipeline.optim import average_with_warmup, build_optimizer
 from pipeline.plan.footprint import Images
 from pipeline.student import Student

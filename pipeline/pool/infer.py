@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.data.decode import decode
+from pipeline.data.decode import WHOLE, Framing, decode
 from pipeline.errors import DataError, UsageError
-from pipeline.models import Network
+from pipeline.networks.network import Network
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HASH_BYTES = 16  # of BLAKE2b, of an image's pixels
@@ -92,6 +92,7 @@ class Scorer:
         device: a torch device.
         precision: float32, bfloat16 or float16 (the latter two by autocast).
         threads: at work on batches; None: one for each core that this process may use.
+        framing: how it is shown images of another shape.
     """
 
     model: nn.Module
@@ -103,13 +104,14 @@ class Scorer:
     device: str = "cpu"
     precision: str = "float32"
     threads: int | None = None
+    framing: Framing = WHOLE
 
     @classmethod
     def of(cls, network: Network, **options: Any) -> "Scorer":
         """Of a saved or built network, in evaluation mode; `options` are further fields."""
         network.model.eval()
-        size, names = network.image_size, tuple(network.class_names)
-        return cls(network.model, names, size, network.mean, network.std, **options)
+        size, names, framing = network.image_size, tuple(network.class_names), network.framing
+        return cls(network.model, names, size, network.mean, network.std, framing=framing, **options)
 
     @property
     def lanes(self) -> int:
@@ -206,7 +208,7 @@ def infer_batches(
     turn = threading.Semaphore(scorer.lanes)
 
     def work(group: Sequence[Encoded]) -> Inferred[More]:
-        decoded = decode_batch(group, scorer.size)
+        decoded = decode_batch(group, scorer.size, scorer.framing)
         if not decoded.good.size:
             return Inferred(decoded, np.empty((0, len(scorer.class_names)), np.float32), None, 0.0)
         with turn:
@@ -241,7 +243,7 @@ def infer_distributions(samples: Iterable[Encoded], scorer: Scorer) -> tuple[NDA
     return np.concatenate(inferred), np.concatenate(good)
 
 
-def decode_batch(samples: Sequence[Encoded], size: int) -> Decoded:
+def decode_batch(samples: Sequence[Encoded], size: int, framing: Framing = WHOLE) -> Decoded:
     """Decode samples to `size` × `size` pixels; what does not decode has a status."""
     pixels = np.empty((len(samples), size, size, 3), np.uint8)
     hashes = np.empty((len(samples), HASH_BYTES), np.uint8)
@@ -249,7 +251,7 @@ def decode_batch(samples: Sequence[Encoded], size: int) -> Decoded:
     detail: list[str | None] = []
     good: list[int] = []
     for place, sample in enumerate(samples):
-        image, outcome, why = decode(sample.data, size)
+        image, outcome, why = decode(sample.data, size, framing)
         status.append(str(outcome))
         detail.append(why or None)
         if image is not None:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -31,7 +31,12 @@ from pipeline.storage.files import Location, fingerprint, opened, read_json, wri
 FORMAT = 1
 NOT_DONE = "not done yet"
 RUN_FILE, RECORD_FILE, STARTED_FILE, LOCK_FILE = "run.json", "record.json", "started.json", ".lock"
+NETWORKS_FOLDER = "networks"  # those that a person brings
+BEFORE = (LOCK_FILE, NETWORKS_FOLDER)  # what may be there before there is a run
 STORE_FILE = "store.json"  # which run a store outside a run directory belongs to
+
+
+Longer = Literal["goes on", "is another training"]  # what more steps of a finished training are
 
 
 class Action(StrEnum):
@@ -71,7 +76,7 @@ class Run:
         if self.root.exists() and not self.root.is_dir():
             raise RunError(f"{self.root} is a file; --run must name a directory")
         if not path.exists():
-            foreign = [] if not self.root.is_dir() else [e.name for e in self.root.iterdir() if e.name != LOCK_FILE]
+            foreign = [] if not self.root.is_dir() else [e.name for e in self.root.iterdir() if e.name not in BEFORE]
             if foreign:
                 raise RunError(
                     f"{self.root} is not a run directory: it has no {RUN_FILE}, but holds "
@@ -189,6 +194,7 @@ class Run:
         *,
         force: bool,
         cheap: frozenset[str] = frozenset(),
+        longer: Longer | None = None,
     ) -> Decision:
         """What the stage would do with this basis.
 
@@ -198,6 +204,7 @@ class Run:
             outputs: paths that exist when it is done.
             force: make again whatever is there.
             cheap: top-level keys of the basis that may change without being refused.
+            longer: of a training, what more steps of it are.
         """
         done = self.record(stage)
         missing = [path for path in outputs if not path.exists()]
@@ -205,6 +212,17 @@ class Run:
         started = read_json(started_path) if started_path.exists() else None
         if force:
             return Decision(Action.RUN, "--force: what is there is made again")
+        before = done or started
+        if before is not None and longer and (steps := _more_steps(before["basis"], basis)):
+            if longer == "goes on":
+                return Decision(Action.RESUME, f"goes on: {steps}")
+            return Decision(
+                Action.REFUSE,
+                f"{self.root}: {stage} was {'done' if done else 'begun'} with fewer steps ({steps}), and cannot be "
+                "continued: its learning rate falls until the last step (schedule.kind: cosine), so every step "
+                "differs. Give --force to make it again, or another --run to keep both; with schedule.kind: "
+                "constant or exponential a training can be made longer",
+            )
         if done is not None:
             if done["fingerprint"] == fingerprint(basis):
                 if not missing:
@@ -271,6 +289,14 @@ class Run:
         write_json(self.root / stage / RECORD_FILE, record)
         (self.root / stage / STARTED_FILE).unlink(missing_ok=True)
         return record
+
+
+def _more_steps(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """'settings.steps: 1 → 2' where the bases differ in nothing else, and the steps are more."""
+    changes = differences(before, after)
+    if len(changes) != 1 or not changes[0].startswith("settings.steps: "):
+        return None
+    return changes[0] if after["settings"]["steps"] > before["settings"]["steps"] else None
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline.models import load_network, save_network
+from pipeline.networks.folders import save_network
+from pipeline.networks.loading import load_network
 from pipeline.report.experiments.comparison import Comparison
 from pipeline.report.experiments.report import About
 from pipeline.report.experiments.results import Contrast, Results

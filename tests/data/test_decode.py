@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from timm.data import create_transform
 
-from pipeline.data.decode import MAX_PIXELS, Status, decode, decode_stream
+from pipeline.data.decode import MAX_PIXELS, Framing, Status, decode, decode_stream
 from tests.data.made_images import encode, noise
 
 
@@ -389,3 +391,37 @@ def test_heic() -> None:
     pixels, status, _ = decode(buffer.getvalue(), 64)
     assert status is Status.ok
     assert np.abs(pixels.astype(int) - picture).mean() < 4
+
+
+# --- framing: as timm's evaluation does it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (97, 64), (64, 97), (64, 64), (40, 31), (500, 60)])
+@pytest.mark.parametrize(
+    "framing",
+    [
+        Framing(0.875),
+        Framing(0.95, "bilinear"),
+        Framing(0.8, "lanczos"),
+        Framing(1.0, "bilinear", "squash"),
+        Framing(0.9, "bicubic", "squash"),
+    ],
+    ids=str,
+)
+def test_framing_gives_the_pixels_of_timms_evaluation(shape: tuple[int, int], framing: Framing) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8))
+    transform = create_transform(
+        input_size=(3, 64, 64), is_training=False, mean=(0.0,) * 3, std=(1.0,) * 3,
+        crop_pct=framing.crop_pct, interpolation=framing.interpolation, crop_mode=framing.crop_mode,
+    )  # fmt: skip
+    expected = (transform(picture) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    image, status, _ = decode(encode(picture, "PNG"), 64, framing)
+    assert status is Status.ok
+    assert np.array_equal(image, expected)
+
+
+def test_by_default_an_image_of_the_size_is_not_cropped_and_with_a_framing_it_is() -> None:
+    picture = Image.fromarray(noise(32))
+    whole, cropped = (decode(encode(picture, "PNG"), 32, framing)[0] for framing in (Framing(), Framing(0.5)))
+    assert np.array_equal(whole, np.asarray(picture))
+    assert np.array_equal(cropped, np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))[16:48, 16:48])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pipeline import trainings
 from pipeline.data.sets import LabelledSet, with_wrong_labels
 from pipeline.errors import RunError
-from pipeline.models import load_network
+from pipeline.networks.loading import load_network
 from pipeline.storage.metrics import read_metrics
 
 TINY = """

@@ -19,7 +19,7 @@ from pipeline.config import ModelSettings, OptimizerSettings, TrainSettings
 from pipeline.data.order import StreamOrder, file_order
 from pipeline.data.sets import LabelledSet, PoolSet
 from pipeline.errors import DataError, TargetsError
-from pipeline.models import build_network
+from pipeline.networks.network import build_network
 from pipeline.seeds import permutation
 from pipeline.storage.tables import fixed_binary
 from pipeline.targets import TargetsStore

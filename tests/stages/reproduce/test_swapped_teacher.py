@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.models import build_network, load_network, save_network
+from pipeline.networks.folders import save_network
+from pipeline.networks.loading import load_network
+from pipeline.networks.network import build_network
 from stages.options import changed
 from stages.reproduce import swapped_teacher as module
 from stages.reproduce.swapped_teacher import FEEDBACK, FIXED, UNSWAPPED, VARIANTS

@@ -9,8 +9,10 @@ import torch
 
 from pipeline.config import ModelSettings
 from pipeline.errors import CheckpointError, DataError, RecipeError
-from pipeline.models import Network, build_network, load_network, require_classifier, save_network
-from pipeline.network_classes import with_classes_of
+from pipeline.networks.classes import with_classes_of
+from pipeline.networks.folders import save_network
+from pipeline.networks.loading import load_network
+from pipeline.networks.network import Network, build_network, require_classifier
 
 NAMES = [f"class {i}" for i in range(10)]
 HALF = (0.5, 0.5, 0.5)

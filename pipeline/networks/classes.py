@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.classes import ClassNames, canonical
 from pipeline.errors import DataError
-from pipeline.models import Network
+from pipeline.networks.network import Network
 
 
 class Reordered(nn.Module):
@@ -46,6 +46,33 @@ def order_of(network_names: Sequence[str], names: Sequence[str], where: str) -> 
     return [places.index(label) for label in range(len(names))]
 
 
+def order_or_assumed(
+    stated: Sequence[str] | None, outputs: int, names: Sequence[str], where: str, assume_order: bool
+) -> list[int]:
+    """As `order_of`, for a network that may not name its classes.
+
+    Args:
+        stated: its names, None if it has none.
+        outputs: how many it has.
+        names, where: as in `order_of`.
+        assume_order: whether outputs without names are in the data set's order.
+
+    Raises:
+        DataError: its classes are others; or it names none, and nobody said that the order is right.
+    """
+    if stated is not None:
+        return order_of(stated, names, where)
+    if outputs != len(names):
+        raise DataError(f"{where} has {outputs} classes, the data set {len(names)}")
+    if not assume_order:
+        raise DataError(
+            f"{where} does not say which classes its {len(names)} outputs are; in a wrong order every label would "
+            f"be wrong. Write them into its config.json as `label_names`; or, if they are in the data set's order "
+            f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): --assume-class-order"
+        )
+    return list(range(len(names)))
+
+
 def with_classes_of(network: Network, names: Sequence[str], where: str, assume_order: bool = False) -> Network:
     """The network with its outputs in the order of a data set's classes, which are compared by name.
 
@@ -58,16 +85,7 @@ def with_classes_of(network: Network, names: Sequence[str], where: str, assume_o
     Raises:
         DataError: its classes are others; or it names none, and nobody said that the order is right.
     """
-    if not network.states_classes:
-        if len(network.class_names) != len(names):
-            raise DataError(f"{where} has {len(network.class_names)} classes, the data set {len(names)}")
-        if not assume_order:
-            raise DataError(
-                f"{where} does not say which classes its {len(names)} outputs are; in a wrong order every label would "
-                f"be wrong. Write them into its config.json as `label_names`; or, if they are in the data set's order "
-                f"({', '.join(names[:5])}{', …' if len(names) > 5 else ''}): --assume-class-order"
-            )
-        return replace(network, class_names=list(names), states_classes=True)
-    order = order_of(network.class_names, names, where)
+    stated = network.class_names if network.states_classes else None
+    order = order_or_assumed(stated, len(network.class_names), names, where, assume_order)
     model = network.model if order == list(range(len(names))) else Reordered(network.model, order)
-    return replace(network, model=model, class_names=list(names))
+    return replace(network, model=model, class_names=list(names), states_classes=True)
