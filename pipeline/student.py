@@ -23,6 +23,7 @@ from pipeline.errors import FeedbackError, NonFiniteError, UsageError
 from pipeline.gradient.derivative import Engine, check_engine, directional_derivative
 from pipeline.gradient.labelled_loss import LabelledLoss
 from pipeline.gradient.micro_batches import micro_batches
+from pipeline.gradient.repeatable import CHECKS, check_repeatable
 from pipeline.gradient.replay import Replay, log_probabilities, record
 from pipeline.gradient.update_rules import Update, check_hooks, check_rule
 
@@ -60,6 +61,7 @@ class Student:
         self.ranks = ranks
         self.micro_batches = micro_batches
         self.steps_taken = 0
+        self._checks_left = CHECKS
 
     @property
     def module(self) -> nn.Module:
@@ -94,7 +96,8 @@ class Student:
 
         Raises:
             UsageError: the arguments are not of these shapes, or the network returns no logits (B, C).
-            FeedbackError: the optimiser has no derivative here, or a hook may change its step.
+            FeedbackError: the optimiser has no derivative here, a hook may change its step, or the network does
+                not do the same twice (which the first steps try out).
             NonFiniteError: the loss or the gradient is NaN or infinite, on whatever rank; weights and
                 optimiser state are untouched, on all ranks.
         """
@@ -107,6 +110,10 @@ class Student:
                 check_hooks(self.module, self.optimizer)
         before = None if probe is None else self.labelled_loss.value(*probe)
         loss, log_p, replays = self._forward_and_backward(images, targets, weight, replay)
+        if replay and self._checks_left:
+            compiled = self.module is not self.model and hasattr(self.model, "_orig_mod")
+            check_repeatable(replays[0], log_p[: len(replays[0].images)], compiled=compiled)
+            self._checks_left -= 1
         norm = clip_gradients(self.module, self.clip_norm, f"the student's gradient at its step {self.steps_taken + 1}")
         update = Update.coming(self.module, self.optimizer, self.clip_norm, norm) if replay else None
         lr = float(self.optimizer.param_groups[0]["lr"])

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
@@ -28,6 +30,10 @@ T = TypeVar("T")
 ORIENTATION = 0x0112  # EXIF tag
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value
 OVERSHOOT = 2.0  # greatest value of an image of real numbers from 0 to 1
+JPEG_MODES = {"RGB": "RGB", "L": "GRAY"}  # of Pillow, and what simplejpeg calls them
+JPEG_END = b"\xff\xd9"
+EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]+)")
+STRAY_BYTES = 7  # so many before a marker some cameras leave; a lost block leaves more
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
 DEPTH_AT = 24  # place of the bits of a sample in a PNG, whose first chunk is its header
@@ -189,11 +195,12 @@ def _pixels(image: Image.Image, size: int, data: bytes, framing: Framing) -> np.
     image.draft(
         "RGB", (2 * framing.scaled(size),) * 2
     )  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
-    image.load()
+    picture = _jpeg(image, data) if image.format in ("JPEG", "MPO") and image.mode in JPEG_MODES else image
+    picture.load()
     if image.format == "PNG" and "transparency" in image.info:
         image.info["transparency"] = _as_stored(image, data[DEPTH_AT])
     inverted = image.format == "TIFF" and image.mode != "L" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
-    rgb = _rgb(_upright(image), inverted)
+    rgb = _rgb(_upright(picture, image), inverted)
     return np.array(_square(rgb, size, framing))  # (size, size, 3)
 
 
@@ -218,12 +225,46 @@ def _square(rgb: Image.Image, size: int, framing: Framing) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _jpeg(image: Image.Image, data: bytes) -> Image.Image:
+    """A JPEG's pixels as Pillow would give them (`image` is opened, and has the size to decode to), or nothing.
+
+    Both are libjpeg-turbo; Pillow does not pass on that bytes inside are missing or changed, and what it drew there.
+
+    Raises:
+        ValueError: they are.
+    """
     try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # malformed EXIF is no reason to lose the picture
+        pixels = simplejpeg.decode_jpeg(data, JPEG_MODES[image.mode], min_height=image.height, min_width=image.width)
+    except ValueError as error:
+        if "Premature end of JPEG file" in str(error) and not data.endswith(JPEG_END):
+            return _jpeg(image, data + JPEG_END)  # if nothing but the mark of its end is missing, it is whole
+        if _is_damage(str(error), data):
+            raise ValueError(f"bytes inside are missing or changed ({error})") from error
+        return image  # Pillow knows of more, and takes what is odd but whole
+    if pixels.shape[:2] != (image.height, image.width):
         return image
+    return Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
+
+
+def _is_damage(told: str, data: bytes) -> bool:
+    """Whether a warning of libjpeg's means that the picture is not what was taken."""
+    if extra := EXTRANEOUS.search(told):
+        count, marker = int(extra[1]), bytes((0xFF, int(extra[2], 16)))
+        at = data.rfind(marker)
+        padding = marker == JPEG_END and not set(data[at - count : at]) - {0x00, 0xFF}
+        return count > STRAY_BYTES and not padding
+    return any(words in told for words in ("premature end of data segment", "bad Huffman code", "instead of RST"))
+
+
+def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """The pixels turned as the EXIF of the image that they are of says."""
+    try:
+        if (turned := image.getexif().get(ORIENTATION, 1)) == 1:
+            return picture
+        picture.getexif()[ORIENTATION] = turned
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # malformed EXIF is no reason to lose the picture
+        return picture
 
 
 def _as_stored(image: Image.Image, depth: int) -> object:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.sharded import is_sharded, local, reshard
-from pipeline.errors import UsageError
+from pipeline.errors import FeedbackError, UsageError
 from pipeline.gradient.micro_batches import micro_batches
 from pipeline.gradient.replay import Tensors, call_with, log_probabilities, training_modes
 
@@ -108,7 +108,15 @@ def labelled_loss_gradient(
             log_probabilities(lambda x: call_with(module, parameters | fixed | buffers, x), images, autocast),
             labels,
         )
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise FeedbackError(
+                f"{type(module).__name__} checkpoints activations with use_reentrant=True, which has no gradient of R "
+                "beside the step's own; set use_reentrant=False"
+            ) from error
     named = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
     return loss.detach(), in_memory_of_their_own(named)
 

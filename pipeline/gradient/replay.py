@@ -17,6 +17,7 @@ from pipeline.distributed.sharded import is_sharded, local, reshard
 from pipeline.errors import FeedbackError, UsageError
 
 Tensors = dict[str, Tensor]
+ONE_VALUE = "Expected more than 1 value per channel"  # torch's words
 
 # Largest difference, in nats, allowed between the recorded log-probabilities and the replayed ones. A wrong
 # mask, mode or weight moves them by far more; another attention kernel by 1e-15 (float64) or 5e-7 (float32).
@@ -114,7 +115,16 @@ def call_with(module: nn.Module, tensors: Tensors, images: Tensor) -> Tensor:
 def log_probabilities(network: Callable[[Tensor], Tensor], images: Tensor, autocast: torch.dtype | None) -> Tensor:
     """log softmax of the network's logits, (B, C), at least in float32."""
     with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
-        logits = network(images)
+        try:
+            logits = network(images)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise UsageError(
+                f"a batch normalisation is left with one value per channel, whose variance is none: {len(images)} "
+                f"image(s) of {images.shape[-2]} × {images.shape[-1]} pixels at a time. Take larger batches (or fewer "
+                "micro-batches or processes), larger images, or a network that keeps more than 1 × 1 of them"
+            ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         raise UsageError(f"the network must return logits (B, C), and returned {found}; wrap it in a module that does")

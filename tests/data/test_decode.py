@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
@@ -425,3 +425,76 @@ def test_by_default_an_image_of_the_size_is_not_cropped_and_with_a_framing_it_is
     whole, cropped = (decode(encode(picture, "PNG"), 32, framing)[0] for framing in (Framing(), Framing(0.5)))
     assert np.array_equal(whole, np.asarray(picture))
     assert np.array_equal(cropped, np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))[16:48, 16:48])
+
+
+# --- JPEG: the pixels of Pillow, and what it does not tell --------------------------------------------------
+
+PHOTOGRAPH = Image.fromarray(load_sample_image("china.jpg")).crop((0, 0, 320, 213))
+JPEG_KINDS = [
+    {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+    for quality, subsampling, progressive in ((50, 2, False), (90, 0, False), (90, 1, True), (30, 2, True))
+]
+
+
+def by_pillow(data: bytes, size: int) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (2 * size, 2 * size))
+    upright = ImageOps.exif_transpose(image.convert("RGB"))
+    side = min(upright.size)
+    left, top = (upright.width - side) / 2, (upright.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [16, 45, 128])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(mode: str, size: int, options: dict[str, Any]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for more in ({}, {"exif": exif}):
+        data = encode(PHOTOGRAPH.convert(mode), "JPEG", **options, **more)
+        assert np.array_equal(decoded(data, size), by_pillow(data, size))
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+def test_a_jpeg_with_bytes_missing_inside_is_told(options: dict[str, Any]) -> None:
+    """Where it can be: a baseline stream that falls into step again, with as many blocks, looks whole to any decoder.
+
+    Of 400 such cuts 38% (baseline, quality 50) to 79% (progressive) were told; Pillow alone told 1%.
+    """
+    data = encode(PHOTOGRAPH, "JPEG", **options)
+    random, begin = np.random.default_rng(0), data.index(b"\xff\xda") + 20
+    told = 0
+    for _ in range(60):
+        at = int(random.integers(begin, len(data) - 60))
+        image, status, detail = decode(data[:at] + data[at + int(random.integers(1, 40)) :], 128)
+        if image is None:
+            assert status is Status.decode_error
+            assert "bytes inside are missing or changed" in detail or "broken data stream" in detail
+            told += 1
+    assert told / 60 > (0.65 if options["progressive"] else 0.3)
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+def test_a_jpeg_cut_short_is_told(options: dict[str, Any]) -> None:
+    data = encode(PHOTOGRAPH, "JPEG", **options)
+    cut = [decode(data[: int(len(data) * share)], 64)[0] is None for share in np.linspace(0.1, 0.995, 40)]
+    assert all(cut)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-2],  # without its end marker
+        lambda data: data + b"more" * 20,
+        lambda data: data[:-2] + bytes(300) + data[-2:],  # padded
+        lambda data: data[:-2] + b"\x12\x34" + data[-2:],  # two stray bytes, as some cameras leave
+        lambda data: data[:2] + b"\xff\xfe\x00\x20" + bytes(30) + data[2:],  # a comment
+        lambda data: data[:2] + b"\xff\xe1\x00\x20Exif\x00\x00" + b"\xee" * 24 + data[2:],  # EXIF that is none
+    ],
+)
+@pytest.mark.parametrize("options", JPEG_KINDS[:3:2], ids=str)
+def test_a_jpeg_that_is_odd_but_whole_is_used(change: Any, options: dict[str, Any]) -> None:
+    data = encode(PHOTOGRAPH, "JPEG", **options)
+    assert np.array_equal(decoded(change(data), 64), decoded(data, 64))

@@ -1,11 +1,14 @@
 """Other people's networks and loops: the gradient is right, or it is refused; never wrong without a word."""
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import FeedbackError, NonFiniteError, UsageError
 from pipeline.student import Student
@@ -203,3 +206,132 @@ def test_arguments_of_a_wrong_shape_are_named() -> None:
         step.target_gradient(problem.labelled, targets[:LABELLED])
     with pytest.raises(UsageError, match="labels must be class indices"):
         step.target_gradient(problem.labelled, problem.labels[:2])
+
+
+# --- what cannot be run again as it was --------------------------------------------------------------------
+
+
+class Drawing(nn.Module):
+    """Drops activations by numbers from somewhere; the head may start at zero, so that no logit shows it."""
+
+    def __init__(self, source: str, zero_head: bool) -> None:
+        super().__init__()
+        self.source, self.calls = source, 0
+        self.generator, self.numpy = torch.Generator().manual_seed(3), np.random.default_rng(0)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2), nn.Linear(8, CLASSES)
+        if zero_head:
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        self.calls += 1
+        if self.source == "torch's default generator":
+            x = F.dropout(x, 0.3)
+        elif self.source == "a torch.Generator":
+            x = x * (torch.rand(x.shape, generator=self.generator) > 0.1)
+        elif self.source == "a generator of NumPy":
+            x = x * torch.from_numpy(self.numpy.random(x.shape[1]) > 0.3)[:, None, None]
+        elif self.source == "NumPy":
+            x = x if np.random.random() < 0.9 else 0 * x
+        elif self.source == "Python":
+            x = x if random.random() < 0.9 else 0 * x
+        else:
+            x = x * (1 + 0.01 * self.calls)
+        return self.head(F.relu(self.second(x)).mean((2, 3)))
+
+
+SOURCES = ["a torch.Generator", "a generator of NumPy", "NumPy", "Python", "a counter"]
+
+
+@pytest.mark.parametrize("zero_head", [False, True], ids=["", "head at zero"])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_network_that_does_not_do_the_same_twice(source: str, precision: torch.dtype, zero_head: bool) -> None:
+    torch.manual_seed(0)
+    model = Drawing(source, zero_head).train()
+    before = model.second.weight.detach().clone()
+    student = Student(model, torch.optim.SGD(model.parameters(), 0.1), autocast=precision)
+    words = "from Python or NumPy" if source in ("NumPy", "Python") else "not do the same twice: second differs"
+    with pytest.raises(FeedbackError, match=words):
+        student.learn(torch.randn(8, 3, 16, 16), torch.rand(8, CLASSES).softmax(1))
+    assert torch.equal(model.second.weight, before)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["float32", "bf16"])
+def test_masks_of_torchs_own_generator_are_welcome(precision: torch.dtype) -> None:
+    """And what is tried out leaves the training as it is."""
+    states = []
+    for replay in (True, False):
+        torch.manual_seed(0)
+        model = Drawing("torch's default generator", zero_head=True).train()
+        student = Student(model, torch.optim.SGD(model.parameters(), 0.1), autocast=precision)
+        for _ in range(3):
+            student.learn(torch.randn(8, 3, 16, 16), torch.rand(8, CLASSES).softmax(1), replay=replay)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant  # None: not checkpointed
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(self._middle(x).mean((2, 3)))
+
+    def _middle(self, x: Tensor) -> Tensor:
+        if self.use_reentrant is None:
+            return self._rest(x)
+        return checkpoint(self._rest, x, use_reentrant=self.use_reentrant)
+
+    def _rest(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(x))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_checkpointed_activations() -> None:
+    """Oracle: double backward on the twin without checkpoints, which it cannot see through."""
+    right = problem_of(lambda: Checkpointed(False), "sgd")
+    exact = problem_of(lambda: Checkpointed(None), "sgd").oracle()
+    assert relative_error(right.learn().target_gradient(right.labelled, right.labels), exact) < 1e-9
+    other = problem_of(lambda: Checkpointed(True), "sgd")
+    step = other.learn()
+    with pytest.raises(FeedbackError, match="set use_reentrant=False"):
+        step.target_gradient(other.labelled, other.labels)
+
+
+def test_a_compiled_network_with_masks_of_its_own() -> None:
+    """By a backend that only draws: what is compared is what inductor does with dropout."""
+    torch.manual_seed(0)
+    model = Drawing("torch's default generator", zero_head=False).train()
+
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._orig_mod = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(1)  # the masks are others
+            return self._orig_mod(x)
+
+    student = Student(Compiled(), torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(FeedbackError, match="fallback_random = True"):
+        student.learn(torch.randn(8, 3, 16, 16), torch.rand(8, CLASSES).softmax(1))
+
+
+@pytest.mark.parametrize("labelled", [1, 2])
+def test_one_image_that_a_batch_normalisation_cannot_use(labelled: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, CLASSES)).train()
+    student = Student(model, torch.optim.SGD(model.parameters(), 0.1))
+    targets = torch.rand(2, CLASSES).softmax(1)
+    with pytest.raises(UsageError, match=r"one value per channel.*1 image\(s\) of 8 × 8 pixels"):
+        student.learn(torch.randn(1, 3, 8, 8), targets[:1])
+    step = student.learn(torch.randn(2, 3, 8, 8), targets)
+    if labelled == 1:
+        with pytest.raises(UsageError, match="one value per channel"):
+            step.target_gradient(torch.randn(1, 3, 8, 8), torch.tensor([0]))
+    else:
+        assert step.target_gradient(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])).isfinite().all()

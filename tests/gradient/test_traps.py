@@ -33,7 +33,10 @@ def the_problem() -> Problem:
 def broken(problem: Problem) -> str | None:
     """What is wrong with the gradient or left behind by it."""
     exact = problem.oracle()
-    step = problem.learn()
+    try:
+        step = problem.learn()
+    except FeedbackError as error:
+        return f"guard: {error}"
     model = problem.student.model
     before = {name: b.clone() for name, b in model.named_buffers()}
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -192,7 +195,7 @@ def batch_size_forgotten(patch: Patch) -> None:
 
 OFF, GUARD, STATISTICS = "gradient off by", "guard: the replayed forward differs", "running statistics moved"
 MUTANTS = {
-    other_masks: GUARD,
+    other_masks: "guard: the network does not do the same twice",
     other_masks_unguarded: OFF,
     batch_norm_in_eval_mode: OFF,
     replay_at_the_new_weights: OFF,

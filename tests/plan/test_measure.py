@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import RecipeError
+from pipeline.gradient.repeatable import CHECKS
 from pipeline.plan.predict import Layout, Prediction
 from pipeline.plan.step import PlannedMethod, network_sizes
 from tests.plan.trainings import real_peak, real_step, training
@@ -63,6 +64,8 @@ def test_operations_are_those_of_torch(method: PlannedMethod, micro_batches: int
     layout = Layout(1, 1, micro_batches=micro_batches)
     needs = training(method)
     _, take = real_step(needs, layout)
+    for _ in range(CHECKS):  # the first steps try the network out
+        take(feedback=True)
     counts = []
     for feedback in (True, False):
         with FlopCounterMode(display=False) as counter:
