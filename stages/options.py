@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -46,6 +47,7 @@ class Context:
     dry_run: bool = False
     as_json: bool = False
     ranks: "Ranks | None" = None  # where torchrun started several processes
+    given: tuple[str, ...] = ()  # the recipe and its changes, as words of a command
 
     @property
     def first(self) -> bool:
@@ -208,7 +210,14 @@ def make_context(options: Options, *, console: Console | None = None, parsed: Re
         force=options.force,
         dry_run=options.dry_run,
         as_json=options.as_json,
+        given=as_given(options, recipe),
     )
+
+
+def as_given(options: Options, recipe: Recipe) -> tuple[str, ...]:
+    """The recipe and its changes as words of a command that makes the same again."""
+    changes = [word for change in options.changes for word in ("--set", change)]
+    return tuple(shlex.quote(word) for word in ("--recipe", options.recipe or recipe.name, *changes))
 
 
 def of_the_folder(recipe: Recipe, data: Location, options: Options, known: dict[str, Any]) -> Recipe:

@@ -9,7 +9,7 @@ from pipeline.errors import RecipeError
 
 RECIPES = [
     *("cifar10", "cifar10-4k", "cifar10-4k-google", "cifar10-small", "digits", "imagenet", "imagenet-10pct"),
-    *("imagenet-10pct-google", "svhn", "svhn-1k"),
+    *("imagenet-10pct-google", "imagenet-jft", "svhn", "svhn-1k"),
 ]
 
 
@@ -50,7 +50,7 @@ def test_the_papers_finetuning_has_a_fixed_rate(name: str) -> None:
     """arXiv:2003.10580v4, sections 3.2 (1e-5) and 3.3 (1e-4)."""
     finetune = load_recipe(name).finetune
     assert (finetune.schedule.kind, finetune.schedule.warmup_steps) == ("constant", 0)
-    assert finetune.optimizer.lr == (1e-4 if name == "imagenet" else 1e-5)
+    assert finetune.optimizer.lr == (1e-4 if name in ("imagenet", "imagenet-jft") else 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def student_accuracy(tmp_path, *, swapped: bool, feedback: FeedbackSettings | No
     smooth = 0.95 * F.one_hot(order, 10).float() + 0.005
     x, y = digits("labelled")
     settings = TrainSettings(
-        steps=300,
+        steps=220,
         batch=64,
         ema_decay=0.95,
         optimizer=OptimizerSettings(rule="rmsprop_tf", lr=0.01, eps=1e-3),

@@ -90,6 +90,27 @@ def table1(context: Context, seeds: int | None, jobs: int | None) -> None:
 
 @group.command()
 @stage_options
+@seeds_option("the recipe's")
+@click.option(
+    "--share",
+    "shares",
+    type=float,
+    multiple=True,
+    help="Share of the labelled images, above 0 to 1; repeatable. [default: 0.2, 0.4, 0.8 and 1]",
+)
+def labels(context: Context, seeds: int | None, jobs: int | None, shares: tuple[float, ...]) -> None:
+    """Supervised, RandAugment, UDA and UDA + MPL on fewer and more labels (figure 7 of arXiv:2003.10580v1).
+
+    Each seed draws its own labelled images. Writes labels.md, .csv, .json and .png into the run.
+    [default run: runs/labels-RECIPE]
+    """
+    from stages.reproduce.labels import SHARES, plan
+
+    _reproduce(context, "labels", seeds, jobs, lambda runs: plan(runs, shares or SHARES))
+
+
+@group.command()
+@stage_options
 @seeds_option("10")
 @click.option("--feedback", type=click.Choice(["soft", "hard"]), default="soft", show_default=True,
               help="Kind of pseudo labels and of feedback.")  # fmt: skip

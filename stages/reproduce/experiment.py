@@ -89,7 +89,7 @@ class SeedRuns:
 
     def command(self, experiment: str, *options: str) -> str:
         """What makes the report."""
-        words = [f"mpl reproduce {experiment} --recipe {self.context.recipe.name}", seeds_options(self.seeds), *options]
+        words = [f"mpl reproduce {experiment}", *self.context.given, seeds_options(self.seeds), *options]
         return " ".join(words + ["--data DATA"] * (self.context.data is not None))
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.xdist_group("torchrun")
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long  # one machine: tests/stages/test_torchrun.py
 def test_a_worker_that_is_killed_on_one_of_two_machines(tmp_path: Path) -> None:
     """The agent of the other sees healthy workers and new nodes: it does not count this as a restart of its own."""
     command = [

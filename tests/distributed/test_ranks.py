@@ -139,7 +139,12 @@ def trouble(these: Ranks, where: str, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [("barrier", "hangs"), ("barrier", "dies"), ("agreement", "dies"), ("backward", "hangs")]
+    ("where", "what"),
+    [
+        ("barrier", "hangs"),
+        ("agreement", "dies"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("barrier", "dies"), ("backward", "hangs"))),
+    ],
 )
 def test_a_rank_that_does_not_come_is_named(where: str, what: str) -> None:
     """On rank 0, within the timeout and the time that the others have to report."""

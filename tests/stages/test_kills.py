@@ -124,7 +124,7 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {form: (begun, files) for form, files in found.items()}
 
 
-FEW = [("1 worker", 2), ("2 workers", 2)]
+FEW = [("2 workers", 2)]
 MANY = [(engine, max(2, round(KILLS * share))) for engine, share in SHARE.items()]
 
 

@@ -139,7 +139,7 @@ def test_storage_that_breaks_for_a_moment_is_asked_again(mpl, finished, begun, s
     assert stored(storage, f"moment-{kind}") == wanted
 
 
-@pytest.mark.parametrize("kind", ["503", "drop"])
+@pytest.mark.parametrize("kind", ["503", pytest.param("drop", marks=pytest.mark.long)])
 def test_storage_that_stays_broken_is_one_clear_message(mpl, finished, begun, storage, kind) -> None:
     """Uploads fail for good after the first scores; nothing half-written is left, and the command goes on later."""
     url = storage.url(f"broken-{kind}")
@@ -177,7 +177,7 @@ def test_a_pool_in_object_storage(mpl, recipe, storage, tmp_path) -> None:
     outcome = mpl("filter", *common, "--workers", 2)
     assert outcome.status == 0, outcome.err
     assert "18 of 18 images kept" in outcome.err
-    assert mpl("precompute", *common, "--workers", 2).status == 0
+    assert mpl("precompute", *common).status == 0
     assert mpl("train-reduced", *common).status == 0
     lost = storage.place("set/pool-1.parquet")
     lost.fs.rm(lost.path)

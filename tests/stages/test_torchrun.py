@@ -66,15 +66,17 @@ def same(a: Path, b: Path) -> None:
 
 def test_two_processes_train_as_one(mpl, vit_recipe, tmp_path) -> None:
     """Also where the two share a file of decoded images, and the one has them in memory."""
-    arguments = ["train-mpl", "--recipe", vit_recipe, "--feedback", "soft", "--run"]
-    assert mpl(*arguments, tmp_path / "one").status == 0
-    with torchrun(2, *arguments, tmp_path / "two", "--set", "data.memory_gib=1.0e-6") as process:
-        err = finish(process)
-    assert err.count("train-mpl: starts") == 1
+    soft = "train_mpl.feedback=soft"
+    assert mpl("train-mpl", "--recipe", vit_recipe, "--run", tmp_path / "one", "--set", soft).status == 0
+    changes = [soft, "data.memory_gib=1.0e-6"]
+    first, second = launch_by_hand(vit_recipe, tmp_path / "two", changes, changes)
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert (first[1] + second[1]).count("train-mpl: starts") == 1
     assert not (tmp_path / "two/decoded").exists()
     same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.long  # their steps: tests/distributed/test_layouts.py
 def test_two_processes_that_hold_shards_train_as_one(mpl, vit_recipe, tmp_path) -> None:
     changes = ["train_mpl.feedback=hard", "data.memory_gib=1.0e-6"]
     options = ["--recipe", vit_recipe, "--run", tmp_path / "one", "--set", changes[0]]
@@ -88,7 +90,7 @@ def test_two_processes_that_hold_shards_train_as_one(mpl, vit_recipe, tmp_path) 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(mpl, vit_recipe, tmp_path) -> None:
     """kill -9 of one process under torchrun's elastic launch, from the last checkpoint on."""
-    longer = ["--set", "train_mpl.steps=30"]
+    longer = ["--set", "train_mpl.steps=16"]
     arguments = ["train-mpl", "--recipe", vit_recipe, *longer, "--run"]
     with torchrun(2, *arguments, tmp_path / "killed", restarts=2) as process:
         wait_for_step(tmp_path / "killed/student", 5, process)

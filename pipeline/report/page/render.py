@@ -65,9 +65,13 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """All that the page shows. `stages` are rows with stage, state and detail; `filter` is None where not done."""
+    """All that the page shows of the run `name` on `data_set`.
+
+    `stages` are rows with stage, state and detail; `filter` is None where not done.
+    """
 
     name: str
+    data_set: str
     description: dict[str, Any]
     made: str
     stages: Sequence[Mapping[str, Any]]
@@ -116,6 +120,7 @@ def gather(
         )
     return Report(
         name=run.root.resolve().name,
+        data_set=description["recipe"]["data"]["manifest"],
         description=description,
         made=now(),
         stages=stages,
