@@ -180,6 +180,12 @@ class Checkpoints:
         return next((text for text in self.ranks.texts(problem or "") if text), None)
 
 
+def identity_of(folder: Path) -> str | None:
+    """Fingerprint of the training that the checkpoints in a folder are of; None where there are none."""
+    path = folder / INDEX
+    return str(read_json(path)["identity"]) if path.exists() else None
+
+
 def _make_empty(folder: Path) -> None:
     for left in folder.parent.glob(".step-*.tmp"):  # by a process that was killed
         discard(left)

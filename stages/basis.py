@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.assembly import Output
-from pipeline.checkpoints import CHECKPOINTS
+from pipeline.checkpoints import CHECKPOINTS, identity_of
 from pipeline.config import DataSettings, FeedbackSettings, ModelSettings, TrainSettings
 from pipeline.gradient.derivative import check_engine
 from pipeline.networks.architectures import WEIGHTS
 from pipeline.networks.folders import CONFIG
-from pipeline.storage.files import fingerprint
+from pipeline.storage.files import fingerprint, names_in, sync_folder
+from pipeline.storage.ours import is_ours, remove_ours
 from stages.execution import Stage
 from stages.options import Context
 
+PARTS = {CHECKPOINTS, "tensorboard", "teacher"}  # folders of a trained network's folder
 INTERVALS = {"log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds"}  # change no result
 
 
@@ -35,24 +37,64 @@ def training_basis(
 
 
 def training_stage(
-    settings: TrainSettings, folder: Path, basis: dict[str, Any], work: Callable[[Output], dict[str, Any]], **more: Any
+    context: Context,
+    settings: TrainSettings,
+    folder: Path,
+    basis: dict[str, Any],
+    work: Callable[[Output], dict[str, Any]],
+    **more: Any,
 ) -> Stage:
     """The stage that trains a network into a folder; `more` are further fields.
 
+    A network that is there already stays until the new one takes its place: that is made in a folder beside it.
     Checkpoints go when it is done, unless more steps can follow: then they belong to the training whatever its length.
     """
-    checkpoints = [] if settings.open_ended else [folder / CHECKPOINTS]
+    beside = folder.with_name(f".{folder.name}.new")
     of_any_length = basis | {"settings": {**basis["settings"], "steps": None}}
     identity = fingerprint(of_any_length if settings.open_ended else basis)
+
+    def keeps_old() -> bool:
+        whole = all(path.exists() for path in network_outputs(folder))
+        return whole and identity_of(folder / CHECKPOINTS) != identity
+
+    def train() -> dict[str, Any]:
+        place = beside if keeps_old() else folder
+        context.together.barrier("the choice of a folder")
+        result = work(Output(place, identity))
+        if place != folder and context.first:
+            exchange(place, folder)
+        return result
+
     return Stage(
         basis=basis,
-        work=lambda: work(Output(folder, identity)),
-        replaces=[folder],
-        leftovers=checkpoints,
+        work=train,
+        replaces=[folder / CHECKPOINTS, beside],
+        kept=keeps_old,
+        leftovers=[beside] if settings.open_ended else [folder / CHECKPOINTS, beside],
         together=True,
         longer="goes on" if settings.open_ended else "is another training",
         **more,
     )
+
+
+def exchange(new: Path, folder: Path) -> None:
+    """Put the network in `new` in the place of the one in `folder`: what is ours there goes, then all is moved.
+
+    What is in `folder` and not ours stays. Interrupted, it is done again: the checkpoints are moved last.
+    """
+    remove_ours(*(folder / name for name in names_in(folder) if name in PARTS or is_ours(folder / name)))
+    _move(new, folder)
+    sync_folder(folder)
+
+
+def _move(new: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in sorted(new.iterdir(), key=lambda path: path.name == CHECKPOINTS):
+        if path.is_dir():
+            _move(path, folder / path.name)
+        else:
+            path.replace(folder / path.name)
+    new.rmdir()
 
 
 def data_basis(settings: DataSettings) -> dict[str, Any]:

@@ -111,8 +111,8 @@ def silence_torch() -> None:
 
 
 def command_line() -> str:
-    """The command as the person typed it."""
-    return shlex.join(["mpl", *sys.argv[1:]])
+    """The command as the person typed it, without the --force that would discard what has been done since."""
+    return shlex.join(["mpl", *(word for word in sys.argv[1:] if word != "--force")])
 
 
 def _say(text: str, *, resume: bool) -> None:

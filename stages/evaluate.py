@@ -14,7 +14,7 @@ from pipeline.storage.files import sha256_file, write_json
 from stages.execution import Stage, execute
 from stages.networks import architecture_option, network_folder
 from stages.options import Context, assume_option, stage_options, with_changes
-from stages.students import stage_name, student_folder, trained
+from stages.students import name_option, stage_name, student_folder, trained
 
 TOP5_FROM = 6  # classes from which on the five most probable are not nearly all
 SHOWN = 20  # classes in the table; of more, the least accurate
@@ -29,7 +29,7 @@ MATRIX = 12  # classes up to which the whole matrix is
 @architecture_option
 @assume_option
 @click.option("--split", type=click.Choice(["test", "validation", "labelled"]), help="[default: test]")
-@click.option("--name", help="Judge student-NAME/ and write evaluation-NAME.json.")
+@name_option("Judge student-NAME/ and write evaluation-NAME.json.")
 def command(
     context: Context,
     network: Path | None,
@@ -96,7 +96,6 @@ def plan(
         outputs=outputs,
         work=lambda: work(context, folder, outputs, assume_class_order),
         summary=lambda result: summary(folder.name, result),
-        replaces=outputs,
         cheap=frozenset(basis),
         keeps_recipe=False,
     )

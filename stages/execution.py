@@ -12,7 +12,8 @@ import click
 import pipeline
 from pipeline.distributed.launch import joined
 from pipeline.errors import DataError, FeedbackError, NonFiniteError, RunError, UsageError, UserError
-from pipeline.storage.files import Location, discard, fingerprint
+from pipeline.storage.files import Location, fingerprint
+from pipeline.storage.ours import remove_ours
 from pipeline.storage.runs import NOT_DONE, Action, Decision, Longer, Stopwatch
 from stages.console import Console
 from stages.options import Context
@@ -28,7 +29,9 @@ class Stage:
         outputs: paths that exist when it is done.
         work: does it; returns figures for the record.
         summary: a line for a person from those figures.
-        replaces: files and folders that `--force` removes first.
+        replaces: files, and folders of ours, that `--force` removes before the work begins.
+        ready: raises what would keep the work from being done, before `--force` removes anything.
+        kept: says whether former output stays until the new one takes its place.
         leftovers: of no use once it is recorded as done: its checkpoints.
         together: several processes, started by torchrun, do it together.
         keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
@@ -42,6 +45,8 @@ class Stage:
     work: Callable[[], dict[str, Any]]
     summary: Callable[[dict[str, Any]], str]
     replaces: Sequence[Location] = ()
+    ready: Callable[[], Any] = lambda: None
+    kept: Callable[[], bool] = lambda: False
     leftovers: Sequence[Location] = ()
     cheap: frozenset[str] = frozenset()
     keeps_recipe: bool = True
@@ -129,6 +134,7 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     if decision.action is Action.REFUSE:
         raise RunError(decision.reason)
     console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
+    restore = run.restorer()
     if context.first:
         _begin(context, stage)
     context.together.barrier("the start")
@@ -138,8 +144,10 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
             result = stage.work()
     except (UsageError, DataError) as error:
         error.resumable = isinstance(error, DataError)
-        if context.first and not any(place.exists() for place in (*stage.replaces, *stage.outputs)):
+        traces = stage.replaces if stage.kept() else (*stage.replaces, *stage.outputs)
+        if context.first and not any(place.exists() for place in traces):
             run.withdraw(stage.name)  # nothing was made of it: it may begin again with what the message advises
+            restore()
         raise
     except UserError as error:
         error.resumable = not isinstance(error, NonFiniteError | FeedbackError)  # these come again
@@ -150,7 +158,7 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     if not context.first:
         return result
     record = run.finish(stage.name, stage.basis, clock.seconds, result)
-    discard(*stage.leftovers, run.decoded)
+    remove_ours(*stage.leftovers, run.decoded, tell=console.note)
     console.note(f"{stage.name}: done in {clock.seconds:.1f} s. {stage.summary(result)}")
     return record
 
@@ -164,8 +172,9 @@ def _begin(context: Context, stage: Stage) -> None:
     if context.store != run.root:
         run.claim(context.store)
     if context.force:
-        discard(*stage.replaces)
-    run.begin(stage.name, stage.basis, context.together.launch)
+        stage.ready()
+        remove_ours(*stage.replaces, tell=context.console.note)
+    run.begin(stage.name, stage.basis, context.together.launch, beside=stage.kept())
 
 
 def require_store(context: Context, stage: str) -> None:

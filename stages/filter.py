@@ -90,7 +90,7 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
     if teacher is not None:
         return teacher.resolve()
     known = context.run.record("filter")
-    return Path(known["result"]["teacher"]) if known is not None else (context.run / "teacher").resolve()
+    return context.run.place("teacher" if known is None else known["result"]["teacher"])
 
 
 def plan(
@@ -137,6 +137,7 @@ def plan(
         work=lambda: work(context, folder, basis, engine, assume_class_order),
         summary=summary,
         replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
+        ready=lambda: load_teacher(context, folder, engine, assume_class_order),
         cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
     )
 
@@ -231,7 +232,7 @@ def work(
     if filtered.repeated_keys:
         context.console.note(f"{filtered.repeated_keys:,} images have a key that an earlier image has (harmless)")
     return {
-        "teacher": str(folder),
+        "teacher": context.run.told(folder),
         "teacher_sha256": basis["teacher"],
         "assumed_class_order": assume_class_order,
         "k": context.recipe.filter.k,

@@ -7,12 +7,12 @@ from stages.basis import network_outputs, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
-from stages.students import stage_name, student_folder, trained
+from stages.students import name_option, stage_name, student_folder, trained
 
 
 @click.command()
 @stage_options
-@click.option("--name", help="Finetune student-NAME/ into student-NAME-finetuned/.")
+@name_option("Finetune student-NAME/ into student-NAME-finetuned/.")
 def command(context: Context, name: str | None) -> None:
     """Finetune the student on the labelled images alone.
 
@@ -32,6 +32,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
         student=trained(context, name)["result"]["weights_sha256"],
     )
     return training_stage(
+        context,
         context.recipe.finetune,
         folder,
         basis,

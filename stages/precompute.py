@@ -69,6 +69,7 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
             f"{result['bytes'] / 2**20:,.1f} MiB"
         ),
         replaces=[context.store / "targets"],
+        ready=lambda: (load_teacher(context, folder, engine), read_selection(context.store / SELECTION_FILE)),
         cheap=frozenset({"selection"}),  # derived: made again from the new one
     )
 
@@ -81,7 +82,7 @@ def require_fresh_selection(run: Run) -> dict[str, Any]:
     """
     filtered = run.require("filter", "mpl filter")
     pretrained = run.record("pretrain")
-    own = (run / "teacher").resolve() == Path(filtered["result"]["teacher"])
+    own = run.place("teacher") == run.place(filtered["result"]["teacher"])
     if own and pretrained and pretrained["result"]["weights_sha256"] != filtered["result"]["teacher_sha256"]:
         raise RunError(f"{run.root}: the teacher was trained anew after the pool was scored; run mpl filter --force")
     return filtered
@@ -140,7 +141,7 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
     )
     return {
         "fingerprint": manifest["fingerprint"],
-        "teacher": str(folder),
+        "teacher": context.run.told(folder),
         "teacher_sha256": basis["teacher"],
         "pool": manifest["pool"]["rows"],
         "labelled": manifest["labelled"]["rows"],
@@ -154,7 +155,7 @@ def _check(context: Context, rows: int) -> None:
     """`--check N`."""
     record = context.run.require("precompute", "mpl precompute")["result"]
     context = replace(context, precision=record["precision"])
-    network = load_teacher(context, Path(record["teacher"]))
+    network = load_teacher(context, context.run.place(record["teacher"]))
     store = TargetsStore.open(
         context.store / "targets",
         teacher=record["teacher_sha256"],

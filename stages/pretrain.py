@@ -25,6 +25,7 @@ def plan(context: Context) -> Stage:
     labelled = context.data_set.split("labelled").fingerprint()
     basis = training_basis(context, context.recipe.pretrain, labelled=labelled)
     return training_stage(
+        context,
         context.recipe.pretrain,
         folder,
         basis,

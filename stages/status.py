@@ -58,6 +58,8 @@ def stage_status(run: Run, stage: str) -> dict[str, Any]:
         if "kept" in result:
             detail += f", {result['kept']:,} of {result['images']:,} images kept"
         state = "done"
+        if (run.root / stage / STARTED_FILE).exists():
+            detail += "; another is begun, and takes its place when it is done"
         if stale := why_stale(run, stage, record):
             state, detail = "stale", f"{stale}; {detail}"
         return {"stage": stage, "state": state, "detail": detail, "ended": record["ended"]}

@@ -9,7 +9,7 @@ from stages.basis import network_outputs, require_engine, training_basis, traini
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
-from stages.students import NAME_HELP, own_student, stage_name, student_folder
+from stages.students import NAME_HELP, name_option, own_student, stage_name, student_folder
 
 
 @click.command()
@@ -19,7 +19,7 @@ from stages.students import NAME_HELP, own_student, stage_name, student_folder
 @click.option("--feedback", type=click.Choice(["soft", "hard", "none"]),
               help="soft: exact, of soft labels. hard: of sampled labels. none: the teacher gets none.")  # fmt: skip
 @click.option("--alone", is_flag=True, help="The method by itself, without a student: the baseline.")
-@click.option("--name", help=NAME_HELP)
+@name_option(NAME_HELP)
 def command(context: Context, method: str | None, feedback: str | None, alone: bool, name: str | None) -> None:
     """Train teacher and student together (Meta Pseudo Labels), or a baseline.
 
@@ -49,6 +49,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
     if not settings.alone:
         outputs += network_outputs(folder / "teacher")
     stage = training_stage(
+        context,
         settings,
         folder,
         basis,

@@ -13,7 +13,7 @@ from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
 from stages.precompute import require_fresh_targets
-from stages.students import NAME_HELP, own_student, stage_name, student_folder
+from stages.students import NAME_HELP, name_option, own_student, stage_name, student_folder
 
 IRRELEVANT = {  # settings that change nothing, by teacher
     "none": {"calibrator", "feedback", "student_data", "labelled_target", "labelled_share"},
@@ -26,7 +26,7 @@ IRRELEVANT = {  # settings that change nothing, by teacher
 @stage_options
 @click.option("--teacher", type=click.Choice(["calibrator", "fixed", "none"]),
               help="calibrator: Reduced MPL. fixed: NoisyStudent. none: Supervised.")  # fmt: skip
-@click.option("--name", help=NAME_HELP)
+@name_option(NAME_HELP)
 def command(context: Context, teacher: str | None, name: str | None) -> None:
     """Train the student.
 
@@ -56,6 +56,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
     if settings.teacher == "calibrator":
         outputs.append(folder / CALIBRATOR)
     stage = training_stage(
+        context,
         settings,
         folder,
         basis,

@@ -22,6 +22,7 @@ from pipeline.pool.scores import ScoredPool, shard_file
 from pipeline.pool.select.top_k import Selection, select_top_k
 from pipeline.pool.selection import SELECTION, Rules, selection_fingerprint, write_selection
 from pipeline.storage.files import Location, discard, names_in, whole_file
+from pipeline.storage.ours import is_ours, remove_ours
 from pipeline.storage.tables import fixed_numbers, header_if_whole
 
 SELECTION_FILE, REJECTED_FOLDER = "selection.parquet", "rejected"
@@ -152,7 +153,7 @@ def _reject(rejects: Rejects, folder: Location) -> tuple[Counter[str], pa.Array]
     """Write all rejects; count the reasons, and gather the keys of what is kept, in order."""
     paths = [shard_file(folder, scores.shard) for scores in rejects.pool.shards]
     names = {path.name for path in paths}
-    discard(*(folder / name for name in names_in(folder) - names))  # of shards that the pool no longer has
+    remove_ours(*(folder / name for name in names_in(folder) - names if is_ours(folder / name)))  # of shards now gone
     reasons: Counter[str] = Counter()
     keys = [pa.array([], pa.string())]
     for shard, path in enumerate(paths):

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ Location = Path | UPath
 
 CHUNK = 1 << 20  # bytes of either end of a file that `quick_fingerprint` is of
 
+TEMPORARY = re.compile(r"\..*\.mpl\.tmp|\.step-\d+(\.\w+)?\.tmp")  # of what is not whole yet
 UPLOAD = "mpl-upload-"  # of temporary files on their way to object storage
 REMOTE = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "adlfs", "s3fs", "urllib3"})
 
@@ -112,7 +114,7 @@ def whole_file(path: Location) -> Iterator[Path]:
         folder = path.parent if isinstance(path, Path) else Path(tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name}." if local else f"{UPLOAD}{os.getpid()}-"
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=".mpl.tmp", dir=folder)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -141,7 +143,7 @@ def remove_leftovers(*folders: Location) -> None:
     """
     for folder in folders:
         if isinstance(folder, Path):
-            for path in folder.glob(".*.tmp"):
+            for path in folder.glob(".*.mpl.tmp"):
                 path.unlink(missing_ok=True)
     for path in Path(tempfile.gettempdir()).glob(f"{UPLOAD}*.tmp"):
         process = path.name.removeprefix(UPLOAD).split("-")[0]

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ import filelock
 import pipeline
 from pipeline.config import Recipe, parse_recipe
 from pipeline.errors import RunError
-from pipeline.storage.files import Location, fingerprint, opened, read_json, write_json
+from pipeline.storage.files import TEMPORARY, Location, fingerprint, names_in, opened, read_json, write_json, write_text
 
 FORMAT = 1
 NOT_DONE = "not done yet"
@@ -64,6 +64,15 @@ class Run:
 
     def __truediv__(self, name: str) -> Path:
         return self.root / name
+
+    def told(self, place: Path) -> str:
+        """A place as records have it: relative to the run where it is inside, so that a run can be moved or copied."""
+        root, place = self.root.resolve(), place.resolve()
+        return str(place.relative_to(root)) if place.is_relative_to(root) else str(place)
+
+    def place(self, told: str) -> Path:
+        """A place that a record tells."""
+        return (self.root / told).resolve()
 
     @property
     def description(self) -> dict[str, Any] | None:
@@ -116,6 +125,19 @@ class Run:
             },
         )
 
+    def restorer(self) -> Callable[[], None]:
+        """What puts run.json back to what it is now."""
+        path = self.root / RUN_FILE
+        before = path.read_text(encoding="utf-8") if path.exists() else None
+
+        def undo() -> None:
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_text(path, before)
+
+        return undo
+
     def claim(self, store: Location) -> None:
         """Make a store outside the run directory this run's own, or see that it is.
 
@@ -130,6 +152,11 @@ class Run:
             with opened(path) as file:
                 content = json.loads(file.read())
         except FileNotFoundError:
+            if foreign := sorted(name for name in names_in(store) if not TEMPORARY.fullmatch(name)):
+                raise RunError(
+                    f"the store {store} holds {', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''} and was not "
+                    f"made by mpl (it has no {STORE_FILE}); give an empty or a new folder. Nothing was changed"
+                ) from None
             write_json(path, owner | {"root": str(self.root.resolve())})
             return
         except (OSError, ValueError) as error:
@@ -212,6 +239,8 @@ class Run:
         started = read_json(started_path) if started_path.exists() else None
         if force:
             return Decision(Action.RUN, "--force: what is there is made again")
+        if started is not None and started["fingerprint"] == fingerprint(basis):
+            return Decision(Action.RESUME, "goes on where it was interrupted")
         before = done or started
         if before is not None and longer and (steps := _more_steps(before["basis"], basis)):
             if longer == "goes on":
@@ -230,8 +259,6 @@ class Run:
                 return Decision(Action.RUN, f"{missing[0]} is missing and is made again")
             return self._changed(f"{stage} was done with other inputs or settings", done["basis"], basis, cheap)
         if started is not None:
-            if started["fingerprint"] == fingerprint(basis):
-                return Decision(Action.RESUME, "goes on where it was interrupted")
             return self._changed(f"{stage} was begun with other inputs or settings", started["basis"], basis, cheap)
         return Decision(Action.RUN, NOT_DONE)
 
@@ -244,10 +271,14 @@ class Run:
             f"{self.root}: {what} ({changes}). Give --force to make it again, or another --run to keep both",
         )
 
-    def begin(self, stage: str, basis: dict[str, Any], launch: str = "") -> None:
-        """Mark the stage as begun; its former record goes, so a half-made output is never taken for done."""
+    def begin(self, stage: str, basis: dict[str, Any], launch: str = "", *, beside: bool = False) -> None:
+        """Mark the stage as begun; its former record goes, so a half-made output is never taken for done.
+
+        It stays where the new output is made `beside` the old one, which is then as good as before.
+        """
         folder = self.root / stage
-        (folder / RECORD_FILE).unlink(missing_ok=True)
+        if not beside:
+            (folder / RECORD_FILE).unlink(missing_ok=True)
         write_json(
             folder / STARTED_FILE,
             {

@@ -151,6 +151,17 @@ def read_header(path: Location, kind: TableFormat) -> Header:
         return table.header
 
 
+def format_of(path: Location) -> str | None:
+    """Which format of ours a Parquet file has; None if none, or if it is damaged or not there."""
+    try:
+        with open_parquet(path) as file:
+            notes = file.metadata.metadata or {}
+    except (OSError, pa.ArrowException):
+        return None
+    name = notes.get(f"{PREFIX}format".encode())
+    return None if name is None else str(name.decode())
+
+
 def header_if_whole(path: Location, kind: TableFormat) -> Header | None:
     """The header of a whole file of this format in a version that is read, or None.
 

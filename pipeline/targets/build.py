@@ -20,6 +20,7 @@ from pipeline.pool.scores import ScoredPool
 from pipeline.pool.selection import SelectionFile
 from pipeline.seeds import permutation
 from pipeline.storage.files import Location, discard, names_in, remove_leftovers
+from pipeline.storage.ours import remove_ours
 from pipeline.storage.tables import fixed_binary, read_header
 from pipeline.storage.workers import EngineSettings, run_all
 from pipeline.targets.files import (
@@ -29,7 +30,8 @@ from pipeline.targets.files import (
     file_is_done,
     labelled_schema,
     pool_path,
-    remove_foreign,
+    remove_unfinished,
+    require_ours,
     write_targets,
 )
 from pipeline.targets.manifest import MANIFEST, Origin, StoreSettings, store_fingerprint, write_manifest
@@ -122,12 +124,13 @@ def precompute(
         RunError: too little free disk, or a file cannot be written.
     """
     ingredients.require_agreement()
-    discard(folder / MANIFEST)  # unfinished from here on
-    remove_leftovers(folder, folder / SPILL)
     shuffle = Shuffle(
         folder, settings, ingredients.selection, ingredients.shards, ingredients.scorer, ingredients.scores
     )
-    remove_foreign(folder, shuffle.fingerprint, settings.format)
+    require_ours(folder)
+    discard(folder / MANIFEST)  # unfinished from here on
+    remove_leftovers(folder, folder / SPILL)
+    remove_unfinished(folder, shuffle.fingerprint, settings.format)
     left = shuffle.files_left()
     if len(left) == shuffle.files and not names_in(folder / SPILL):  # nothing is there yet
         shuffle.require_disk(tell)
@@ -142,7 +145,7 @@ def precompute(
         raise RunError(
             f"{folder} has {stored:,} of {len(shuffle.images.row):,} selected images; run mpl precompute --force"
         )
-    discard(folder / SPILL)
+    remove_ours(folder / SPILL)
     remove_leftovers(folder)  # of workers that died
     return write_manifest(
         folder,

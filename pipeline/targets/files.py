@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import TargetsError
 from pipeline.storage.files import Location, opened, whole_file
+from pipeline.storage.ours import is_ours
 from pipeline.storage.tables import TableFormat, header_if_whole, open_table, require_absence, write_table
 
 Dtype = Literal["float16", "float32"]
@@ -158,7 +159,20 @@ def pool_file_is_done(folder: Location, number: int, fingerprint: str, format: P
     return _shard_is_done(pool_path(folder, number), fingerprint, format)
 
 
-def remove_foreign(folder: Location, fingerprint: str, format: PoolFormat = "parquet") -> None:
+def require_ours(folder: Location) -> None:
+    """Refuse files of the store's names that somebody else put there: they would be counted into the store.
+
+    Raises:
+        TargetsError: names one.
+    """
+    for path in [*folder.glob("labelled-*.parquet"), *folder.glob("pool-*.parquet"), *folder.glob("pool-*.tar")]:
+        if not is_ours(path):
+            raise TargetsError(
+                f"{path} is named like a file of the store, and mpl did not write it; move it away. Nothing was changed"
+            )
+
+
+def remove_unfinished(folder: Location, fingerprint: str, format: PoolFormat = "parquet") -> None:
     """Remove files of another selection, of other settings or not finished: they would be counted into the store."""
     for path in folder.glob("labelled-*.parquet"):
         if not file_is_done(path, fingerprint):

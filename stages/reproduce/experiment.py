@@ -83,7 +83,6 @@ class SeedRuns:
             outputs=files,
             work=work,
             summary=lambda result: f"{summary(result)} {files[0]}".lstrip(),
-            replaces=files,
             cheap=cheap,
         )
 

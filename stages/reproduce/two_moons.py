@@ -35,7 +35,7 @@ def plan(runs: SeedRuns, variant: VariantName | None, steps: int | None) -> Stag
         lambda: work(runs, study, command),
         cheap=frozenset({"draws", "first"}),
     )
-    return replace(stage, replaces=[*stage.replaces, runs.context.run / CELLS])
+    return replace(stage, replaces=sorted((runs.context.run / CELLS).glob("*.npz")))
 
 
 def work(runs: SeedRuns, study: list[Row], command: str) -> dict[str, Any]:

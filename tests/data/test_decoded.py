@@ -96,7 +96,7 @@ def test_what_is_not_complete_is_made_again(tmp_path: Path, damage: str) -> None
     pixels, index = tmp_path / "pool.pixels", tmp_path / "pool.parquet"
     if damage == "killed before the index":
         index.unlink()
-        (tmp_path / ".pool.pixels.abc.tmp").write_bytes(b"part")
+        (tmp_path / ".pool.pixels.abc.mpl.tmp").write_bytes(b"part")
     elif damage == "cut short":
         pixels.write_bytes(pixels.read_bytes()[:-1])
     elif damage == "index cut":

@@ -27,8 +27,8 @@ def stage_of(context: Context, work: Callable[[Path], None], size: int = 1) -> S
         return {"size": size}
 
     return Stage(
-        name="train", basis={"size": size}, outputs=[folder / "model"], work=run, summary=str, replaces=[folder],
-        together=True,
+        name="train", basis={"size": size}, outputs=[folder / "model"], work=run, summary=str,
+        replaces=[folder / name for name in ("model", "old", *(f"part-{n}" for n in range(5)))], together=True,
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_a_checkpoint_as_the_teacher_gives_the_selection_of_its_folder(
 def test_another_preprocessing_is_another_scoring(mpl: Mpl, recipe: Path, checkpoint: Path, tmp_path: Path) -> None:
     run = ("--recipe", recipe, "--run", tmp_path / "run")
     assert mpl("filter", *run, "--teacher", checkpoint, "--assume-class-order").status == 0
-    folder = Path(scored(tmp_path / "run")["teacher"])
+    folder = tmp_path / "run" / scored(tmp_path / "run")["teacher"]
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["crop_pct"] = 0.5
     (folder / "config.json").write_text(json.dumps(config))

@@ -22,7 +22,7 @@ from pipeline.targets.files import (
     pool_file_is_done,
     pool_schema,
     record_batches,
-    remove_foreign,
+    remove_unfinished,
     suffix,
     write_pool_file,
     write_targets,
@@ -397,9 +397,9 @@ def test_what_is_not_this_stores_is_removed(folder, format):
     write_pool_file(folder, 2, pool_table(2, 3)[0], "g", format)
     cut_a_file(folder)
     kept = {"pool-00000", "pool-00003", "labelled-00000"}
-    remove_foreign(folder, "f", format)
+    remove_unfinished(folder, "f", format)
     assert {path.stem for path in folder.iterdir()} == kept | {"_manifest"}
-    remove_foreign(folder, "f", {"parquet": "webdataset", "webdataset": "parquet"}[format])
+    remove_unfinished(folder, "f", {"parquet": "webdataset", "webdataset": "parquet"}[format])
     assert {path.stem for path in folder.iterdir()} == {"labelled-00000", "_manifest"}
 
 

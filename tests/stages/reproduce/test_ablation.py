@@ -105,7 +105,8 @@ def test_an_interrupted_training_leaves_the_same_calibration(finished: Path, run
     stopped = replace(make_context(Options(run), console=Stops(quiet=True)), force=True)
     with pytest.raises(KeyboardInterrupt):
         execute(stopped, train_reduced.plan)
-    assert read_calibration(path).steps == [0, 6, 12]
+    assert read_calibration(run / ".student.new/calibration.json").steps == [0, 6, 12]
+    assert read_calibration(path).steps == [0, 6, 12, 18, 24]  # the old one's, until the new one stands
     execute(make_context(Options(run), console=Console(quiet=True)), train_reduced.plan)
     assert path.read_bytes() == (finished / "student/calibration.json").read_bytes()
     found = read_calibration(path)
