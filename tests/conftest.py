@@ -2,7 +2,6 @@
 
 import io
 import multiprocessing.forkserver
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -132,8 +131,3 @@ def scorer() -> Scorer:
 def other_scorer(scorer: Scorer) -> Scorer:
     """Another teacher of the same classes."""
     return replace(scorer, model=Linear(4, seed=1))
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: half of the time a test waits for processes that it started."""
-    return len(os.sched_getaffinity(0)) + 1

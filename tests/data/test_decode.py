@@ -459,7 +459,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(mode: str, size: int, options: 
 
 @pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
 def test_a_jpeg_with_bytes_missing_inside_is_told(options: dict[str, Any]) -> None:
-    """Where it can be: a baseline stream that falls into step again, with as many blocks, looks whole to all decoders."""
+    """Where it can be: a baseline stream that falls into step again, with as many blocks, looks whole."""
     data = encode(PHOTOGRAPH, "JPEG", **options)
     random, begin = np.random.default_rng(0), data.index(b"\xff\xda") + 20
     told = 0
