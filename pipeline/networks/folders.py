@@ -17,7 +17,7 @@ from pipeline.classes import canonical
 from pipeline.data.decode import Framing
 from pipeline.errors import CheckpointError
 from pipeline.networks.architectures import WEIGHTS
-from pipeline.networks.network import Network
+from pipeline.networks.network import Network, require_arguments
 from pipeline.storage.files import sha256_file, whole_file, write_json
 
 CONFIG = "config.json"
@@ -43,7 +43,7 @@ def save_network(folder: Path, network: Network, state: Mapping[str, Tensor]) ->
             "architecture": network.architecture,
             "num_classes": len(network.class_names),
             **({"label_names": network.class_names} if network.states_classes else {}),
-            "model_args": network.arguments,
+            "model_args": {key: value for key, value in network.arguments.items() if key != "pretrained"},
             "pretrained_cfg": {
                 "input_size": [3, size, size],
                 "fixed_input_size": network.architecture.startswith(("vit_", "deit_")),
@@ -130,7 +130,7 @@ def described(config: Mapping[str, Any], where: str) -> Description:
         channels, height, width = shown["input_size"]
         description = Description(
             config["architecture"],
-            dict(config.get("model_args") or {}) | {"num_classes": classes},
+            dict(config.get("model_args") or {}) | {"num_classes": classes, "pretrained": False},
             names,
             int(height),
             _three(shown["mean"]),
@@ -187,7 +187,10 @@ def built(description: Description, where: str) -> nn.Module:
     Raises:
         CheckpointError: timm cannot build it.
     """
+    if not timm.is_model(description.architecture):  # not a place to load from, such as hf-hub:…
+        raise CheckpointError(f"{where}: cannot build {description.architecture!r}: timm knows no such network")
     try:
+        require_arguments(description.arguments, where)
         model: nn.Module = timm.create_model(description.architecture, **description.arguments)
     except Exception as error:
         raise CheckpointError(f"{where}: cannot build {description.architecture!r}: {error}") from error

@@ -67,7 +67,8 @@ def is_own_layout(place: Path) -> bool:
     """Whether it is a folder that `load_folder` reads: with timm's config, and safetensors."""
     if not (place / CONFIG).is_file():
         return False
-    return (place / WEIGHTS).is_file() and "architecture" in read_config(place / CONFIG)
+    config = read_config(place / CONFIG)  # with a model_type it is timm's under transformers' roof: other prefixes
+    return (place / WEIGHTS).is_file() and "architecture" in config and "model_type" not in config
 
 
 # --- folders ---------------------------------------------------------------------------------------------

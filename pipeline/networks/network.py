@@ -1,7 +1,8 @@
 """A classifier with what is needed to use it on images; fresh ones by timm's names."""
 
 import difflib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from pipeline.data.decode import WHOLE, Framing
 from pipeline.errors import RecipeError
 from pipeline.networks.architectures import SMALL_STEM_FAMILIES
 
+OF_TIMM_ITSELF = frozenset(inspect.signature(timm.create_model).parameters) - {"model_name", "kwargs", "pretrained"} | {
+    "pretrained_strict", "pretrained_filter_fn", "kwargs_filter", "feature_cfg", "hf_hub_id", "url", "file",
+}  # fmt: skip
 SMALL_IMAGE = 64  # pixels; up to here `stem: auto` avoids early downsampling where the family allows it
 
 
@@ -101,6 +105,19 @@ def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:
             module.momentum = momentum
 
 
+def require_arguments(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse what timm's `create_model` would take for itself: files to unpickle, addresses to fetch from.
+
+    Raises:
+        RecipeError: names it.
+    """
+    if refused := sorted(OF_TIMM_ITSELF & arguments.keys()):
+        raise RecipeError(
+            f"{where}: {refused[0]} is no argument of a network, but tells timm what to load; leave it out. A network "
+            "of your own is a teacher by --teacher FILE"
+        )
+
+
 def unknown_model(name: str) -> str:
     """That there is no such network, and which names are like it."""
     close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -113,6 +130,7 @@ def resolve(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, An
     if not timm.is_model(name):
         raise RecipeError(unknown_model(name))
     arguments: dict[str, Any] = dict(settings.options)
+    require_arguments(arguments, f"options of model {name!r}")
     if "." in name and not arguments.get("pretrained"):
         raise RecipeError(
             f"{name!r} names published weights, and the network would begin with random ones under that name: leave "

@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from pipeline.config import ModelSettings
 from pipeline.data.decode import WHOLE, Framing
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, RecipeError
 from pipeline.networks.loading import load_network
+from pipeline.networks.network import resolve
 from pipeline.networks.weights import read_weights
 
 NAME, CLASSES = "test_resnet", 5
@@ -299,3 +301,59 @@ def test_a_folder_without_a_config_names_the_file(model: nn.Module, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"name the file: .*best\.pth"):
         load_network(tmp_path)
     assert Framing() == WHOLE
+
+
+# --- what a config may not ask for ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict"],
+)
+def test_arguments_that_make_timm_load_something_are_refused(argument: str, model: nn.Module, tmp_path: Path) -> None:
+    """In a network's config.json, and in a recipe."""
+    proof = tmp_path / "ran"
+    torch.save(Ran(proof), tmp_path / "evil.pth")
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    value = str(tmp_path / "evil.pth") if argument != "pretrained_cfg" else {"file": str(tmp_path / "evil.pth")}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {argument: value}}))
+    with pytest.raises(CheckpointError, match=argument):
+        load_network(tmp_path)
+    with pytest.raises(RecipeError, match=f"{argument} is no argument of a network"):
+        resolve(ModelSettings(name=NAME, options={argument: value}), 32)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("place", ["hf-hub:someone/network", "local-dir:/tmp/x", "timm/resnet18", "os.system"])
+def test_an_architecture_is_a_name_and_no_place(place: str, model: nn.Module, tmp_path: Path) -> None:
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": place}))
+    with pytest.raises(CheckpointError, match="timm knows no such network"):
+        load_network(tmp_path)
+
+
+def test_timms_network_under_transformers_roof(model: nn.Module, tmp_path: Path) -> None:
+    timm.models.save_for_hf(model, tmp_path, model_config={"label_names": list("abcde")}, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "timm_wrapper"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {f"timm_model.{name}": value for name, value in model.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    network = load_network(tmp_path)
+    assert torch.equal(network.model.eval()(IMAGES), model(IMAGES))
+    assert network.class_names == list("abcde")
+
+
+def test_a_config_of_transformers_runs_no_code_of_its_folder(tmp_path: Path) -> None:
+    of_transformers(tmp_path, "vit")
+    (tmp_path / "evil.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
+    load_network(tmp_path)  # of a kind that transformers knows by itself
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": auto, "model_type": "unheard_of"}))
+    with pytest.raises(CheckpointError):
+        load_network(tmp_path)
+    assert not (tmp_path / "ran").exists()
