@@ -11,6 +11,8 @@ from pathlib import Path
 
 import click
 
+from stages.terminal import say
+
 COMMANDS = {  # name: (module:attribute, one line of help), in the order in which a person uses them
     "pretrain": ("stages.pretrain:command", "labelled images → the large teacher"),
     "filter": ("stages.filter:command", "teacher + pool → scores and the K best images per class"),
@@ -116,9 +118,9 @@ def command_line() -> str:
 
 
 def _say(text: str, *, resume: bool) -> None:
-    click.echo(text, err=True)
+    say(text)
     if resume:
-        click.echo(f"Resume with: {command_line()}", err=True)
+        say(f"Resume with: {command_line()}")
 
 
 def _refuse_shadowed_package() -> None:

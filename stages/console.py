@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import click
 from tqdm import tqdm
+
+from stages.terminal import plain, say
 
 INTERVAL = 10.0  # seconds between lines where there is no terminal
 
@@ -41,9 +42,9 @@ class Console:
         if self.silent:
             return
         if self._bar is not None:
-            tqdm.write(f"{self.prefix}{text}", file=sys.stderr)
+            tqdm.write(plain(f"{self.prefix}{text}"), file=sys.stderr)
         else:
-            click.echo(f"{self.prefix}{text}", err=True)
+            say(f"{self.prefix}{text}")
 
     def progress(self, done: int, total: int, values: dict[str, float]) -> None:
         """Advance the bar, or print a line at most every ten seconds and at the end."""

@@ -17,8 +17,9 @@ from pipeline.data.manifest import Manifest, list_manifests, load_manifest, own_
 from pipeline.data.sources import find_files
 from pipeline.errors import DataError, UsageError
 from pipeline.storage.files import Location, location
-from stages.data_import import as_result, say
+from stages.data_import import as_result, tell
 from stages.data_import import command as import_
+from stages.terminal import say
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
 
@@ -63,7 +64,7 @@ def list_(data: Location | None, as_json: bool) -> None:
     manifests = [(manifest, _missing(manifest, data)) for manifest in list_manifests(data)]
     for manifest, missing in manifests:
         state = f"needs {missing}" if missing else "ready"
-        click.echo(f"{manifest.name:<20} {manifest.classes:>5} classes  {state:<36}  {manifest.title}", err=True)
+        say(f"{manifest.name:<20} {manifest.classes:>5} classes  {state:<36}  {manifest.title}")
     if as_json:
         rows = [
             {"name": manifest.name, "title": manifest.title, "classes": manifest.classes, "missing": missing}
@@ -90,7 +91,7 @@ def check(
     """
     if manifest is not None and Path(manifest).exists() and not _is_described(Path(manifest)):
         found = look_at([Source(Path(manifest))], workers=workers)
-        say(found)
+        tell(found)
         if as_json:
             click.echo(json.dumps(as_result(found), ensure_ascii=False))
         return
@@ -132,7 +133,7 @@ def fetch(manifest: str, data: Location | None, only: tuple[str, ...], as_json: 
     with _Bars() as bars:
         for fetched in fetch_files(described, data, only=only, progress=bars.show):
             bars.close()
-            click.echo(f"{fetched.name}: {fetched.state}{': ' if fetched.detail else ''}{fetched.detail}", err=True)
+            say(f"{fetched.name}: {fetched.state}{': ' if fetched.detail else ''}{fetched.detail}")
             files.append(fetched)
     complete = all(fetched.state != "missing" for fetched in files)
     if as_json:
@@ -191,14 +192,11 @@ def _missing(manifest: Manifest, data: Location | None) -> str | None:
 
 def _say_report(split: str, report: SplitReport) -> None:
     if report.problem is not None:
-        click.echo(f"{split}: cannot be used: {report.problem}", err=True)
+        say(f"{split}: cannot be used: {report.problem}")
         return
     counts = report.per_class.values()
     classes = f", {len(counts)} classes of {min(counts):,} to {max(counts):,}" if counts else ""
-    click.echo(
-        f"{split}: {report.rows:,} rows in {report.shards} shard(s){classes}; {report.read:,} decoded",
-        err=True,
-    )
+    say(f"{split}: {report.rows:,} rows in {report.shards} shard(s){classes}; {report.read:,} decoded")
     if absent := [name for name, count in report.per_class.items() if not count]:
         _say_some("classes without an image", absent)
     _say_some("entries that are no image", [f"{bad.key} ({bad.detail})" for bad in report.undecodable])
@@ -209,7 +207,7 @@ def _say_report(split: str, report: SplitReport) -> None:
 def _say_some(what: str, items: list[str]) -> None:
     if items:
         more = f", … ({len(items) - SHOWN:,} more)" if len(items) > SHOWN else ""
-        click.echo(f"  {len(items):,} {what}: {', '.join(items[:SHOWN])}{more}", err=True)
+        say(f"  {len(items):,} {what}: {', '.join(items[:SHOWN])}{more}")
 
 
 group.add_command(import_)

@@ -14,6 +14,7 @@ from pipeline.data.get.importing import LEFT_OUT, Imported, ImportSettings, appe
 from pipeline.data.manifest import SplitName
 from pipeline.data.readers.shard import LeftOut
 from pipeline.errors import UsageError
+from stages.terminal import say
 
 FEW = 1_000  # labelled images: with fewer, what is set aside is missed in training
 
@@ -96,7 +97,7 @@ def command(
     shares = {split: None if isinstance(value, Path) else value for split, value in held_out.items()}
     settings = ImportSettings(shares["validation"], shares["test"], seed)
     imported = import_images([*sources, *pool], out, name=name, settings=settings, workers=workers)
-    say(imported, out)
+    tell(imported, out)
     if as_json:
         result = {"manifest": str(out / "manifest.yaml"), "name": imported.manifest.name} | as_result(imported)
         click.echo(json.dumps(result, ensure_ascii=False))
@@ -113,7 +114,7 @@ def _columns(columns: tuple[str, ...]) -> dict[str, str]:
 
 def _append(sources: list[Source], out: Path, workers: int, as_json: bool) -> None:
     added, left_out = append_images(sources, out, workers=workers)
-    click.echo(f"{added + len(left_out):,} files found: {added:,} added to the pool of {out}", err=True)
+    say(f"{added + len(left_out):,} files found: {added:,} added to the pool of {out}")
     _say_left_out(left_out, out)
     if as_json:
         result = {"added": added, "left_out": [entry._asdict() for entry in left_out]}
@@ -130,21 +131,21 @@ def as_result(imported: Imported) -> dict[str, Any]:
     }
 
 
-def say(imported: Imported, out: Path | None = None) -> None:
+def tell(imported: Imported, out: Path | None = None) -> None:
     """Found, used and left out, class by class; `out` None: nothing was written.
 
     The number of files found is that of images used and entries left out.
     """
     used = sum(imported.counts.values())
-    click.echo(f"{used + len(imported.left_out):,} files found: {used:,} used", err=True)
+    say(f"{used + len(imported.left_out):,} files found: {used:,} used")
     for split, count in imported.counts.items():
-        click.echo(f"  {split}: {count:,} images{_per_class(imported.per_class.get(split))}", err=True)
+        say(f"  {split}: {count:,} images{_per_class(imported.per_class.get(split))}")
     _say_left_out(imported.left_out, out)
     _say_cut(imported)
     if "unlabelled" not in imported.counts:
-        click.echo("There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.", err=True)
+        say("There is no pool: put images into a sub-folder `unlabelled`, or give --unlabelled.")
     if out is not None:
-        click.echo(f"Use it with: mpl pretrain --data {out}", err=True)
+        say(f"Use it with: mpl pretrain --data {out}")
 
 
 def _per_class(counts: dict[str, int] | None) -> str:
@@ -158,7 +159,7 @@ def _say_left_out(left_out: Sequence[LeftOut], out: Path | None) -> None:
     where = "" if out is None else f"; all in {out / LEFT_OUT}"
     for reason, count in Counter(entry.reason for entry in left_out).items():
         example = next(entry for entry in left_out if entry.reason == reason)
-        click.echo(f"  left out, {reason}: {count:,} (such as {example.key}: {example.detail}){where}", err=True)
+        say(f"  left out, {reason}: {count:,} (such as {example.key}: {example.detail}){where}")
 
 
 def _say_cut(imported: Imported) -> None:
@@ -167,9 +168,8 @@ def _say_cut(imported: Imported) -> None:
     left = imported.counts["labelled"]
     if cut and cut + left < FEW:
         aside = " and ".join(f"{count:,} for {split}" for split, count in imported.cut.items() if count)
-        click.echo(
+        say(
             f"Of {cut + left:,} labelled images {aside} were set aside; {left:,} are left to train on. To train on all "
             "of them, give other labelled images with --test FOLDER (and --validation FOLDER), or go without: "
-            "--validation 0 --test 0",
-            err=True,
+            "--validation 0 --test 0"
         )

@@ -10,6 +10,7 @@ from pipeline.errors import RunError
 from pipeline.storage.files import location, names_in, read_json
 from pipeline.storage.metrics import read_metrics
 from pipeline.storage.runs import RECORD_FILE, STARTED_FILE, Run
+from stages.terminal import say
 
 ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "finetune", "evaluate")
 
@@ -29,9 +30,9 @@ def command(run: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"run": str(run), "recipe": recipe, "seed": seed, "stages": rows}))
         return
-    click.echo(f"{run}: recipe {recipe}, seed {seed}, begun {description['created']}")
+    say(f"{run}: recipe {recipe}, seed {seed}, begun {description['created']}", err=False)
     for row in rows:
-        click.echo(f"  {row['stage']:<24} {row['state']:<12} {row['detail']}")
+        say(f"  {row['stage']:<24} {row['state']:<12} {row['detail']}", err=False)
 
 
 def stage_names(run: Run) -> list[str]:

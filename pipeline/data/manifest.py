@@ -117,6 +117,16 @@ class ImageSpec(_Section):
     channels: Literal[1, 3] = 3
 
 
+def require_plain_name(name: str) -> None:
+    """Refuse what cannot be part of a path: of a folder, a receipt, a run.
+
+    Raises:
+        ValueError: says what is expected.
+    """
+    if not name.isprintable() or set(name) & set("/\\") or name.strip() in ("", ".", ".."):
+        raise ValueError(f"{name!r} must be a plain name, without slashes: it becomes part of a path")
+
+
 class Manifest(_Section):
     """A data set. `folder` is where the manifest was found, if that was on disk; it is not in the file."""
 
@@ -134,6 +144,13 @@ class Manifest(_Section):
     paper: dict[str, Any] | None = None
     notes: str = ""
     folder: SkipValidation[Location | None] = Field(default=None, exclude=True)
+
+    @field_validator("name", "files", "archives")
+    @classmethod
+    def _plain_names(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value:
+            require_plain_name(name)
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

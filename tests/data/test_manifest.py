@@ -136,6 +136,18 @@ def test_unknown_name_is_answered_with_a_suggestion() -> None:
             "files.train.reader: Input should be 'digits'",
         ),
         ({"folder": "x"}, "folder is not a key"),
+        *(
+            (change, "must be a plain name, without slashes")
+            for change in (
+                {"name": "../x"},
+                {"name": ".."},
+                {"name": "a\x1b[2J"},
+                {"archives": {"../../escape": {"url": "https://x/a.tar"}}},
+                {"archives": {"/etc/escape": {"url": "https://x/a.tar"}}},
+                {"archives": {"a\\b": {"url": "https://x/a.tar"}}},
+                {"files": {"../train": {"path": "a", "reader": "parquet"}}},
+            )
+        ),
         (
             {"files": {"train": {"path": "a", "reader": "parquet", "url": "ftp://x/a"}}},
             "files.train.url: String should match",

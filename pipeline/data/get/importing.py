@@ -21,7 +21,16 @@ from pipeline.data.get.accepted import Accepted, AcceptedImages, accept
 from pipeline.data.get.found import Source
 from pipeline.data.get.tables import TABLE_SUFFIXES
 from pipeline.data.get.writing import write_images, write_manifest
-from pipeline.data.manifest import SPLITS, FileSpec, ImageSpec, Manifest, SplitName, SplitSpec, load_manifest
+from pipeline.data.manifest import (
+    SPLITS,
+    FileSpec,
+    ImageSpec,
+    Manifest,
+    SplitName,
+    SplitSpec,
+    load_manifest,
+    require_plain_name,
+)
 from pipeline.data.readers.shard import LeftOut
 from pipeline.errors import DataError, UsageError
 from pipeline.seeds import permutation
@@ -100,10 +109,14 @@ def import_images(
             f"{out} is there and not empty; give a new folder, or remove that one first. To add images to the pool of "
             "a data set that was imported: --append"
         )
-    settings = settings or ImportSettings()
+    settings, name = settings or ImportSettings(), name or out.resolve().name
+    try:
+        require_plain_name(name)
+    except ValueError as error:
+        raise UsageError(f"the data set's name: {error}; give another: --name NAME") from error
     with _work_folder(out) as work:
         with tempfile.TemporaryFile(dir=work) as file:
-            imported = _write(_accepted(file, sources, workers), work, name or out.resolve().name, settings)
+            imported = _write(_accepted(file, sources, workers), work, name, settings)
         work.replace(out)
         sync_folder(out.parent)
     return imported
@@ -119,7 +132,7 @@ def look_at(sources: Sequence[Source], settings: ImportSettings | None = None, *
         accepted = _accepted(file, sources, workers)
         classes = _classes(accepted)
         splits, cut = _divide(accepted.images, classes, settings or ImportSettings())
-        return _imported("", classes, splits, cut, accepted)
+        return _imported("none", classes, splits, cut, accepted)
 
 
 def append_images(sources: Sequence[Source], out: Path, *, workers: int = 0) -> tuple[int, list[LeftOut]]:

@@ -262,3 +262,10 @@ def test_an_interruption_leaves_nothing(
         import_images(source, tmp_path / "out")
     assert isinstance(interruption, KeyboardInterrupt) or "No space left on device" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "..", "x\x1b[2J"])
+def test_a_data_set_has_a_plain_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"plain name.*--name NAME"):
+        importing.import_images([], tmp_path / "out", name=name)
+    assert not list(tmp_path.iterdir())
