@@ -83,12 +83,13 @@ def work(runs: SeedRuns, levels: dict[float, int]) -> dict[str, Any]:
     """A chain for each level and seed; then table and figure."""
     context = runs.context
     chosen = variants(context)
-    reference = Variant(ALL.name, ALL.label, ALL.module, chosen[0].changes)
+    batch = f"train_mpl.labelled_batch={labelled_batch(context, levels)}"
+    reference = Variant(ALL.name, ALL.label, ALL.module, (batch, *chosen[0].changes))
     chains: dict[tuple[str, int], Chain] = {}
     for seed in runs.seeds:
         for count in levels.values():
             run = context.run / f"labels-{count}-seed-{seed}"
-            changes = (f"data.labelled={count}",)
+            changes = (f"data.labelled={count}", batch)
             steps = tuple(step for variant in chosen for step in variant.steps(run, changes))
             chains[point(count), seed] = Chain(run, seed, steps)
         run = context.run / f"all-seed-{seed}"
@@ -101,6 +102,11 @@ def work(runs: SeedRuns, levels: dict[float, int]) -> dict[str, Any]:
     all_labels = results_of([reference], {seed: records[ALL.name, seed] for seed in runs.seeds})
     report_of(runs, levels, results, all_labels).write(context.run.root)
     return {"students": len(chains) * len(chosen)}
+
+
+def labelled_batch(context: Context, levels: dict[float, int]) -> int:
+    """Labelled images of a step, the same for all: the recipe's, or as many as the smallest level has."""
+    return min(mpl_settings(context.recipe).labelled_batch, *levels.values())
 
 
 def point(count: int) -> str:
@@ -124,8 +130,8 @@ def report_of(runs: SeedRuns, levels: dict[float, int], results: dict[str, Resul
             f"Labels: each seed draws its own, stratified by class; of {context.data_set.split('labelled').count():,}. "
             "The pool is the same for all, and does not grow by the images whose labels are left out.",
             f"Students: {settings.model.name}, {settings.steps:,} steps, {settings.batch} pool images and "
-            f"{settings.labelled_batch} labelled ones a step, from the same initial weights for all methods of a seed; "
-            f"the last step's moving average; with MPL then {context.recipe.finetune.steps:,} steps of finetuning. "
+            f"{labelled_batch(context, levels)} labelled ones a step, from the same initial weights for all methods of a "
+            f"seed; the last step's moving average; with MPL then {context.recipe.finetune.steps:,} steps of finetuning. "
             "Judged once on the test split; nothing was tuned for any number of labels.",
         ],
         extra={"settings": settings.model_dump(mode="json")},

@@ -8,7 +8,8 @@ from tests.stages.reproduce.comparisons import run_here
 from tests.stages.reproduce.test_sweep import SMALL
 
 TINY = (
-    *SMALL, "train_mpl.model.name=wrn_10_1", "train_mpl.steps=4", "finetune.steps=2", "finetune.batch=8",
+    *SMALL, "train_mpl.model.name=wrn_10_1", "train_mpl.steps=4", "train_mpl.labelled_batch=32",
+    "finetune.steps=2", "finetune.batch=8",
     "finetune.schedule.warmup_steps=0",
 )  # fmt: skip
 
@@ -33,6 +34,7 @@ def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     assert labelled[0]["data"]["labelled"] == 20
+    assert labelled[0]["settings"]["labelled_batch"] == 20  # of 32: there are no more
     assert labelled[0]["labelled"] != labelled[1]["labelled"]  # each seed has a draw of its own
     page = (tmp_path / "run/labels.md").read_text()
     assert "20 (40%)" in page
