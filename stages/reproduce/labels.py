@@ -101,7 +101,7 @@ def work(runs: SeedRuns, levels: dict[float, int]) -> dict[str, Any]:
     }
     all_labels = results_of([reference], {seed: records[ALL.name, seed] for seed in runs.seeds})
     report_of(runs, levels, results, all_labels).write(context.run.root)
-    return {"students": len(chains) * len(chosen)}
+    return {"students": len(runs.seeds) * (len(levels) * len(chosen) + 1)}
 
 
 def labelled_batch(context: Context, levels: dict[float, int]) -> int:
@@ -130,8 +130,9 @@ def report_of(runs: SeedRuns, levels: dict[float, int], results: dict[str, Resul
             f"Labels: each seed draws its own, stratified by class; of {context.data_set.split('labelled').count():,}. "
             "The pool is the same for all, and does not grow by the images whose labels are left out.",
             f"Students: {settings.model.name}, {settings.steps:,} steps, {settings.batch} pool images and "
-            f"{labelled_batch(context, levels)} labelled ones a step, from the same initial weights for all methods of a "
-            f"seed; the last step's moving average; with MPL then {context.recipe.finetune.steps:,} steps of finetuning. "
+            f"{labelled_batch(context, levels)} labelled ones a step, from the same initial weights for all methods "
+            f"of a seed; the last step's moving average; with MPL then {context.recipe.finetune.steps:,} steps of "
+            "finetuning. "
             "Judged once on the test split; nothing was tuned for any number of labels.",
         ],
         extra={"settings": settings.model_dump(mode="json")},

@@ -13,6 +13,7 @@ COLOURS = (ORANGE, BLUE, GREEN, PINK, YELLOW)
 MARKERS = ("o", "s", "^", "D", "v")
 GREY = "#555555"
 WIDE, NAMES = 3.6, 2.7  # inches, of a column and of the names at the right
+LEAST, MARGIN = 7.2, 1.01  # inches, of all columns together, and left of them
 APART = 0.075  # of a panel's height, between two labels
 Ends = list[tuple[float, str, str]]  # (height, text, colour) of each line's right end
 
@@ -56,10 +57,11 @@ class AxesFigure:
 
     def draw(self, path: Path) -> None:
         """Write a PNG."""
-        width = WIDE * len(self.axes) + NAMES
+        width = max(WIDE * len(self.axes), LEAST) + NAMES
+        left = MARGIN / width
         with new_figure(path, dpi=150, figsize=(width, 7.2)) as figure:
             upper, lower = figure.subplots(2, len(self.axes), squeeze=False, height_ratios=(1.15, 1))
-            figure.subplots_adjust(left=0.075, right=1 - NAMES / width, top=0.83, bottom=0.05, wspace=0.17)
+            figure.subplots_adjust(left=left, right=1 - NAMES / width, top=0.83, bottom=0.05, wspace=0.17)
             for above, below, axis in zip(upper, lower, self.axes, strict=True):
                 ends = {above: self._differences(above, axis), below: self._accuracies(below, axis)}
                 for panel in ends:
@@ -71,10 +73,10 @@ class AxesFigure:
                 _name(panel, lines)
             upper[0].set_ylabel("what feedback adds,\npoints of top-1", fontsize=11)
             lower[0].set_ylabel("top-1 on the test split, %", fontsize=11)
-            figure.suptitle(self.title, x=0.075, y=0.975, ha="left", fontsize=16, fontweight="bold")
+            figure.suptitle(self.title, x=left, y=0.975, ha="left", fontsize=16, fontweight="bold")
             n = len(self.reference.seeds)
             how = f"mean over {n} seed{'s' * (n != 1)}; bars: 95% intervals of the difference, paired by seed"
-            figure.text(0.075, 0.915, f"{how}; panels have their own scales", fontsize=10, color=GREY)
+            figure.text(left, 0.915, f"{how}; panels have their own scales", fontsize=10, color=GREY)
 
     def _differences(self, panel: Any, axis: Axis) -> Ends:
         """Means with intervals."""
