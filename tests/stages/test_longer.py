@@ -6,8 +6,13 @@ from safetensors.torch import load_file
 OPEN = [f"--set={section}.schedule.kind=constant" for section in ("pretrain", "train_reduced")]
 
 
-@pytest.mark.parametrize(("stage", "section", "folder"), [("pretrain", "pretrain", "teacher"),
-                                                          ("train-reduced", "train_reduced", "student")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "section", "folder"),
+    [
+        pytest.param("pretrain", "pretrain", "teacher", marks=pytest.mark.long),  # the same loop
+        ("train-reduced", "train_reduced", "student"),
+    ],
+)
 def test_a_longer_training_equals_one_of_that_length(mpl, recipe, run, tmp_path, stage, section, folder) -> None:
     """12 steps and then 24 are 24 steps, bit for bit; the calibrator's state is among what is kept."""
     weights = []
