@@ -12,10 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
@@ -233,8 +232,10 @@ def _jpeg(image: Image.Image, data: bytes) -> Image.Image:
     Raises:
         ValueError: they are.
     """
+    if (turbo := _simplejpeg()) is None:
+        return image
     try:
-        pixels = simplejpeg.decode_jpeg(data, JPEG_MODES[image.mode], min_height=image.height, min_width=image.width)
+        pixels = turbo.decode_jpeg(data, JPEG_MODES[image.mode], min_height=image.height, min_width=image.width)
     except ValueError as error:
         if "Premature end of JPEG file" in str(error) and not data.endswith(JPEG_END):
             return _jpeg(image, data + JPEG_END)  # if nothing but the mark of its end is missing, it is whole
@@ -244,6 +245,15 @@ def _jpeg(image: Image.Image, data: bytes) -> Image.Image:
     if pixels.shape[:2] != (image.height, image.width):
         return image
     return Image.fromarray(pixels[..., 0] if image.mode == "L" else pixels)
+
+
+@cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:  # a machine that was set up by hand: its pixels are the same
+        return None
+    return simplejpeg
 
 
 def _is_damage(told: str, data: bytes) -> bool:

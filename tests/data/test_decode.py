@@ -473,6 +473,13 @@ def test_a_jpeg_with_bytes_missing_inside_is_told(options: dict[str, Any]) -> No
     assert told / 60 > (0.65 if options["progressive"] else 0.3)
 
 
+def test_without_simplejpeg_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(PHOTOGRAPH, "JPEG", quality=80)
+    before = decoded(data, 48)
+    monkeypatch.setattr("pipeline.data.decode._simplejpeg", lambda: None)
+    assert np.array_equal(decoded(data, 48), before)
+
+
 @pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
 def test_a_jpeg_cut_short_is_told(options: dict[str, Any]) -> None:
     data = encode(PHOTOGRAPH, "JPEG", **options)
