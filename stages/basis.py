@@ -80,7 +80,7 @@ def training_stage(
 def exchange(new: Path, folder: Path) -> None:
     """Put the network in `new` in the place of the one in `folder`: what is ours there goes, then all is moved.
 
-    What is in `folder` and not ours stays. Interrupted, it is done again: the checkpoints are moved last.
+    What is in `folder` and not ours stays. Interrupted, the training is done again.
     """
     remove_ours(*(folder / name for name in names_in(folder) if name in PARTS or is_ours(folder / name)))
     _move(new, folder)

@@ -165,6 +165,8 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
 
 def _begin(context: Context, stage: Stage) -> None:
     """Note what begins, and remove what --force removes."""
+    if context.force:
+        stage.ready()  # before anything is changed, the run's recipe included
     run = context.run
     if stage.keeps_recipe or run.description is None:
         store = None if context.store == run.root else str(context.store)
@@ -172,7 +174,6 @@ def _begin(context: Context, stage: Stage) -> None:
     if context.store != run.root:
         run.claim(context.store)
     if context.force:
-        stage.ready()
         remove_ours(*stage.replaces, tell=context.console.note)
     run.begin(stage.name, stage.basis, context.together.launch, beside=stage.kept())
 

@@ -19,6 +19,7 @@ from pipeline.storage.runs import Run
 from pipeline.storage.workers import EngineSettings
 from pipeline.targets import TargetsStore
 from pipeline.targets.build import Ingredients, check_targets, precompute
+from pipeline.targets.files import require_ours
 from pipeline.targets.manifest import MANIFEST, StoreSettings
 from stages.execution import Stage, execute
 from stages.filter import load_teacher, scorer, teacher_folder
@@ -69,9 +70,16 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
             f"{result['bytes'] / 2**20:,.1f} MiB"
         ),
         replaces=[context.store / "targets"],
-        ready=lambda: (load_teacher(context, folder, engine), read_selection(context.store / SELECTION_FILE)),
+        ready=lambda: require_ready(context, folder, engine),
         cheap=frozenset({"selection"}),  # derived: made again from the new one
     )
+
+
+def require_ready(context: Context, folder: Path, engine: EngineSettings | None) -> None:
+    """Raise what would keep the targets from being made again, before the old ones go."""
+    load_teacher(context, folder, engine)
+    read_selection(context.store / SELECTION_FILE)
+    require_ours(context.store / "targets")
 
 
 def require_fresh_selection(run: Run) -> dict[str, Any]:

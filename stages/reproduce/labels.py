@@ -5,6 +5,7 @@ ImageNet's labels. Each seed draws its own labelled images, every class in its s
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -76,7 +77,7 @@ def variants(context: Context) -> list[Variant]:
         for name in ALONE
     ]
     changes = (*method_changes(context, "uda"), "train_mpl.alone=false")
-    return [*alone, Variant(WITH_MPL.name, WITH_MPL.label, WITH_MPL.module, changes, finetuned=True)]
+    return [*alone, replace(WITH_MPL, changes=changes)]
 
 
 def work(runs: SeedRuns, levels: dict[float, int]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def work(runs: SeedRuns, levels: dict[float, int]) -> dict[str, Any]:
     context = runs.context
     chosen = variants(context)
     batch = f"train_mpl.labelled_batch={labelled_batch(context, levels)}"
-    reference = Variant(ALL.name, ALL.label, ALL.module, (batch, *chosen[0].changes))
+    reference = replace(ALL, changes=(batch, *chosen[0].changes))
     chains: dict[tuple[str, int], Chain] = {}
     for seed in runs.seeds:
         for count in levels.values():

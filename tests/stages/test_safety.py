@@ -68,6 +68,7 @@ def test_what_would_be_counted_into_the_targets_is_refused(mpl, run: Path, name:
     assert refused.status == 1
     assert f"{name} is named like a file of the store" in refused.err
     assert intact(mine)
+    assert sha256_file(run / "targets/_manifest.json") == before  # nothing was changed, as it says
     (run / "targets" / name).unlink()
     assert mpl("precompute", "--run", run).status == 0
     assert len(before) == 64
