@@ -10,7 +10,7 @@ from pipeline.config import DataSettings, FeedbackSettings, ModelSettings, Train
 from pipeline.gradient.derivative import check_engine
 from pipeline.networks.architectures import WEIGHTS
 from pipeline.networks.folders import CONFIG
-from pipeline.storage.files import fingerprint, names_in, sync_folder
+from pipeline.storage.files import discard, fingerprint, names_in, sync_folder
 from pipeline.storage.ours import is_ours, remove_ours
 from stages.execution import Stage
 from stages.options import Context
@@ -54,10 +54,12 @@ def training_stage(
     identity = fingerprint(of_any_length if settings.open_ended else basis)
 
     def keeps_old() -> bool:
-        whole = all(path.exists() for path in network_outputs(folder))
-        return whole and identity_of(folder / CHECKPOINTS) != identity
+        return _is_whole(folder) and identity_of(folder / CHECKPOINTS) != identity
 
     def train() -> dict[str, Any]:
+        if context.first:
+            finish_exchange(beside, folder)
+        context.together.barrier("what an interrupted --force left")
         place = beside if keeps_old() else folder
         context.together.barrier("the choice of a folder")
         result = work(Output(place, identity))
@@ -68,7 +70,7 @@ def training_stage(
     return Stage(
         basis=basis,
         work=train,
-        replaces=[folder / CHECKPOINTS, beside],
+        replaces=[folder / CHECKPOINTS, beside, _ready(beside)],
         kept=keeps_old,
         leftovers=[beside] if settings.open_ended else [folder / CHECKPOINTS, beside],
         together=True,
@@ -80,21 +82,42 @@ def training_stage(
 def exchange(new: Path, folder: Path) -> None:
     """Put the network in `new` in the place of the one in `folder`: what is ours there goes, then all is moved.
 
-    What is in `folder` and not ours stays. Interrupted, the training is done again.
+    What is in `folder` and not ours stays. Interrupted, `finish_exchange` goes on with it.
     """
+    discard(folder / WEIGHTS)  # first: a folder without weights is one whose exchange has begun
     remove_ours(*(folder / name for name in names_in(folder) if name in PARTS or is_ours(folder / name)))
-    _move(new, folder)
+    ready = _ready(new)
+    new.rename(ready)
+    _move(ready, folder)
     sync_folder(folder)
+
+
+def finish_exchange(new: Path, folder: Path) -> None:
+    """Go on with an exchange that was interrupted; without one, nothing is done."""
+    if (ready := _ready(new)).exists():
+        _move(ready, folder)
+        sync_folder(folder)
+    elif _is_whole(new) and not (folder / WEIGHTS).exists():
+        exchange(new, folder)
+
+
+def _ready(new: Path) -> Path:
+    """What a folder is renamed to when the place that its files go to has been cleared."""
+    return new.with_suffix(".ready")
 
 
 def _move(new: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    for path in sorted(new.iterdir(), key=lambda path: path.name == CHECKPOINTS):
+    for path in new.iterdir():
         if path.is_dir():
             _move(path, folder / path.name)
         else:
             path.replace(folder / path.name)
     new.rmdir()
+
+
+def _is_whole(folder: Path) -> bool:
+    return all(path.exists() for path in network_outputs(folder))
 
 
 def data_basis(settings: DataSettings) -> dict[str, Any]:
