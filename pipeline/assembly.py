@@ -19,9 +19,10 @@ from pipeline.data.sets import LabelledSet, Pool
 from pipeline.distributed.layouts import bare
 from pipeline.distributed.placement import Placement
 from pipeline.evaluate import Judge
-from pipeline.networks.folders import save_network
+from pipeline.networks.folders import CONFIG, save_network
 from pipeline.networks.network import Network, build_network, require_classifier, to_device
 from pipeline.seeds import derive_seed
+from pipeline.storage.files import sha256_file
 from pipeline.storage.runs import peak_memory_mib
 from pipeline.teachers import Teacher
 from pipeline.training import Journal, Observer, Silent, Training
@@ -138,6 +139,7 @@ class Assembly:
         return figures | {
             "checkpoint": "last step, moving average",
             "weights_sha256": digest,
+            **({"config_sha256": sha256_file(output.folder / CONFIG)} if ranks.first else {}),
             "validation": evaluation,
             "train_peak_memory_mib": round(peak_memory_mib(), 1),
         }

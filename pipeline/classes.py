@@ -12,19 +12,25 @@ from functools import cached_property
 
 from pipeline.errors import DataError
 
+DIGITS = 19
 SHOWN = 20  # names in a message
 
 
 def canonical(name: str) -> str:
     """What is compared of a name."""
     text = unicodedata.normalize("NFC", name).strip()
-    return str(int(text)) if text.isdecimal() else text
+    return str(int(text)) if is_number(text) else text
+
+
+def is_number(text: str) -> bool:
+    """Whether a name is a whole number; longer ones than 64 bits have are names like others."""
+    return text.isdecimal() and len(text) < DIGITS
 
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names sorted: by value where all are whole numbers, else as text."""
     names = list(names)
-    numbers = all(canonical(name).isdecimal() for name in names)
+    numbers = all(is_number(canonical(name)) for name in names)
     return sorted(names, key=lambda name: (int(canonical(name)) if numbers else 0, canonical(name)))
 
 
@@ -66,7 +72,7 @@ class ClassNames:
     @cached_property
     def numbers_are_names(self) -> bool:
         """Whether a number names a class, as opposed to being its place."""
-        return any(name.isdecimal() for name in self._places)
+        return any(is_number(name) for name in self._places)
 
     def label(self, text: str) -> int | None:
         """The label that a text stands for: a class name, or else a place; None if it is neither.
@@ -76,7 +82,7 @@ class ClassNames:
         name = canonical(text)
         if (place := self._places.get(name)) is not None:
             return place
-        return int(name) if name.isdecimal() and not self.numbers_are_names else None
+        return int(name) if is_number(name) and not self.numbers_are_names else None
 
     def places(self, stated: Sequence[str], file: str) -> tuple[int, ...]:
         """The label here of each class that a file names, in the order of the file's own labels.

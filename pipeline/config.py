@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -28,6 +27,7 @@ from pydantic import (
 
 from pipeline.errors import RecipeError
 from pipeline.methods import Method, parse_method
+from pipeline.yaml_text import parse_yaml
 
 Rule = Literal["sgd", "nesterov", "rmsprop", "rmsprop_tf", "adamw"]
 TeacherKind = Literal["calibrator", "fixed", "none"]
@@ -380,8 +380,8 @@ def load_recipe(name_or_file: str, changes: Sequence[str] = ()) -> Recipe:
     """
     text, origin = _read(name_or_file)
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        tree = parse_yaml(text)
+    except ValueError as error:
         raise RecipeError(f"recipe {origin} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {origin} must be a mapping of settings, found {type(tree).__name__}")
@@ -432,8 +432,8 @@ def _apply(tree: dict[str, Any], change: str) -> None:
     if not equals or not all(parts):
         raise RecipeError(f"--set {change!r}: expected section.key=value, for example filter.k=500")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise RecipeError(f"--set {change!r}: the value is not YAML: {error}") from error
     node = tree
     for part in parts[:-1]:

@@ -7,10 +7,11 @@ from typing import Any
 from pipeline.assembly import Output
 from pipeline.checkpoints import CHECKPOINTS, identity_of
 from pipeline.config import DataSettings, FeedbackSettings, ModelSettings, TrainSettings
+from pipeline.errors import CheckpointError
 from pipeline.gradient.derivative import check_engine
 from pipeline.networks.architectures import WEIGHTS
 from pipeline.networks.folders import CONFIG
-from pipeline.storage.files import discard, fingerprint, names_in, sync_folder
+from pipeline.storage.files import discard, fingerprint, names_in, sha256_file, sync_folder
 from pipeline.storage.ours import is_ours, remove_ours
 from stages.execution import Stage
 from stages.options import Context
@@ -74,6 +75,7 @@ def training_stage(
         kept=keeps_old,
         leftovers=[beside] if settings.open_ended else [folder / CHECKPOINTS, beside],
         together=True,
+        trouble=lambda result: require_unchanged(folder, result),
         longer="goes on" if settings.open_ended else "is another training",
         **more,
     )
@@ -118,6 +120,21 @@ def _move(new: Path, folder: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     return all(path.exists() for path in network_outputs(folder))
+
+
+def require_unchanged(folder: Path, result: dict[str, Any]) -> str:
+    """Nothing, where a network is the one that its record is of.
+
+    Raises:
+        CheckpointError: its weights or its config.json were edited or damaged since.
+    """
+    for name, key in ((WEIGHTS, "weights_sha256"), (CONFIG, "config_sha256")):
+        if key in result and sha256_file(folder / name) != result[key]:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was made: it was edited or damaged since. Restore it, or train "
+                "it again with --force; mpl evaluate --network FOLDER judges a copy of it as it is"
+            )
+    return ""
 
 
 def data_basis(settings: DataSettings) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import select
 import shlex
 import sys
 import warnings
@@ -50,6 +51,19 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command. click takes every broken pipe for a reader of its output that has gone (`| head`)."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if _reader_has_gone():
+                raise
+            from pipeline.errors import RunError
+
+            ended = RunError("a process that this one had started has ended, or was ended")
+            ended.resumable = True
+            raise ended from error
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -87,6 +101,9 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort) as error:
         _say(f"Interrupted: {error}" if str(error) else "Interrupted", resume=True)
         status = 130
+    except MemoryError as error:
+        _say(f"Error: there is not enough memory ({error or 'out of memory'}); free some, or use less", resume=True)
+        status = 1
     except OSError as error:
         from pipeline.storage.files import is_storage_error
 
@@ -104,6 +121,14 @@ def main() -> None:
             _say(f"Error: {error}", resume=error.resumable)
         status = 2 if usage else 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads standard output, or errors, any more."""
+    streams = select.poll()
+    for handle in (1, 2):
+        streams.register(handle, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLNVAL) for _, event in streams.poll(0))
 
 
 def silence_torch() -> None:

@@ -11,6 +11,7 @@ from pipeline.networks.folders import read_description
 from pipeline.networks.loading import load_network
 from pipeline.networks.network import to_device
 from pipeline.storage.files import sha256_file, write_json
+from stages.basis import require_unchanged
 from stages.execution import Stage, execute
 from stages.networks import architecture_option, network_folder
 from stages.options import Context, assume_option, stage_options, with_changes
@@ -57,12 +58,14 @@ def last_student(context: Context, name: str | None = None) -> Path:
 
     Raises:
         RunError: there is no student yet.
+        CheckpointError: it was edited or damaged since it was made.
     """
     record = trained(context, name)
     folder = student_folder(context, name)
     finetuned = context.run.record(stage_name("finetune", name))
     if finetuned is not None and finetuned["basis"]["student"] == record["result"]["weights_sha256"]:
-        return context.run / f"{folder.name}-finetuned"
+        folder, record = context.run / f"{folder.name}-finetuned", finetuned
+    require_unchanged(folder, record["result"])
     return folder
 
 

@@ -37,6 +37,8 @@ class Stage:
         keeps_recipe: the recipe it ran with becomes the run's own; not so for a named variant.
         cheap: top-level keys of the basis whose change is no reason to refuse: the work is done again at once.
         longer: of a training, what more steps of it are when it is done.
+        trouble: from the recorded figures, why its output is not what was made, and is to be made again; empty if it
+            is. Looks at sizes, footers and checksums of what is small.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Stage:
     keeps_recipe: bool = True
     together: bool = False
     longer: Longer | None = None
+    trouble: Callable[[dict[str, Any]], str] = lambda result: ""
 
 
 def execute(context: Context, plan: Callable[[Context], Stage]) -> dict[str, Any]:
@@ -196,9 +199,14 @@ def require_store(context: Context, stage: str) -> None:
 
 def decide(context: Context, stage: Stage) -> Decision:
     """What the stage would do."""
-    return context.run.decide(
+    decision = context.run.decide(
         stage.name, stage.basis, stage.outputs, force=context.force, cheap=stage.cheap, longer=stage.longer
     )
+    if decision.action is Action.SKIP:
+        record = context.run.record(stage.name)
+        if record is not None and (trouble := stage.trouble(record["result"])):
+            return Decision(Action.RUN, f"made again: {trouble}")
+    return decision
 
 
 def _tell(context: Context, value: dict[str, Any]) -> dict[str, Any]:

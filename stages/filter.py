@@ -24,7 +24,7 @@ from pipeline.pool.infer import Scorer, infer_distributions
 from pipeline.pool.rejected import REJECTED
 from pipeline.pool.score import ScoreWork
 from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_file
-from pipeline.pool.selection import Rules
+from pipeline.pool.selection import Rules, read_selection
 from pipeline.storage.files import fingerprint, remove_leftovers, sha256_file
 from pipeline.storage.workers import EngineSettings
 from stages.copies import calibrated, calibration_mark, copy_index, evaluation_splits, tell_copies
@@ -138,8 +138,20 @@ def plan(
         summary=summary,
         replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
         ready=lambda: load_teacher(context, folder, engine, assume_class_order),
+        trouble=lambda result: _trouble(context, result),
         cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
     )
+
+
+def _trouble(context: Context, result: dict[str, Any]) -> str:
+    try:
+        if read_selection(context.store / SELECTION_FILE).fingerprint != result["fingerprint"]:
+            return f"{context.store / SELECTION_FILE} is another selection than this run made"
+    except DataError as error:
+        return str(error)
+    shards = context.data_set.split("unlabelled").shards
+    left = not_scored(shards, context.store / "scores", result["scores_fingerprint"])
+    return f"the scores of {len(left):,} shards are missing or damaged ({left[0].name}, …)" if left else ""
 
 
 def rules(context: Context) -> Rules:

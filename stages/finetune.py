@@ -3,7 +3,7 @@
 import click
 
 from pipeline.trainings import finetune
-from stages.basis import network_outputs, training_basis, training_stage
+from stages.basis import network_outputs, require_unchanged, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
@@ -25,11 +25,13 @@ def plan(context: Context, name: str | None = None) -> Stage:
     """Plan the stage."""
     source = student_folder(context, name)
     folder = context.run / f"{source.name}-finetuned"
+    student = trained(context, name)["result"]
+    require_unchanged(source, student)
     basis = training_basis(
         context,
         context.recipe.finetune,
         labelled=context.data_set.split("labelled").fingerprint(),
-        student=trained(context, name)["result"]["weights_sha256"],
+        student=student["weights_sha256"],
     )
     return training_stage(
         context,

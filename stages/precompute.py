@@ -20,7 +20,7 @@ from pipeline.storage.workers import EngineSettings
 from pipeline.targets import TargetsStore
 from pipeline.targets.build import Ingredients, check_targets, precompute
 from pipeline.targets.files import require_ours
-from pipeline.targets.manifest import MANIFEST, StoreSettings
+from pipeline.targets.manifest import MANIFEST, StoreSettings, check_files, read_manifest
 from stages.execution import Stage, execute
 from stages.filter import load_teacher, scorer, teacher_folder
 from stages.options import Context, stage_options
@@ -52,6 +52,9 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
     settings = context.recipe.precompute
     scored_by = filtered["result"]["teacher_sha256"]
     used = sha256_file(folder / WEIGHTS) if teacher is not None else scored_by
+    shown = read_description(folder).preprocessing()
+    if used == scored_by and shown != filtered["basis"].get("preprocessing", shown):
+        raise RunError(f"{folder}/config.json was changed after the pool was scored; run mpl filter")
     basis = {
         "selection": filtered["result"]["fingerprint"],
         "teacher": used,
@@ -59,6 +62,7 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         "settings": settings.model_dump(mode="json", exclude={"batch"}),
         "seed": context.seed,
         "precision": filtered["basis"]["precision"] if used == scored_by else context.precision,
+        **({} if used == scored_by else {"preprocessing": shown}),
     }
     return Stage(
         name="precompute",
@@ -71,6 +75,7 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         ),
         replaces=[context.store / "targets"],
         ready=lambda: require_ready(context, folder, engine),
+        trouble=lambda result: _trouble(context, result),
         cheap=frozenset({"selection"}),  # derived: made again from the new one
     )
 
@@ -107,6 +112,38 @@ def require_fresh_targets(run: Run) -> dict[str, Any]:
     if record["basis"]["selection"] != require_fresh_selection(run)["result"]["fingerprint"]:
         raise TargetsError(f"{run / 'targets'} was made from another selection; run mpl precompute")
     return record
+
+
+def open_targets(context: Context, verify: bool | None = None) -> TargetsStore:
+    """The store that this run's `precompute` made.
+
+    Raises:
+        TargetsError: what lies in targets/ is another one, of another run or of other settings, or it is damaged.
+    """
+    record = context.run.require("precompute", "mpl precompute")["result"]
+    store = TargetsStore.open(
+        context.store / "targets",
+        teacher=record["teacher_sha256"],
+        class_names=context.data_set.split("labelled").class_names,
+        verify=verify,
+    )
+    if store.fingerprint != record["fingerprint"]:
+        raise TargetsError(
+            f"{store.folder} holds other targets than {context.run.root} made: another run with the same --store has "
+            "made them since; run mpl precompute to have this run's again, or give each run its own --store"
+        )
+    return store
+
+
+def _trouble(context: Context, result: dict[str, Any]) -> str:
+    try:
+        manifest = read_manifest(context.store / "targets")
+        check_files(context.store / "targets", manifest, False)
+    except TargetsError as error:
+        return str(error)
+    if manifest["fingerprint"] != result["fingerprint"]:
+        return f"{context.store / 'targets'} holds other targets than this run made"
+    return ""
 
 
 def store_settings(context: Context, basis: dict[str, Any]) -> StoreSettings:
@@ -164,12 +201,7 @@ def _check(context: Context, rows: int) -> None:
     record = context.run.require("precompute", "mpl precompute")["result"]
     context = replace(context, precision=record["precision"])
     network = load_teacher(context, context.run.place(record["teacher"]))
-    store = TargetsStore.open(
-        context.store / "targets",
-        teacher=record["teacher_sha256"],
-        class_names=network.class_names,
-        verify=True,
-    )
+    store = open_targets(context, verify=True)
     largest = check_targets(store, scorer(context, network), rows, context.seed)
     allowed = {"float16": 1e-3, "float32": 1e-5}[store.dtype]
     rows = min(rows, store.count)

@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 
-from pipeline.data.decode import Status, decode_stream, default_workers
+from pipeline.data.decode import MAX_BYTES, Status, decode_stream, default_workers
 from pipeline.data.get.archives import is_archive, list_members, read_members
 from pipeline.data.readers.folder import list_files, shown
 from pipeline.data.readers.parquet import ParquetShard
@@ -23,7 +23,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.evaluate import predict_logits
 from pipeline.networks.loading import load_network
 from pipeline.networks.network import Network, to_device
-from pipeline.storage.files import whole_file
+from pipeline.storage.files import read_at_most, whole_file
 from stages.evaluate import last_student
 from stages.networks import architecture_option, shown_by
 from stages.options import Context, stage_options
@@ -120,7 +120,7 @@ def _entries(path: Path) -> Iterator[Entry]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_at_most(path, MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -6,13 +6,12 @@ import click
 
 from pipeline.assembly import Output
 from pipeline.config import Reading
-from pipeline.targets import TargetsStore
 from pipeline.trainings import CALIBRATOR, pool_reading, train_reduced
 from stages.basis import network_outputs, require_engine, training_basis, training_stage
 from stages.console import on_validation
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
-from stages.precompute import require_fresh_targets
+from stages.precompute import open_targets, require_fresh_targets
 from stages.students import NAME_HELP, name_option, own_student, stage_name, student_folder
 
 IRRELEVANT = {  # settings that change nothing, by teacher
@@ -73,9 +72,5 @@ def work(context: Context, output: Output, reading: Reading) -> dict[str, Any]:
     """Open the targets and train."""
     store = None
     if context.recipe.train_reduced.teacher != "none":
-        precomputed = context.run.require("precompute", "mpl precompute")["result"]
-        class_names = context.data_set.split("labelled").class_names
-        store = TargetsStore.open(
-            context.store / "targets", teacher=precomputed["teacher_sha256"], class_names=class_names
-        )
+        store = open_targets(context)
     return train_reduced(context.assembly, output, store, reading)

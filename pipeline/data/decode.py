@@ -1,14 +1,16 @@
 """From the bytes of any image file to RGB pixels of one size, with a status instead of an exception."""
 
+import gc
 import io
 import math
 import os
 import re
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -17,8 +19,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.errors import RunError
+
 MAX_PIXELS = 89_478_485
 """Width times height; more is `too_large`. It is Pillow's own limit: a quarter GiB of RGB."""
+MAX_BYTES = 256 << 20
+"""Of an encoded image; more is `too_large`."""
+SCANNED = 2_000_000_000  # pixels of all scans of a progressive JPEG: 20 scans of the largest image; usual are 10
+LARGE = 1 << 25  # pixels; of larger images one is decoded at a time, whatever the number of threads
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 """What is tried. Pillow knows more, of which EPS would start Ghostscript on bytes from the web."""
 TOO_LARGE = f"more than {MAX_PIXELS:,} pixels"
@@ -30,11 +38,14 @@ ORIENTATION = 0x0112  # EXIF tag
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag and its value
 OVERSHOOT = 2.0  # greatest value of an image of real numbers from 0 to 1
 JPEG_MODES = {"RGB": "RGB", "L": "GRAY"}  # of Pillow, and what simplejpeg calls them
+SCAN = b"\xff\xda"  # begins one
 JPEG_END = b"\xff\xd9"
 EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]+)")
 STRAY_BYTES = 7  # so many before a marker some cameras leave; a lost block leaves more
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
+_LARGE = threading.Lock()
+_ALONE = threading.Lock()  # held by the one that tries again where memory was short
 DEPTH_AT = 24  # place of the bits of a sample in a PNG, whose first chunk is its header
 
 
@@ -95,7 +106,7 @@ def default_workers(size: int) -> int:
 
 
 def decode(data: bytes, size: int, framing: Framing = WHOLE) -> tuple[np.ndarray | None, Status, str]:
-    """Decode one image; nothing that `data` holds makes it raise.
+    """Decode one image; nothing that `data` holds makes it raise, and nothing but what it holds becomes a status.
 
     The first frame is turned upright as its EXIF says, drawn on white where it is transparent,
     converted to 8-bit RGB, resized (antialiased) and cut as `framing` says; by default its shorter side is brought to
@@ -104,9 +115,32 @@ def decode(data: bytes, size: int, framing: Framing = WHOLE) -> tuple[np.ndarray
 
     Returns:
         The pixels, uint8 (size, size, 3), or None; the status; and why, for people.
+
+    Raises:
+        RunError: the machine is at fault: there was no memory for it, also when no other was decoded beside it.
     """
     if not data:
         return None, Status.empty, "no bytes"
+    if len(data) > MAX_BYTES:
+        return None, Status.too_large, f"more than {MAX_BYTES:,} bytes"
+    try:
+        return _decode_whole(data, size, framing)
+    except MemoryError:
+        pass  # not in here: what the error holds would stay in memory
+    except OSError as error:
+        raise RunError(f"an image cannot be decoded here ({error}); run the same command again") from error
+    with _ALONE:
+        gc.collect()
+        try:
+            return _decode_whole(data, size, framing)
+        except (MemoryError, OSError) as error:
+            raise RunError(
+                f"there is not enough memory to decode an image of {len(data):,} bytes ({error or 'out of memory'}); "
+                "give this command more memory, or fewer --workers, and run it again"
+            ) from error
+
+
+def _decode_whole(data: bytes, size: int, framing: Framing) -> tuple[np.ndarray | None, Status, str]:
     pixels, status, detail = _decode(data, size, framing)
     if status is Status.decode_error and data.startswith(PNG):
         try:
@@ -121,6 +155,8 @@ def _decode(data: bytes, size: int, framing: Framing) -> tuple[np.ndarray | None
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 return None, Status.too_large, TOO_LARGE
+            if image.info.get("progressive") and (scans := data.count(SCAN)) * image.width * image.height > SCANNED:
+                return None, Status.too_large, f"{scans:,} scans of {image.width} × {image.height} pixels"
             return _pixels(image, size, data, framing), Status.ok, ""
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None, Status.too_large, TOO_LARGE
@@ -128,6 +164,14 @@ def _decode(data: bytes, size: int, framing: Framing) -> tuple[np.ndarray | None
         if data[4:8] == b"ftyp" and "HEIF" not in _formats():
             return None, Status.decode_error, "HEIC needs pillow-heif: pip install 'reduced-mpl[heif]'"
         return None, Status.decode_error, f"not an image of a known format ({', '.join(_formats())})"
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno is not None:  # the bytes are in memory: it is not they
+            raise
+        if "out of memory" in str(error):  # also said of sizes that no image has
+            bytearray(3 * 4 * MAX_PIXELS)  # raises MemoryError
+        return None, Status.decode_error, f"{type(error).__name__}: {error}"[:200]
     except Exception as error:  # Pillow's plugins raise a dozen kinds on malformed bytes
         return None, Status.decode_error, f"{type(error).__name__}: {error}"[:200]
 
@@ -191,9 +235,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def _pixels(image: Image.Image, size: int, data: bytes, framing: Framing) -> np.ndarray:
-    image.draft(
-        "RGB", (2 * framing.scaled(size),) * 2
-    )  # JPEG alone: decodes at 1/2, 1/4 or 1/8 while twice as large as needed
+    # Of JPEG alone: decodes at 1/2, 1/4 or 1/8, while that is twice as large as needed.
+    image.draft("RGB", (2 * framing.scaled(size),) * 2)
+    with _LARGE if image.width * image.height > LARGE else nullcontext():
+        return _drawn(image, size, data, framing)
+
+
+def _drawn(image: Image.Image, size: int, data: bytes, framing: Framing) -> np.ndarray:
     picture = _jpeg(image, data) if image.format in ("JPEG", "MPO") and image.mode in JPEG_MODES else image
     picture.load()
     if image.format == "PNG" and "transparency" in image.info:
@@ -273,6 +321,8 @@ def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
             return picture
         picture.getexif()[ORIENTATION] = turned
         return ImageOps.exif_transpose(picture)
+    except MemoryError:
+        raise
     except Exception:  # malformed EXIF is no reason to lose the picture
         return picture
 

@@ -1,5 +1,6 @@
 """Decoded images, in memory or, where they are too many for it, in a file that processes and restarts share."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,10 @@ from torch import Tensor
 from pipeline.data.decode import WHOLE, Framing, Skipped, Status, decode_stream
 from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, RunError
-from pipeline.storage.files import remove_leftovers, whole_file
+from pipeline.storage.files import remove_leftovers, sha256_file, whole_file
 
 MEMORY_LIMIT = 4 << 30  # bytes
+SHA256 = b"mpl.pixels_sha256"  # in the index: of the pixels
 PIXELS, INDEX, LOCK = ".pixels", ".parquet", ".lock"
 Decoded = tuple[tuple[str, Sample], np.ndarray | None, Status, str]
 
@@ -136,17 +138,20 @@ def _through_a_file(place: Path, decoding: _Decoding, rest: Iterator[Decoded]) -
         if mapped := _mapped(place, decoding.size):
             return mapped
         remove_leftovers(folder)
+        digest = hashlib.sha256()
         with whole_file(_beside(place, PIXELS)) as temporary, temporary.open("wb") as file:
             while True:
                 for image in decoding.pixels:
                     file.write(image.data)
+                    digest.update(image.data)
                 decoding.pixels.clear()
                 if (entry := next(rest, None)) is None:
                     break
                 decoding.add(*entry)
         with whole_file(_beside(place, INDEX)) as temporary:  # last: what has an index is complete
-            pq.write_table(pa.table(decoding.columns), temporary)
-        mapped = _mapped(place, decoding.size)
+            table = pa.table(decoding.columns).replace_schema_metadata({SHA256: digest.hexdigest()})
+            pq.write_table(table, temporary)
+        mapped = _mapped(place, decoding.size, verified=True)
     finally:
         lock.release()
     if mapped is None:
@@ -154,8 +159,8 @@ def _through_a_file(place: Path, decoding: _Decoding, rest: Iterator[Decoded]) -
     return mapped
 
 
-def _mapped(place: Path, size: int) -> Images | None:
-    """The set that lies complete at `place`, or None."""
+def _mapped(place: Path, size: int, *, verified: bool = False) -> Images | None:
+    """The set that lies complete and unchanged at `place`, or None; `verified` pixels are not read for that."""
     decoding, pixels, index = _Decoding(size), _beside(place, PIXELS), _beside(place, INDEX)
     if not index.exists():
         return None
@@ -164,6 +169,8 @@ def _mapped(place: Path, size: int) -> Images | None:
         decoding.columns = {name: table[name].to_pylist() for name in decoding.columns}
         shape = (decoding.columns["status"].count(str(Status.ok)), 3, size, size)
         if pixels.stat().st_size != math.prod(shape):
+            return None
+        if not verified and (table.schema.metadata or {}).get(SHA256) != sha256_file(pixels).encode():
             return None
     except (OSError, ValueError, KeyError):  # absent, or damaged
         return None

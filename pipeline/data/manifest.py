@@ -6,12 +6,12 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError, field_validator, model_validator
 
 from pipeline.classes import canonical
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, opened
+from pipeline.yaml_text import parse_yaml
 
 Reader = Literal["digits", "parquet", "folder", "webdataset", "cifar-binary", "svhn-mat", "tinyimages-bin"]
 SplitName = Literal["labelled", "validation", "unlabelled", "test"]
@@ -255,8 +255,8 @@ def _read(path: Location) -> Manifest:
 
 def _parse(text: str, where: str, folder: Location | None) -> Manifest:
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = parse_yaml(text)
+    except ValueError as error:
         raise DataError(f"manifest {where} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"manifest {where} must be a mapping with name, classes, image, files and splits")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ CHUNK = 1 << 20  # bytes of either end of a file that `quick_fingerprint` is of
 
 TEMPORARY = re.compile(r"\..*\.mpl\.tmp|\.step-\d+(\.\w+)?\.tmp")  # of what is not whole yet
 UPLOAD = "mpl-upload-"  # of temporary files on their way to object storage
+UPLOADING = re.compile(UPLOAD + r"(\d{1,9})-\w+\.mpl\.tmp")
 REMOTE = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "adlfs", "s3fs", "urllib3"})
 
 
@@ -97,6 +99,21 @@ def opened(place: Location, *, random: bool = False) -> Iterator[IO[bytes]]:
             yield file
 
 
+def read_at_most(place: Location, limit: int) -> bytes:
+    """The bytes of a plain file, and no more than `limit` of one on disk.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file (a pipe would be waited for, a device has no end).
+    """
+    if not isinstance(place, Path):
+        with storage_errors():
+            return place.read_bytes()
+    if not stat.S_ISREG(place.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    with place.open("rb") as file:
+        return file.read(limit)
+
+
 @contextmanager
 def whole_file(path: Location) -> Iterator[Path]:
     """Yield a temporary path on disk; on a clean exit its content appears at `path` at once.
@@ -145,10 +162,11 @@ def remove_leftovers(*folders: Location) -> None:
         if isinstance(folder, Path):
             for path in folder.glob(".*.mpl.tmp"):
                 path.unlink(missing_ok=True)
-    for path in Path(tempfile.gettempdir()).glob(f"{UPLOAD}*.tmp"):
-        process = path.name.removeprefix(UPLOAD).split("-")[0]
-        if not _is_alive(process):
-            path.unlink(missing_ok=True)
+    for path in Path(tempfile.gettempdir()).glob(f"{UPLOAD}*"):
+        ours = UPLOADING.fullmatch(path.name)
+        if ours and not _is_alive(int(ours[1])):
+            with suppress(OSError):  # gone, or of another user
+                path.unlink()
 
 
 def names_in(folder: Location) -> set[str]:
@@ -171,10 +189,10 @@ def discard(*places: Location) -> None:
                 place.fs.rm(place.path, recursive=True)
 
 
-def _is_alive(process: str) -> bool:
+def _is_alive(process: int) -> bool:
     try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
     except PermissionError:
         return True
@@ -262,5 +280,5 @@ def read_json(path: Location) -> Any:
             return json.loads(file.read())
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); remove it and run the stage again") from error

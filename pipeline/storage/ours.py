@@ -12,7 +12,8 @@ from pipeline.storage.tables import format_of
 NAMES = re.compile(  # of files that have no header
     r"model\.safetensors|config\.json|metrics\.csv|calibrator\.safetensors|calibration\.json|index\.json"
     r"|step-\d+(\.\w+)?|events\.out\.tfevents\..*|copies\.json|_manifest\.json|pool-\d{5,}\.(tar|parquet)"
-    r"|labelled-\d+\.parquet|record\.json|started\.json|shard-\d+\.arrow|.+-[0-9a-f]{16}\.(pixels|parquet)|evaluation(-.*)?\.json|\.lock"
+    r"|labelled-\d+\.parquet|record\.json|started\.json|shard-\d+\.arrow|.+-[0-9a-f]{16}\.(pixels|parquet)"
+    r"|evaluation(-.*)?\.json|\.lock"
 )
 FOLDERS = frozenset({"checkpoints", "tensorboard", "teacher", "spill"})  # within a folder of ours
 

@@ -78,15 +78,7 @@ class TableReader:
 
     def __init__(self, path: Location, kind: TableFormat, file: pq.ParquetFile):
         self.path, self.kind, self.file = path, kind, file
-        notes = file.metadata.metadata or {}
-        self.header = Header(
-            rows=file.metadata.num_rows,
-            notes={
-                name.decode().removeprefix(PREFIX): text.decode()
-                for name, text in notes.items()
-                if name.startswith(PREFIX.encode())
-            },
-        )
+        self.header = Header(rows=file.metadata.num_rows, notes=_notes(file))
 
     def batches(self, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of the file in order, at most `rows` at a time.
@@ -155,11 +147,18 @@ def format_of(path: Location) -> str | None:
     """Which format of ours a Parquet file has; None if none, or if it is damaged or not there."""
     try:
         with open_parquet(path) as file:
-            notes = file.metadata.metadata or {}
+            return _notes(file).get("format")
     except (OSError, pa.ArrowException):
         return None
-    name = notes.get(f"{PREFIX}format".encode())
-    return None if name is None else str(name.decode())
+
+
+def _notes(file: pq.ParquetFile) -> dict[str, str]:
+    """What the footer has under names of ours."""
+    return {
+        name.decode("utf-8", "replace").removeprefix(PREFIX): text.decode("utf-8", "replace")
+        for name, text in (file.metadata.metadata or {}).items()
+        if name.startswith(PREFIX.encode())
+    }
 
 
 def header_if_whole(path: Location, kind: TableFormat) -> Header | None:

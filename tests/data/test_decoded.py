@@ -89,7 +89,7 @@ def test_of_several_processes_one_writes_and_all_map(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "pool.parquet", "pool.pixels"]
 
 
-@pytest.mark.parametrize("damage", ["killed before the index", "cut short", "index cut", "index damaged"])
+@pytest.mark.parametrize("damage", ["killed before the index", "cut short", "a bit", "index cut", "index damaged"])
 def test_what_is_not_complete_is_made_again(tmp_path: Path, damage: str) -> None:
     place = tmp_path / "pool"
     load_images(entries(20), SIZE, place=place, memory_limit=0)
@@ -99,6 +99,10 @@ def test_what_is_not_complete_is_made_again(tmp_path: Path, damage: str) -> None
         (tmp_path / ".pool.pixels.abc.mpl.tmp").write_bytes(b"part")
     elif damage == "cut short":
         pixels.write_bytes(pixels.read_bytes()[:-1])
+    elif damage == "a bit":
+        data = bytearray(pixels.read_bytes())
+        data[len(data) // 2] ^= 1
+        pixels.write_bytes(data)
     elif damage == "index cut":
         index.write_bytes(index.read_bytes()[:-9])
     else:

@@ -103,6 +103,28 @@ def test_a_name_in_a_pax_record_is_checked(tmp_path: Path, path_record: bytes) -
         list(TarShard("a", path).read())
 
 
+def test_many_pax_records_are_read_in_one_pass(tmp_path: Path) -> None:
+    """A mebibyte of them, each copied once per record before, was 45 seconds; what is counted is copies."""
+    record = b"9 a=bcde\n" * 100_000
+
+    class Counted(bytes):
+        cut = 0
+
+        def __getitem__(self, place):  # type: ignore[override]
+            part = super().__getitem__(place)
+            Counted.cut += len(part)
+            return part
+
+        def rstrip(self, *what):  # type: ignore[override]
+            return Counted(super().rstrip(*what))
+
+    assert tar._pax_records(Counted(record + bytes(100))) == {"a": "bcde"}
+    assert Counted.cut < 4 * len(record)
+    for text in (b"9" * 5_000 + b" a=b\n", b"\xb2 a=b\n", b" a=b\n", b"3 a\n"):
+        with pytest.raises(tarfile.ReadError, match="pax"):
+            tar._pax_records(text)
+
+
 def test_sparse_files(tmp_path: Path) -> None:
     """A few blocks that stand for terabytes: GNU's old form, and pax."""
     path = tmp_path / "shard.tar"

@@ -176,3 +176,74 @@ def test_names_that_would_leave_their_place_or_take_anothers(mpl, run: Path, sta
 def test_a_good_name(mpl, run: Path) -> None:
     assert mpl("train-reduced", "--run", run, "--name", "uda_2.b-1", "--teacher", "none").status == 0
     assert (run / "student-uda_2.b-1/model.safetensors").exists()
+
+
+# --- what is read is what was recorded --------------------------------------------------------------------------
+
+
+def test_targets_that_another_run_made_in_a_shared_store_are_not_trained_on(mpl, run: Path, tmp_path: Path) -> None:
+    """A run and its copy: equal teacher and classes, another selection."""
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    assert mpl("filter", "--run", other, "--k", 7).status == 0
+    assert mpl("precompute", "--run", other).status == 0
+    mine = (run / "targets/_manifest.json").read_bytes()
+    shutil.rmtree(run / "targets")
+    shutil.copytree(other / "targets", run / "targets")
+    refused = mpl("train-reduced", "--run", run, "--name", "again")
+    assert refused.status == 1
+    assert "holds other targets than" in refused.err
+    again = mpl("precompute", "--run", run)
+    assert again.status == 0
+    assert "holds other targets than this run made" in again.err
+    assert json.loads((run / "targets/_manifest.json").read_bytes())["fingerprint"] == json.loads(mine)["fingerprint"]
+    assert mpl("train-reduced", "--run", run, "--name", "again").status == 0
+
+
+DAMAGE = [
+    ("filter", "selection.parquet", "cut"),
+    ("filter", "selection.parquet", "gone"),
+    ("filter", "scores/part-*.parquet", "cut"),
+    ("filter", "scores/part-*.parquet", "gone"),
+    ("precompute", "targets/pool-*.parquet", "cut"),
+    ("precompute", "targets/labelled-*.parquet", "gone"),
+]
+
+
+@pytest.mark.parametrize(("stage", "pattern", "damage"), DAMAGE)
+def test_damaged_output_is_made_again_and_not_called_done(mpl, run: Path, stage: str, pattern: str, damage) -> None:
+    path = next(iter(sorted(run.glob(pattern))))
+    whole = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(whole[:-9])
+    else:
+        path.unlink()
+    made = mpl(stage, "--run", run)
+    assert made.status == 0, made.err
+    assert "already done" not in made.err
+    assert "made again" in made.err
+    assert len(path.read_bytes()) == len(whole)
+    assert "already done" in mpl(stage, "--run", run).err
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(("folder", "command"), [("student", "evaluate"), ("student", "train-reduced"),
+                                                 ("teacher", "pretrain")])  # fmt: skip
+def test_a_network_that_was_changed_is_named(mpl, run: Path, file: str, folder: str, command: str) -> None:
+    path = run / folder / file
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"0.5", b"0.6", 1) if file == "config.json" else data[:-1] + b"\xff")
+    assert path.read_bytes() != data
+    refused = mpl(command, "--run", run)
+    assert refused.status == 1
+    assert f"{path} is not the file that was made" in refused.err
+    path.write_bytes(data)
+    assert mpl(command, "--run", run).status == 0
+
+
+def test_a_teacher_whose_preprocessing_changed_between_scores_and_targets_is_refused(mpl, run: Path) -> None:
+    path = run / "teacher/config.json"
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.6", 1))
+    refused = mpl("precompute", "--run", run, "--set", "precompute.dtype=float32", "--force")
+    assert refused.status == 1
+    assert "changed after the pool was scored" in refused.err

@@ -179,7 +179,7 @@ def _refuse_errors(answer: requests.Response, url: str, part: Path) -> None:
     line = f"{status} {answer.reason or ''}".strip()
     if status in RETRIED:
         wait = answer.headers.get("Retry-After", "")
-        raise _Passing(f"the server answers {line}", float(wait) if wait.isdigit() else 0.0)
+        raise _Passing(f"the server answers {line}", _number(wait) or 0.0)
     raise DataError(
         f"{url}: the server answers {line}{': ' + REASONS[status] if status in REASONS else ''}. "
         "See the data set's homepage for where it is now"
@@ -194,7 +194,7 @@ def _version_of(answer: requests.Response, url: str) -> _Version:
         total = answer.headers.get("Content-Range", "").rpartition("/")[2]
     else:
         total = answer.headers.get("Content-Length", "")
-    return _Version(url, tag, int(total) if total.isdigit() else None)
+    return _Version(url, tag, _number(total))
 
 
 def _same(kept: _Version | None, sent: _Version, answer: requests.Response, have: int) -> bool:
@@ -229,3 +229,8 @@ def _cause(error: Exception) -> str:
     while inner.__context__ is not None:
         inner = inner.__context__
     return str(inner) or type(inner).__name__
+
+
+def _number(text: str) -> int | None:
+    """Of a header; None for what is none, or has more digits than a size or a time can have."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None

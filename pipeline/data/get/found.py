@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from pipeline.data.decode import MAX_BYTES
 from pipeline.data.get.accepted import Entry
 from pipeline.data.get.archives import is_archive, list_members, read_members
 from pipeline.data.get.image_tables import SUFFIXES, holds_images, is_cache, read_rows, split_of
@@ -18,6 +19,7 @@ from pipeline.data.manifest import SplitName
 from pipeline.data.readers.folder import list_files, shown
 from pipeline.data.readers.shard import LeftOut
 from pipeline.errors import DataError
+from pipeline.storage.files import read_at_most
 
 POOL = Place("unlabelled", "")
 
@@ -67,7 +69,7 @@ class Source:
         elif path.suffix.lower() in TABLE_SUFFIXES:
             yield from self._in_table(path, self.images or path.parent, left_out)
         else:
-            yield shown(path.name), Place(None, ""), path.read_bytes()
+            yield shown(path.name), Place(None, ""), read_at_most(path, MAX_BYTES + 1)
 
     def _in_folder(self, left_out: list[LeftOut]) -> Iterator[tuple[str, Place, bytes]]:
         root = self.path
@@ -90,7 +92,7 @@ class Source:
         rest = [file for file in images if file not in listed]
         layout = self._layout(rest, str(root))
         for file in rest:
-            yield shown(file), layout.place(file), (root / file).read_bytes()
+            yield shown(file), layout.place(file), read_at_most(root / file, MAX_BYTES + 1)
         if archives:
             within = [(path, path.parent.relative_to(root).as_posix()) for path in sorted(archives)]
             yield from self._in_archives(within, left_out, str(root), only=not images)
@@ -188,4 +190,4 @@ def _listed(
             left_out.append(LeftOut(key, "no_file", f"{path} is not there"))
         else:
             seen.setdefault(row.file, row.label)
-            yield key, _of_label(row.label, row.split or split), path.read_bytes()
+            yield key, _of_label(row.label, row.split or split), read_at_most(path, MAX_BYTES + 1)

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from pipeline.data.decode import MAX_BYTES
 from pipeline.data.get.layout import SPLIT_WORDS
 from pipeline.data.get.tables import find_column
 from pipeline.data.manifest import SplitName
 from pipeline.errors import DataError
+from pipeline.storage.files import read_at_most
 
 SUFFIXES = (".parquet", ".arrow")
 BATCH = 256  # rows in memory at a time
@@ -146,7 +148,7 @@ def _image(value: Any, path: Path) -> tuple[bytes, str]:
         return value or b"", ""
     data, key = value.get("bytes"), value.get("path") or ""
     if data is None and key and (file := path.parent / key).is_file():
-        data = file.read_bytes()
+        data = read_at_most(file, MAX_BYTES + 1)
     return data or b"", key
 
 

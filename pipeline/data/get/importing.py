@@ -6,6 +6,7 @@ what is no image, or cannot be used, is listed with its reason: found = used + l
 
 import csv
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -150,7 +151,8 @@ def append_images(sources: Sequence[Source], out: Path, *, workers: int = 0) -> 
     files = manifest.files.get("pool")
     if files is not None and files.glob != POOL_FILE.format(0).replace("00000", "*"):
         raise DataError(f"{out} was not made by `mpl data import`: its pool is {files.path or files.glob}")
-    number = 1 + max((int(path.stem.removeprefix("pool-")) for path in out.glob("pool-*.parquet")), default=-1)
+    numbered = (re.fullmatch(r"pool-(\d{5,9})\.parquet", path.name) for path in out.glob("pool-*.parquet"))
+    number = 1 + max((int(found[1]) for found in numbered if found), default=-1)
     with _work_folder(out / "pool") as work:
         with tempfile.TemporaryFile(dir=work) as file:
             accepted = _accepted(file, sources, workers)

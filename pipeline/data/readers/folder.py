@@ -9,11 +9,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pipeline.classes import canonical, in_order, require_distinct
+from pipeline.data.decode import MAX_BYTES
 from pipeline.data.readers.shard import NO_LABEL, LeftOut, Sample, Shard
 from pipeline.data.readers.suffixes import HEAD, IMAGE_SUFFIXES, NO_IMAGE, OTHER_SUFFIXES, starts_an_image
 from pipeline.errors import DataError
 from pipeline.seeds import permutation
-from pipeline.storage.files import Location, fingerprint, opened, storage_errors
+from pipeline.storage.files import Location, fingerprint, opened, read_at_most, storage_errors
 
 FILES_PER_SHARD = 5_000
 HIDDEN = "its name or that of its folder begins with a dot"
@@ -49,8 +50,7 @@ class FolderShard(Shard):
         for row in range(*slice(start, stop).indices(len(self.files))):
             file = self.files[row]
             try:
-                with storage_errors():
-                    data = (self.root / file).read_bytes()
+                data = read_at_most(self.root / file, MAX_BYTES + 1)
             except OSError as error:
                 raise DataError(f"{self.root / file} cannot be read: {error.strerror or error}") from error
             yield Sample(row, shown(file), data, self._label(file))

@@ -25,6 +25,7 @@ MEMBER_LIMIT = 256 << 20
 EXTENSION_LIMIT = 1 << 20  # bytes of a header that only lengthens the next one: names, pax records
 BUFFER = 1 << 20  # bytes read at a time
 BLOCK = 512  # bytes
+DIGITS = 20  # of a number of bytes, at most
 END = bytes(BLOCK)
 ZEROS_LIMIT = 16 << 20  # bytes after the end: a small compressed file could otherwise be read for ever
 POSIX, GNU = b"ustar\x0000", b"ustar  \x00"
@@ -241,19 +242,24 @@ def _text(field: bytes) -> str:
 
 
 def _number(text: str | None, otherwise: int | None) -> int | None:
-    return otherwise if text is None else int(text) if text.isascii() and text.isdigit() else -1
+    """Of a record; −1, which is no size, for what is no number."""
+    if text is None:
+        return otherwise
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS else -1
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
     """`<length> <key>=<value>\\n`, one after another."""
-    records = {}
-    while data.rstrip(b"\0"):
-        length, space, _ = data.partition(b" ")
-        if not length.isdigit() or not space or not len(length) + 2 < int(length) <= len(data):
+    records, at, data = {}, 0, data.rstrip(b"\0")
+    while at < len(data):
+        space = data.find(b" ", at, at + DIGITS)
+        length = data[at : max(space, at)]
+        end = at + int(length) if length.isdigit() else -1
+        if not space + 1 < end - 1 < len(data) or data[end - 1 : end] != b"\n":
             raise tarfile.ReadError("a pax header is damaged")
-        key, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        if not equals or data[int(length) - 1 : int(length)] != b"\n":
+        key, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if not equals:
             raise tarfile.ReadError("a pax header is damaged")
         records[key.decode("utf-8", "backslashreplace")] = _text(value)
-        data = data[int(length) :]
+        at = end
     return records
