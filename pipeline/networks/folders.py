@@ -231,7 +231,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing: expected a folder with {CONFIG} and {WEIGHTS} (timm's layout)")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

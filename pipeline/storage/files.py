@@ -23,6 +23,7 @@ from pipeline.errors import DataError, RunError
 
 Location = Path | UPath
 
+SEAL = "content_sha256"  # key of a JSON object
 CHUNK = 1 << 20  # bytes of either end of a file that `quick_fingerprint` is of
 
 TEMPORARY = re.compile(r"\..*\.mpl\.tmp|\.step-\d+(\.\w+)?\.tmp")  # of what is not whole yet
@@ -234,6 +235,26 @@ def write_json(path: Location, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_sealed(path: Location, value: dict[str, Any]) -> None:
+    """Write a JSON object with the fingerprint of its content, so that damage and edits show when it is read."""
+    content = json.loads(json.dumps({key: value[key] for key in value if key != SEAL}, allow_nan=False))
+    write_json(path, content | {SEAL: fingerprint(content)})
+
+
+def unsealed(value: Any) -> Any:
+    """What `write_sealed` was given; other values, and objects of former versions, as they are.
+
+    Raises:
+        ValueError: the content was changed since.
+    """
+    if not isinstance(value, dict) or SEAL not in value:
+        return value
+    content = {key: value[key] for key in value if key != SEAL}
+    if fingerprint(content) != value[SEAL]:
+        raise ValueError("its content is not what was written")
+    return content
+
+
 def sha256_file(path: Location) -> str:
     """SHA-256 of a whole file, hexadecimal."""
     with opened(path) as file:
@@ -270,14 +291,14 @@ def fingerprint(value: Any) -> str:
 
 
 def read_json(path: Location) -> Any:
-    """Read JSON.
+    """Read JSON, sealed or not.
 
     Raises:
         RunError: the file is missing, cut short or edited into something else.
     """
     try:
         with opened(path) as file:
-            return json.loads(file.read())
+            return unsealed(json.loads(file.read()))
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -26,7 +26,17 @@ import filelock
 import pipeline
 from pipeline.config import Recipe, parse_recipe
 from pipeline.errors import RunError
-from pipeline.storage.files import TEMPORARY, Location, fingerprint, names_in, opened, read_json, write_json, write_text
+from pipeline.storage.files import (
+    TEMPORARY,
+    Location,
+    fingerprint,
+    names_in,
+    opened,
+    read_json,
+    write_json,
+    write_sealed,
+    write_text,
+)
 
 FORMAT = 1
 NOT_DONE = "not done yet"
@@ -279,7 +289,7 @@ class Run:
         folder = self.root / stage
         if not beside:
             (folder / RECORD_FILE).unlink(missing_ok=True)
-        write_json(
+        write_sealed(
             folder / STARTED_FILE,
             {
                 "basis": basis,
@@ -317,7 +327,7 @@ class Run:
             "versions": versions(),
             "result": result,
         }
-        write_json(self.root / stage / RECORD_FILE, record)
+        write_sealed(self.root / stage / RECORD_FILE, record)
         (self.root / stage / STARTED_FILE).unlink(missing_ok=True)
         return record
 

@@ -73,12 +73,19 @@ class Header:
         return tuple(json.loads(self.notes["class_names"]))
 
 
+class _Notes(dict[str, str]):
+    """Of a file that is one of ours: what is not there has been damaged."""
+
+    def __missing__(self, name: str) -> str:
+        raise ValueError(f"its header has no {PREFIX}{name}")
+
+
 class TableReader:
     """A file of ours, opened for reading. See `open_table`."""
 
     def __init__(self, path: Location, kind: TableFormat, file: pq.ParquetFile):
         self.path, self.kind, self.file = path, kind, file
-        self.header = Header(rows=file.metadata.num_rows, notes=_notes(file))
+        self.header = Header(rows=file.metadata.num_rows, notes=_Notes(_notes(file)))
 
     def batches(self, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of the file in order, at most `rows` at a time.
@@ -112,7 +119,7 @@ class TableReader:
         try:
             with storage_errors():
                 yield
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             require_absence(self.path, error)
             raise self.kind.error(f"{self.path} is damaged ({error}); {self.kind.remedy}") from error
 
@@ -128,18 +135,25 @@ def open_table(path: Location, kind: TableFormat) -> Iterator[TableReader]:
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open_parquet(path, page_checksum_verification=True))
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             require_absence(path, error)
             what = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged, or no Parquet file ({error})"
             raise kind.error(f"{path} {what}; {kind.remedy}") from error
         reader = TableReader(path, kind, file)
         kind.require(path, reader.header.notes)
-        yield reader
+        try:
+            yield reader
+        except UserError:
+            raise
+        except (ValueError, RecursionError) as error:  # of what was read
+            raise kind.error(f"{path} is damaged ({error}); {kind.remedy}") from error
 
 
 def read_header(path: Location, kind: TableFormat) -> Header:
     """The header of a file; raises what `open_table` raises."""
     with open_table(path, kind) as table:
+        if "class_names" in table.header.notes:
+            table.header.class_names  # noqa: B018  (raises while the file can be named)
         return table.header
 
 
@@ -217,7 +231,7 @@ def require_absence(place: Location, error: Exception) -> None:
     Raises:
         RunError: it means that nobody knows: the place cannot be reached just now, or may not be read.
     """
-    absent = isinstance(error, FileNotFoundError | NotADirectoryError | pa.ArrowInvalid)
+    absent = isinstance(error, FileNotFoundError | NotADirectoryError | pa.ArrowException)
     parsed = type(error) is OSError and error.errno is None  # Arrow's, of bytes that it was given
     if not absent and not parsed:
         raise RunError(f"{place} cannot be reached ({error}); run the same command again") from error
@@ -231,12 +245,15 @@ def open_parquet(place: Location, **options: Any) -> Iterator[pq.ParquetFile]:
         OSError: it is not there, or cannot be read; also inside the `with`.
         pa.ArrowInvalid: it is cut short, or no Parquet file.
     """
-    if isinstance(place, Path):
-        with pq.ParquetFile(place, **options) as file:
-            yield file
-    else:
-        with opened(place, random=True) as stream, pq.ParquetFile(stream, pre_buffer=True, **options) as file:
-            yield file
+    try:
+        if isinstance(place, Path):
+            with pq.ParquetFile(place, **options) as file:
+                yield file
+        else:
+            with opened(place, random=True) as stream, pq.ParquetFile(stream, pre_buffer=True, **options) as file:
+                yield file
+    except UnicodeDecodeError as error:  # of a damaged schema
+        raise pa.ArrowInvalid(str(error)) from error
 
 
 def fixed_binary(values: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa.Array:

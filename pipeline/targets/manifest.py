@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import TargetsError
 from pipeline.pool.selection import SelectionFile
-from pipeline.storage.files import Location, opened, sha256_file, write_json
+from pipeline.storage.files import Location, opened, sha256_file, unsealed, write_sealed
 from pipeline.storage.files import fingerprint as fingerprint_of
 from pipeline.storage.tables import read_header
 from pipeline.targets.files import TARGETS, Dtype, PoolFormat
@@ -95,7 +95,7 @@ def write_manifest(folder: Location, origin: Origin, counts: dict[str, Any]) -> 
         **counts,
         **kinds,
     }
-    write_json(folder / MANIFEST, manifest)
+    write_sealed(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -108,10 +108,10 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         with opened(path) as file:
-            manifest: dict[str, Any] = json.loads(file.read())
+            manifest: dict[str, Any] = unsealed(json.loads(file.read()))
     except FileNotFoundError as error:
         raise TargetsError(f"{folder} is no finished store: {MANIFEST} is missing; run `mpl precompute`") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TargetsError(f"{path} cannot be read ({error}); {REMEDY}") from error
     kind, version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
     TARGETS.require(path, {"format": str(kind), "version": str(version)})

@@ -16,7 +16,7 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.data.readers.digits import digits_shards
-from pipeline.storage.files import fingerprint
+from pipeline.storage.files import fingerprint, write_sealed
 
 IMAGES, BELOW = 9, 3
 
@@ -220,7 +220,7 @@ def as_before(run: Path) -> None:
     path = run / "filter/record.json"
     record = json.loads(path.read_text())
     del record["basis"]["rejected_format"]
-    path.write_text(json.dumps(record | {"fingerprint": fingerprint(record["basis"])}))
+    write_sealed(path, record | {"fingerprint": fingerprint(record["basis"])})
 
 
 def test_rejects_of_the_version_before_are_made_again_from_the_same_scores(mpl, run) -> None:
@@ -261,7 +261,7 @@ def test_without_the_pool_the_page_has_no_pictures_and_says_so(mpl, run) -> None
 def test_a_shard_that_changed_gives_no_pictures(mpl, run) -> None:
     record = json.loads((run / "filter/record.json").read_text())
     record["result"]["scores_fingerprint"] = "of other scores"
-    (run / "filter/record.json").write_text(json.dumps(record))
+    write_sealed(run / "filter/record.json", record)
     page = report(mpl, run)
     assert not any(tile["pictures"] for tile in page.tiles)
     assert any("changed since it was scored" in text for text in page.texts)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.storage.files import write_sealed
 from pipeline.storage.metrics import read_metrics
 from tests.stages.commands import start, wait_for_step
 
@@ -172,7 +173,7 @@ def test_half_written_files_are_noticed(mpl, run, name) -> None:
 def test_targets_of_another_teacher_are_refused(mpl, run) -> None:
     manifest = json.loads((run / "targets/_manifest.json").read_text())
     manifest["teacher"] = "0" * 64
-    (run / "targets/_manifest.json").write_text(json.dumps(manifest))
+    write_sealed(run / "targets/_manifest.json", manifest)
     outcome = mpl("train-reduced", "--run", run, "--force")
     assert outcome.status == 1
     assert "another teacher" in outcome.err

@@ -14,6 +14,7 @@ from PIL import Image
 from upath import UPath
 
 from pipeline.errors import TargetsError
+from pipeline.storage.files import write_sealed
 from pipeline.storage.tables import fixed_binary
 from pipeline.targets import TargetsStore
 from pipeline.targets.files import (
@@ -255,7 +256,7 @@ def state_sizes(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     for file in manifest["pool"]["files"]:
         file["bytes"] = (folder / file["name"]).stat().st_size
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_sealed(folder / MANIFEST, manifest)
 
 
 def put_a_file_of_another_store(folder):
@@ -272,19 +273,19 @@ def cut_the_manifest(folder):
 
 def another_version(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"version": 7}))
+    write_sealed(folder / MANIFEST, manifest | {"version": 7})
 
 
 def lacking_keys(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["pool"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_sealed(folder / MANIFEST, manifest)
 
 
 def other_rows(folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["pool"]["files"][0]["rows"] = 6
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_sealed(folder / MANIFEST, manifest)
 
 
 EVERY = (
@@ -415,7 +416,7 @@ def test_a_store_of_the_former_version_is_read(tmp_path):
         data = (tmp_path / file["name"]).read_bytes()
         file |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         file.pop("uses", None)
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"version": 1}))
+    write_sealed(tmp_path / MANIFEST, manifest | {"version": 1})
     store = TargetsStore.open(tmp_path)
     assert store.uses().tolist() == [15, 10]
     assert store.keys()[4:6] == ["key-0-4", "key-1-0"]
