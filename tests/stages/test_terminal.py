@@ -49,3 +49,16 @@ def test_names_of_files_and_classes_cannot_steer_the_terminal(mpl, tmp_path: Pat
         told = mpl(*arguments)
         assert "\x1b" not in told.err + told.out
         assert "\x07" not in told.err + told.out
+
+
+def test_a_broken_pipe_to_a_process_of_ours_is_told(mpl, run, monkeypatch) -> None:
+    """click takes it for a reader of the output that has gone, and ends without a word."""
+
+    def broken(*arguments: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("stages.status.stage_names", broken)
+    outcome = mpl("status", "--run", run)
+    assert outcome.status == 1
+    assert "a process that this one had started has ended" in outcome.err
+    assert "Resume with: mpl status" in outcome.err

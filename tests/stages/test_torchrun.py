@@ -64,6 +64,7 @@ def same(a: Path, b: Path) -> None:
     assert float(x["validation_nll"]) == pytest.approx(float(y["validation_nll"]), rel=1e-3)
 
 
+@pytest.mark.long  # a killed worker's two do too
 def test_two_processes_train_as_one(mpl, vit_recipe, tmp_path) -> None:
     """Also where the two share a file of decoded images, and the one has them in memory."""
     soft = "train_mpl.feedback=soft"
@@ -89,16 +90,21 @@ def test_two_processes_that_hold_shards_train_as_one(mpl, vit_recipe, tmp_path) 
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(mpl, vit_recipe, tmp_path) -> None:
-    """kill -9 of one process under torchrun's elastic launch, from the last checkpoint on."""
-    longer = ["--set", "train_mpl.steps=16"]
+    """kill -9 of one process under torchrun's elastic launch, from the last checkpoint on.
+
+    The two share a file of decoded images, and the one has them in memory.
+    """
+    longer = ["--set", "train_mpl.steps=16", "--set", "train_mpl.feedback=soft"]
     arguments = ["train-mpl", "--recipe", vit_recipe, *longer, "--run"]
-    with torchrun(2, *arguments, tmp_path / "killed", restarts=2) as process:
+    shared = ["--set", "data.memory_gib=1.0e-6"]
+    with torchrun(2, *arguments, tmp_path / "killed", *shared, restarts=2) as process:
         wait_for_step(tmp_path / "killed/student", 5, process)
         children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         workers = [p for p in children if b"stages" in Path(f"/proc/{p}/cmdline").read_bytes()]
         os.kill(workers[-1], signal.SIGKILL)
         err = finish(process)
     assert "goes on from step" in err
+    assert not (tmp_path / "killed/decoded").exists()
     assert mpl(*arguments, tmp_path / "alone").status == 0
     same(tmp_path / "alone", tmp_path / "killed")
 
