@@ -1,12 +1,15 @@
 """`mpl status`: where a run stands."""
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, UserError
 from pipeline.storage.files import location, names_in, read_json
 from pipeline.storage.metrics import read_metrics
 from pipeline.storage.runs import RECORD_FILE, STARTED_FILE, Run
@@ -18,8 +21,9 @@ ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "fine
 @click.command()
 @click.option("--run", type=click.Path(path_type=Path), default=Path("runs/default"), envvar="MPL_RUN",
               show_default=True, show_envvar=True, help="Run directory.")  # fmt: skip
+@click.option("--verify", is_flag=True, help="Read all that was made and compare it with its checksums.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def command(run: Path, as_json: bool) -> None:
+def command(run: Path, verify: bool, as_json: bool) -> None:
     """Show which stages of a run are done, begun or to come, and their main figures."""
     directory = Run(run)
     description = directory.description
@@ -27,12 +31,60 @@ def command(run: Path, as_json: bool) -> None:
         raise RunError(f"there is no run at {run}; begin one with: mpl pretrain --run {run}")
     rows = [stage_status(directory, name) for name in stage_names(directory)]
     recipe, seed = description["recipe"]["name"], description["seed"]
+    problems = list(damage(directory)) if verify else []
     if as_json:
-        click.echo(json.dumps({"run": str(run), "recipe": recipe, "seed": seed, "stages": rows}))
-        return
+        found = {"problems": problems} if verify else {}
+        click.echo(json.dumps({"run": str(run), "recipe": recipe, "seed": seed, "stages": rows, **found}))
+        sys.exit(bool(problems))
     say(f"{run}: recipe {recipe}, seed {seed}, begun {description['created']}", err=False)
     for row in rows:
         say(f"  {row['stage']:<24} {row['state']:<12} {row['detail']}", err=False)
+    for problem in problems:
+        say(f"DAMAGED: {problem}", err=False)
+    if verify and not problems:
+        say("all that is done was read, and is what was made", err=False)
+    sys.exit(bool(problems))
+
+
+def damage(run: Run) -> Iterator[str]:
+    """What is not as it was made, of all that finished stages made; everything is read."""
+    from pipeline.pool.filter import SELECTION_FILE
+    from pipeline.pool.scores import SCORES
+    from pipeline.pool.selection import read_selection
+    from pipeline.storage.tables import open_table
+    from pipeline.targets.manifest import check_files, read_manifest
+    from stages.basis import require_unchanged
+
+    store = location((run.description or {}).get("store") or run.root)
+
+    def scores(result: dict[str, Any]) -> None:
+        for name in sorted(name for name in names_in(store / "scores") if name.startswith("part-")):
+            with open_table(store / "scores" / name, SCORES) as table:
+                for _ in table.batches(table.file.schema_arrow.names, 4096):
+                    pass
+
+    def selection(result: dict[str, Any]) -> None:
+        if read_selection(store / SELECTION_FILE).fingerprint != result["fingerprint"]:
+            raise RunError(f"{store / SELECTION_FILE} is another selection than this run made")
+
+    def targets(result: dict[str, Any]) -> None:
+        manifest = read_manifest(store / "targets")
+        check_files(store / "targets", manifest, True)
+        if manifest["fingerprint"] != result["fingerprint"]:
+            raise RunError(f"{store / 'targets'} holds other targets than this run made")
+
+    of_pool: dict[str, list[Callable[[dict[str, Any]], object]]] = {
+        "filter": [scores, selection],
+        "precompute": [targets],
+    }
+    for stage in stage_names(run):
+        if (record := run.record(stage)) is None:
+            continue
+        for check in of_pool.get(stage, [partial(require_unchanged, run / metrics_folder(stage))]):
+            try:
+                check(record["result"])
+            except (UserError, OSError) as error:
+                yield f"{stage}: {error}"
 
 
 def stage_names(run: Run) -> list[str]:

@@ -247,3 +247,21 @@ def test_a_teacher_whose_preprocessing_changed_between_scores_and_targets_is_ref
     refused = mpl("precompute", "--run", run, "--set", "precompute.dtype=float32", "--force")
     assert refused.status == 1
     assert "changed after the pool was scored" in refused.err
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["teacher/model.safetensors", "student/config.json", "scores/part-*.parquet", "selection.parquet",
+     "targets/pool-*.parquet", "targets/_manifest.json"],
+)  # fmt: skip
+def test_status_verify_reads_everything_that_was_made(mpl, run: Path, pattern: str) -> None:
+    whole = mpl("status", "--run", run, "--verify")
+    assert (whole.status, "all that is done was read" in whole.out) == (0, True)
+    path = sorted(run.glob(pattern))[0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1  # inside, so that size and footer are as they were
+    path.write_bytes(data)
+    found = mpl("status", "--run", run, "--verify", "--json")
+    assert found.status == 1
+    (problem,) = json.loads(found.out)["problems"]
+    assert path.name in problem

@@ -5,17 +5,20 @@ what is no image, or cannot be used, is listed with its reason: found = used + l
 """
 
 import csv
+import glob
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO
+
+import filelock
 
 from pipeline.classes import in_order, require_distinct
 from pipeline.data.get.accepted import Accepted, AcceptedImages, accept
@@ -40,6 +43,7 @@ from pipeline.storage.files import sync_folder, whole_file
 ROWS_PER_FILE = 20_000  # of the pool; a file is a shard, the unit of work
 POOL_FILE = "pool-{:05d}.parquet"
 LEFT_OUT = "left_out.csv"
+LOCK = ".lock"  # in the folder of an import under way
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def import_images(
     with _work_folder(out) as work:
         with tempfile.TemporaryFile(dir=work) as file:
             imported = _write(_accepted(file, sources, workers), work, name, settings)
+        (work / LOCK).unlink()
         work.replace(out)
         sync_folder(out.parent)
     return imported
@@ -176,20 +181,32 @@ def _accepted(file: IO[bytes], sources: Sequence[Source], workers: int) -> Accep
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, with the permissions of a new one (mkdtemp's own would hide the data)."""
+    """A folder beside `out`, with the permissions of a new one (mkdtemp's own would hide the data).
+
+    It is locked while it is in use; what a killed import left is removed by the next one.
+    """
     work = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".importing", dir=out.parent))
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)
-        yield work
+        with filelock.FileLock(work / LOCK):
+            yield work
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}; nothing was left there") from error
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.importing"):
+        if (left / LOCK).is_file():
+            with suppress(filelock.Timeout), filelock.FileLock(left / LOCK, timeout=0):
+                shutil.rmtree(left)
 
 
 def _write(accepted: AcceptedImages, folder: Path, name: str, settings: ImportSettings) -> Imported:
