@@ -202,11 +202,19 @@ def test_targets_that_another_run_made_in_a_shared_store_are_not_trained_on(mpl,
 
 DAMAGE = [
     ("filter", "selection.parquet", "cut"),
-    ("filter", "selection.parquet", "gone"),
-    ("filter", "scores/part-*.parquet", "cut"),
     ("filter", "scores/part-*.parquet", "gone"),
     ("precompute", "targets/pool-*.parquet", "cut"),
-    ("precompute", "targets/labelled-*.parquet", "gone"),
+    pytest.param("filter", "selection.parquet", "gone", marks=pytest.mark.long),
+    pytest.param("filter", "scores/part-*.parquet", "cut", marks=pytest.mark.long),
+    pytest.param("precompute", "targets/labelled-*.parquet", "gone", marks=pytest.mark.long),
+]
+CHANGED = [
+    ("student", "config.json", "evaluate"),
+    ("teacher", "model.safetensors", "pretrain"),
+    pytest.param("student", "model.safetensors", "evaluate", marks=pytest.mark.long),
+    pytest.param("student", "model.safetensors", "train-reduced", marks=pytest.mark.long),
+    pytest.param("student", "config.json", "train-reduced", marks=pytest.mark.long),
+    pytest.param("teacher", "config.json", "pretrain", marks=pytest.mark.long),
 ]
 
 
@@ -226,10 +234,8 @@ def test_damaged_output_is_made_again_and_not_called_done(mpl, run: Path, stage:
     assert "already done" in mpl(stage, "--run", run).err
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize(("folder", "command"), [("student", "evaluate"), ("student", "train-reduced"),
-                                                 ("teacher", "pretrain")])  # fmt: skip
-def test_a_network_that_was_changed_is_named(mpl, run: Path, file: str, folder: str, command: str) -> None:
+@pytest.mark.parametrize(("folder", "file", "command"), CHANGED)
+def test_a_network_that_was_changed_is_named(mpl, run: Path, folder: str, file: str, command: str) -> None:
     path = run / folder / file
     data = path.read_bytes()
     path.write_bytes(data.replace(b"0.5", b"0.6", 1) if file == "config.json" else data[:-1] + b"\xff")
@@ -251,8 +257,9 @@ def test_a_teacher_whose_preprocessing_changed_between_scores_and_targets_is_ref
 
 @pytest.mark.parametrize(
     "pattern",
-    ["teacher/model.safetensors", "student/config.json", "scores/part-*.parquet", "selection.parquet",
-     "targets/pool-*.parquet", "targets/_manifest.json"],
+    ["scores/part-*.parquet", "targets/pool-*.parquet"]
+    + [pytest.param(pattern, marks=pytest.mark.long) for pattern in (
+        "teacher/model.safetensors", "student/config.json", "selection.parquet", "targets/_manifest.json")],
 )  # fmt: skip
 def test_status_verify_reads_everything_that_was_made(mpl, run: Path, pattern: str) -> None:
     whole = mpl("status", "--run", run, "--verify")
