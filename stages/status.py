@@ -35,15 +35,20 @@ def command(run: Path, verify: bool, as_json: bool) -> None:
     if as_json:
         found = {"problems": problems} if verify else {}
         click.echo(json.dumps({"run": str(run), "recipe": recipe, "seed": seed, "stages": rows, **found}))
-        sys.exit(bool(problems))
-    say(f"{run}: recipe {recipe}, seed {seed}, begun {description['created']}", err=False)
+    else:
+        _show(f"{run}: recipe {recipe}, seed {seed}, begun {description['created']}", rows, problems, verify)
+    if problems:
+        sys.exit(1)
+
+
+def _show(title: str, rows: list[dict[str, Any]], problems: list[str], verified: bool) -> None:
+    say(title, err=False)
     for row in rows:
         say(f"  {row['stage']:<24} {row['state']:<12} {row['detail']}", err=False)
     for problem in problems:
         say(f"DAMAGED: {problem}", err=False)
-    if verify and not problems:
+    if verified and not problems:
         say("all that is done was read, and is what was made", err=False)
-    sys.exit(bool(problems))
 
 
 def damage(run: Run) -> Iterator[str]:
