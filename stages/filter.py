@@ -25,7 +25,7 @@ from pipeline.pool.rejected import REJECTED
 from pipeline.pool.score import ScoreWork
 from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_file
 from pipeline.pool.selection import Rules, read_selection
-from pipeline.storage.files import fingerprint, remove_leftovers, sha256_file
+from pipeline.storage.files import Location, fingerprint, remove_leftovers, sha256_file
 from pipeline.storage.workers import EngineSettings
 from stages.copies import calibrated, calibration_mark, copy_index, evaluation_splits, tell_copies
 from stages.execution import Stage, execute
@@ -138,17 +138,22 @@ def plan(
         summary=summary,
         replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
         ready=lambda: load_teacher(context, folder, engine, assume_class_order),
-        trouble=lambda result: _trouble(context, result),
+        trouble=lambda result: selection_trouble(context.store, result) or _scores_trouble(context, result),
         cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
     )
 
 
-def _trouble(context: Context, result: dict[str, Any]) -> str:
+def selection_trouble(store: Location, result: dict[str, Any]) -> str:
+    """Why the selection in a store is not the one that a record of `filter` is of; empty if it is."""
     try:
-        if read_selection(context.store / SELECTION_FILE).fingerprint != result["fingerprint"]:
-            return f"{context.store / SELECTION_FILE} is another selection than this run made"
+        if read_selection(store / SELECTION_FILE).fingerprint != result["fingerprint"]:
+            return f"{store / SELECTION_FILE} is another selection than this run made"
     except DataError as error:
         return str(error)
+    return ""
+
+
+def _scores_trouble(context: Context, result: dict[str, Any]) -> str:
     shards = context.data_set.split("unlabelled").shards
     left = not_scored(shards, context.store / "scores", result["scores_fingerprint"])
     return f"the scores of {len(left):,} shards are missing or damaged ({left[0].name}, …)" if left else ""

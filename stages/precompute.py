@@ -14,7 +14,7 @@ from pipeline.networks.folders import read_description
 from pipeline.pool.filter import SELECTION_FILE
 from pipeline.pool.scores import open_scored
 from pipeline.pool.selection import read_selection
-from pipeline.storage.files import sha256_file
+from pipeline.storage.files import Location, sha256_file
 from pipeline.storage.runs import Run
 from pipeline.storage.workers import EngineSettings
 from pipeline.targets import TargetsStore
@@ -75,7 +75,7 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         ),
         replaces=[context.store / "targets"],
         ready=lambda: require_ready(context, folder, engine),
-        trouble=lambda result: _trouble(context, result),
+        trouble=lambda result: targets_trouble(context.store, result),
         cheap=frozenset({"selection"}),  # derived: made again from the new one
     )
 
@@ -135,14 +135,22 @@ def open_targets(context: Context, verify: bool | None = None) -> TargetsStore:
     return store
 
 
-def _trouble(context: Context, result: dict[str, Any]) -> str:
+def targets_trouble(store: Location, result: dict[str, Any], *, full: bool = False) -> str:
+    """Why the targets in a store are not those that a record of `precompute` is of; empty if they are.
+
+    Args:
+        store: where they lie.
+        result: the recorded figures.
+        full: read all files, not their sizes and footers alone.
+    """
+    folder = store / "targets"
     try:
-        manifest = read_manifest(context.store / "targets")
-        check_files(context.store / "targets", manifest, False)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest, full)
     except TargetsError as error:
         return str(error)
     if manifest["fingerprint"] != result["fingerprint"]:
-        return f"{context.store / 'targets'} holds other targets than this run made"
+        return f"{folder} holds other targets than this run made"
     return ""
 
 

@@ -53,43 +53,35 @@ def _show(title: str, rows: list[dict[str, Any]], problems: list[str], verified:
 
 def damage(run: Run) -> Iterator[str]:
     """What is not as it was made, of all that finished stages made; everything is read."""
-    from pipeline.pool.filter import SELECTION_FILE
     from pipeline.pool.scores import SCORES
-    from pipeline.pool.selection import read_selection
     from pipeline.storage.tables import open_table
-    from pipeline.targets.manifest import check_files, read_manifest
     from stages.basis import require_unchanged
+    from stages.filter import selection_trouble
+    from stages.precompute import targets_trouble
 
     store = location((run.description or {}).get("store") or run.root)
 
-    def scores(result: dict[str, Any]) -> None:
+    def scores(result: dict[str, Any]) -> str:
         for name in sorted(name for name in names_in(store / "scores") if name.startswith("part-")):
             with open_table(store / "scores" / name, SCORES) as table:
                 for _ in table.batches(table.file.schema_arrow.names, 4096):
                     pass
+        return ""
 
-    def selection(result: dict[str, Any]) -> None:
-        if read_selection(store / SELECTION_FILE).fingerprint != result["fingerprint"]:
-            raise RunError(f"{store / SELECTION_FILE} is another selection than this run made")
-
-    def targets(result: dict[str, Any]) -> None:
-        manifest = read_manifest(store / "targets")
-        check_files(store / "targets", manifest, True)
-        if manifest["fingerprint"] != result["fingerprint"]:
-            raise RunError(f"{store / 'targets'} holds other targets than this run made")
-
-    of_pool: dict[str, list[Callable[[dict[str, Any]], object]]] = {
-        "filter": [scores, selection],
-        "precompute": [targets],
+    of_pool: dict[str, list[Callable[[dict[str, Any]], str]]] = {
+        "filter": [scores, partial(selection_trouble, store)],
+        "precompute": [partial(targets_trouble, store, full=True)],
     }
     for stage in stage_names(run):
         if (record := run.record(stage)) is None:
             continue
         for check in of_pool.get(stage, [partial(require_unchanged, run / metrics_folder(stage))]):
             try:
-                check(record["result"])
+                trouble = check(record["result"])
             except (UserError, OSError) as error:
-                yield f"{stage}: {error}"
+                trouble = str(error)
+            if trouble:
+                yield f"{stage}: {trouble}"
 
 
 def stage_names(run: Run) -> list[str]:

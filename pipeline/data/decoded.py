@@ -189,7 +189,7 @@ def _mapped(place: Path, size: int, *, verified: bool = False) -> Images | None:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of the digests of a file's blocks; all cores work at it, so that it takes as long as reading does."""
+    """SHA-256 of the digests of a file's blocks; all cores work at it."""
 
     def of_block(begin: int) -> bytes:
         with path.open("rb") as file:
