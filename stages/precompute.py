@@ -14,7 +14,7 @@ from pipeline.networks.folders import read_description
 from pipeline.pool.filter import SELECTION_FILE
 from pipeline.pool.scores import open_scored
 from pipeline.pool.selection import read_selection
-from pipeline.storage.files import Location, sha256_file
+from pipeline.storage.files import Location, fingerprint, sha256_file
 from pipeline.storage.runs import Run
 from pipeline.storage.workers import EngineSettings
 from pipeline.targets import TargetsStore
@@ -164,6 +164,7 @@ def store_settings(context: Context, basis: dict[str, Any]) -> StoreSettings:
         format=settings.format,
         shard_rows=settings.shard_rows,
         seed=context.seed,
+        preprocessing=fingerprint(basis["preprocessing"]) if "preprocessing" in basis else None,
     )
 
 

@@ -32,6 +32,8 @@ class StoreSettings:
         format: "parquet", or "webdataset": tars with the distributions in files beside them.
         shard_rows: images of a training shard, at most.
         seed: of the shuffle.
+        preprocessing: fingerprint of how a teacher that did not score the pool is shown images; None for the one that
+            did, whose scores carry it.
     """
 
     teacher: str
@@ -40,6 +42,7 @@ class StoreSettings:
     format: PoolFormat = "parquet"
     shard_rows: int = 20_000
     seed: int = 0
+    preprocessing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,10 @@ def read_manifest(folder: Location) -> dict[str, Any]:
 
 def store_fingerprint(selection: SelectionFile, settings: StoreSettings) -> str:
     """Of all that the store is made from."""
-    return fingerprint_of(["targets", selection.fingerprint, asdict(settings)])
+    values = asdict(settings)
+    if settings.preprocessing is None:
+        del values["preprocessing"]  # as before there was one
+    return fingerprint_of(["targets", selection.fingerprint, values])
 
 
 def is_precomputed(folder: Location, selection: SelectionFile, settings: StoreSettings) -> bool:

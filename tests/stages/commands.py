@@ -1,5 +1,6 @@
 """`mpl` in processes of their own, which can be killed: forks of one that has imported torch, so a start is quick."""
 
+import atexit
 import importlib
 import json
 import os
@@ -18,7 +19,8 @@ from tests.processes import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("stages.pretrain", "stages.filter", "stages.precompute", "stages.train_reduced", "stages.train_mpl",
-             "torch.distributed.fsdp")  # fmt: skip
+             "stages.evaluate", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.utils.tensorboard",
+             "torch._decomp.decompositions_for_jvp", "sklearn.datasets", "faiss")  # fmt: skip
 
 
 class Command:
@@ -181,8 +183,15 @@ def _be(request: dict, out: int, err: int) -> None:
     sys.argv = ["mpl", *request["arguments"]]
     from stages.cli import main
 
-    main()
-    sys.exit(0)
+    try:
+        main()
+        status = 0
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking three thousand modules apart would take two seconds
 
 
 if __name__ == "__main__":

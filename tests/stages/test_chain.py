@@ -25,7 +25,7 @@ STAGES = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "eval
 def test_the_whole_chain_without_arguments(mpl, tmp_path, monkeypatch, recipe) -> None:
     """pretrain, filter --k 12800, precompute, train-reduced, evaluate in an empty directory."""
     monkeypatch.chdir(tmp_path)
-    short = ["--set", "pretrain.steps=60", "--set", "train_reduced.steps=60"]
+    short = ["--set", "pretrain.steps=30", "--set", "train_reduced.steps=30"]
     assert mpl("pretrain", *short).status == 0
     filtered = mpl("filter", "--k", 12800)
     assert filtered.status == 0
@@ -39,7 +39,7 @@ def test_the_whole_chain_without_arguments(mpl, tmp_path, monkeypatch, recipe) -
     assert result["images"] == 500
     assert 10 < result["top1"] <= result["top5"] <= 100
     kept = json.loads((tmp_path / "runs/default/run.json").read_text())["recipe"]
-    assert (kept["filter"]["k"], kept["pretrain"]["steps"]) == (12800, 60)
+    assert (kept["filter"]["k"], kept["pretrain"]["steps"]) == (12800, 30)
 
 
 def test_a_second_time_nothing_is_done(mpl, run) -> None:
@@ -355,9 +355,12 @@ def test_data_and_recipe_agree(mpl, tmp_path, recipe) -> None:
 
 def test_reproduce_table2_and_again(mpl, tmp_path, recipe, monkeypatch) -> None:
     run = tmp_path / "table2"
-    outcome = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 1)  # in processes
+    run_here(monkeypatch)  # in processes: tests/stages/reproduce/test_chains.py
+    short = tmp_path / "short.yaml"
+    short.write_text(recipe.read_text().replace("steps: 24", "steps: 8"))
+    recipe = short
+    outcome = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 1)
     assert outcome.status == 0, outcome.err
-    run_here(monkeypatch)
     outcome = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2)  # one more
     assert outcome.status == 0, outcome.err
     table = json.loads((run / "table2.json").read_text())
@@ -372,11 +375,11 @@ def test_reproduce_table2_and_again(mpl, tmp_path, recipe, monkeypatch) -> None:
     again = mpl("reproduce", "table2", "--recipe", recipe, "--run", run, "--seeds", 2)
     assert "already done" in again.err
     teacher = (run / "seed-0/teacher/model.safetensors").stat().st_mtime_ns
-    changed = ["--recipe", recipe, "--run", run, "--seeds", 1, "--set", "train_reduced.steps=20"]
+    changed = ["--recipe", recipe, "--run", run, "--seeds", 1, "--set", "train_reduced.steps=9"]
     assert "--force" in mpl("reproduce", "table2", *changed).err
     assert mpl("reproduce", "table2", *changed, "--force").status == 0
     assert (run / "seed-0/teacher/model.safetensors").stat().st_mtime_ns == teacher
-    assert "20 steps" in (run / "table2.md").read_text()
+    assert "9 steps" in (run / "table2.md").read_text()
 
 
 def test_help_imports_no_torch() -> None:

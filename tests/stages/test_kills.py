@@ -23,13 +23,13 @@ from tests.stages.commands import Command, start
 
 KILLS = int(os.environ.get("MPL_KILLS", "20"))
 NAMES = ["ant", "bee", "cat"]
-SHARDS, ROWS = 8, 240
+SHARDS, ROWS = 8, 120
 RECIPE = """
 name: kills
 data: {manifest: pool-to-kill, image_size: 32}
 pretrain: {model: {name: wrn_16_2}, steps: 2, batch: 8, optimizer: {rule: sgd, lr: 0.01}}
-filter: {k: 250, batch: 32}
-precompute: {shard_rows: 100}
+filter: {k: 125, batch: 32}
+precompute: {shard_rows: 50}
 train_reduced: {model: {name: wrn_10_1}, steps: 2}
 finetune: {steps: 2}
 """
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     coarse = draw.randint(0, 256, (SHARDS * ROWS + 60, 5, 5, 3)).astype(np.uint8)
     images = [Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC) for pixels in coarse]
     pool = [encode(image, "JPEG", quality=90) for image in images[60:]]
-    pool[5], pool[700], pool[900], pool[901] = b"", b"no image", pool[3], encode(images[50], "JPEG", quality=60)
+    pool[5], pool[350], pool[450], pool[451] = b"", b"no image", pool[3], encode(images[50], "JPEG", quality=60)
     for name, first in (("labelled", 0), ("validation", 20), ("test", 40)):
         rows = [Row(f"{name}-{at}", encode(images[at]), at % 3) for at in range(first, first + 20)]
         write_images(folder / f"{name}.parquet", rows, NAMES)

@@ -92,13 +92,14 @@ def test_a_store_belongs_to_one_run(mpl, begun, tmp_path) -> None:
     assert mpl("reproduce", "table2", "--run", tmp_path / "table", "--store", tmp_path / "third").status == 2
 
 
-def test_files_that_cannot_be_reached_are_not_taken_for_unfinished(mpl, begun, storage) -> None:
+@pytest.mark.parametrize("apart", [16, pytest.param(6, marks=pytest.mark.long)])
+def test_files_that_cannot_be_reached_are_not_taken_for_unfinished(mpl, begun, storage, apart) -> None:
     """A moment of 503 must not have finished shards removed, or scored again."""
-    url = storage.url("finished")
+    url = storage.url(f"finished-{apart}")
     assert mpl("filter", "--run", begun, "--store", url).status == 0
     assert mpl("precompute", "--run", begun).status == 0
-    before = stored(storage, "finished")
-    for n in range(2, 40, 6):
+    before = stored(storage, f"finished-{apart}")
+    for n in range(2, 40, apart):
         storage.break_next(n, "503", "HEAD")
         for command in ("precompute", "filter"):
             outcome = mpl(command, "--run", begun)
@@ -106,7 +107,7 @@ def test_files_that_cannot_be_reached_are_not_taken_for_unfinished(mpl, begun, s
             told = "run the same command again" in outcome.err or "cannot be reached" in outcome.err
             assert outcome.status == 0 or told
         storage.break_next(0)
-        assert stored(storage, "finished").items() >= before.items()
+        assert stored(storage, f"finished-{apart}").items() >= before.items()
 
 
 def test_a_tar_in_object_storage_is_not_read_to_be_recognised(storage, tmp_path) -> None:

@@ -33,6 +33,14 @@ def test_records_come_back_by_name_in_the_order_of_the_chains(monkeypatch, tmp_p
         assert found[key] == {f"{m}-{key}": {"stage": f"{m}-{key}", "seed": seed} for m in ("a", "b")}
 
 
+def test_stages_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    context = tiny_context(tmp_path)
+    found = run_chains(context, {0: Chain(tmp_path / "run", 3, (Step("pretrain"), Step("filter", ("filter.k=4",))))}, 1)
+    assert list(found[0]) == ["pretrain", "filter"]
+    assert found[0]["filter"]["result"]["k"] == 4
+    assert (tmp_path / "run/selection.parquet").exists()
+
+
 def test_the_first_failure_is_raised_and_a_store_is_refused(monkeypatch, tmp_path: Path) -> None:
     begun = []
 
