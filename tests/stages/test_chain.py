@@ -25,7 +25,7 @@ STAGES = ("pretrain", "filter", "precompute", "train-reduced", "finetune", "eval
 def test_the_whole_chain_without_arguments(mpl, tmp_path, monkeypatch, recipe) -> None:
     """pretrain, filter --k 12800, precompute, train-reduced, evaluate in an empty directory."""
     monkeypatch.chdir(tmp_path)
-    short = ["--set", "pretrain.steps=30", "--set", "train_reduced.steps=30"]
+    short = ["--set", "pretrain.steps=60", "--set", "train_reduced.steps=60"]
     assert mpl("pretrain", *short).status == 0
     filtered = mpl("filter", "--k", 12800)
     assert filtered.status == 0
@@ -39,7 +39,7 @@ def test_the_whole_chain_without_arguments(mpl, tmp_path, monkeypatch, recipe) -
     assert result["images"] == 500
     assert 10 < result["top1"] <= result["top5"] <= 100
     kept = json.loads((tmp_path / "runs/default/run.json").read_text())["recipe"]
-    assert (kept["filter"]["k"], kept["pretrain"]["steps"]) == (12800, 30)
+    assert (kept["filter"]["k"], kept["pretrain"]["steps"]) == (12800, 60)
 
 
 def test_a_second_time_nothing_is_done(mpl, run) -> None:

@@ -1,6 +1,6 @@
 """kill -9 of whole process groups, at random moments, while a pool is scored, selected and stored.
 
-Four kills in `make test`, twenty in `make test-long`; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py
+Two kills in `make test`, twenty in `make test-long`; `MPL_KILLS=100 python -m pytest tests/stages/test_kills.py
 -m long -s` makes a hundred and prints what was hit (docs/results/survival.md).
 """
 
@@ -124,7 +124,7 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {form: (begun, files) for form, files in found.items()}
 
 
-FEW = [("2 workers", 2)]
+FEW = [("1 worker", 2)]  # workers that are killed: tests/storage/test_workers.py
 MANY = [(engine, max(2, round(KILLS * share))) for engine, share in SHARE.items()]
 
 
