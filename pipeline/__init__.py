@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pipeline.batches import Labelled as Labelled
     from pipeline.batches import TargetBatch as TargetBatch
     from pipeline.config import load_recipe as load_recipe
+    from pipeline.data.images import load_data_set as load_data_set
     from pipeline.networks.loading import load_network as load_network
     from pipeline.pool.select import select_top_k as select_top_k
     from pipeline.student import Student as Student
@@ -36,6 +37,7 @@ DOORS = {  # name: module
     "TargetsStore": "pipeline.targets",
     "TeacherNetwork": "pipeline.teacher_network",
     "Training": "pipeline.training",
+    "load_data_set": "pipeline.data.images",
     "load_network": "pipeline.networks.loading",
     "load_recipe": "pipeline.config",
     "select_top_k": "pipeline.pool.select",

@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.batches import Batches, Composition, FeedbackImages, ImageSets
 from pipeline.config import ModelSettings, Recipe, TrainSettings
+from pipeline.correction import Correction
 from pipeline.data.dataset import DataSet
 from pipeline.data.decoded import Images
 from pipeline.data.sets import LabelledSet, Pool
@@ -94,9 +95,10 @@ class Assembly:
         pool: Pool | None = None,
         feedback: FeedbackImages = FeedbackImages(),
         label_noise: float = 0.0,
+        correction: Correction | None = None,
     ) -> Batches:
         """Batches normalised for a network; see `pipeline.batches`."""
-        sets = ImageSets(labelled, pool, network.mean, network.std, label_noise)
+        sets = ImageSets(labelled, pool, network.mean, network.std, label_noise, correction)
         return Batches(sets, composition, feedback, seed=self.seed, placement=self.placement)
 
     def judge(self, images: Images, network: Network) -> Judge:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import AugmentSettings, TeacherKind, TrainMplSettings, TrainReducedSettings
+from pipeline.correction import Correction
 from pipeline.data.augment.augment import augment, normalize
 from pipeline.data.augment.draws import Draws
 from pipeline.data.order import batch_indices
@@ -45,10 +46,13 @@ class TargetBatch(Batch):
     Attributes:
         distributions: q_large of each image, (B, C); of an image that stands with its true label, that label.
         calibrated: whether a calibrator may change the row's target, (B,), bool; False for true labels.
+        stored: where the teacher has classes of its own, its distributions over them, (B, C_T), of which
+            `distributions` is what a correction makes; zero for true labels.
     """
 
     distributions: Tensor
     calibrated: Tensor
+    stored: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,13 @@ class Labelled:
         images: normalised, (V, 3, S, S).
         labels: (V,), int64.
         distributions: q_large of each, (V, C), or None where none is stored.
+        stored: as in `TargetBatch`, (V, C_T).
     """
 
     images: Tensor
     labels: Tensor
     distributions: Tensor | None = None
+    stored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class ImageSets:
         pool: or None where the composition takes none of it.
         mean, std: of the normalisation, per channel, for images in [0, 1].
         label_noise: share of wrong labels in what is learned from; those of the feedback are right.
+        correction: makes the data set's classes of those of the stored distributions; None: they are the same.
     """
 
     labelled: LabelledSet
@@ -93,6 +100,7 @@ class ImageSets:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     label_noise: float = 0.0
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True)
@@ -163,8 +171,11 @@ class Batches:
         total = self.feedback_batch
         chosen = self.draw(self.feedback_labelled, "feedback", step, total)
         images = self.prepare(chosen.pixels, self.feedback_images.augment, "feedback-augment", step, total)
-        stored = None if chosen.distributions is None else chosen.distributions.to(self.device)
-        return Labelled(images, chosen.labels.to(self.device), stored)
+        if chosen.distributions is None:
+            return Labelled(images, chosen.labels.to(self.device))
+        targets, stored = self.corrected(chosen.distributions)
+        held = None if stored is None else stored.to(self.device)
+        return Labelled(images, chosen.labels.to(self.device), targets.to(self.device), held)
 
     def close(self) -> None:
         """Let a streamed pool stop reading ahead."""
@@ -181,6 +192,13 @@ class Batches:
         assert self.sets.pool is not None
         return self.sets.pool.draw(self.seed, step, total, self.ranks.part(total))
 
+    def corrected(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Distributions over the data set's classes, (n, C), of stored ones, (n, C_T); also these, if others."""
+        correction = self.sets.correction
+        if correction is None or correction.kind == "identity":
+            return stored, None
+        return torch.from_numpy(correction.targets(stored.numpy())), stored
+
     def prepare(
         self,
         pixels: Tensor,
@@ -195,6 +213,16 @@ class Batches:
         first = self.ranks.part(total).start if first is None else first
         augmented = augment(pixels, settings, derive_seed(self.seed, purpose, step), first=first, total=total)
         return normalize(augmented, self.sets.mean, self.sets.std)
+
+    @property
+    def has_other_classes(self) -> bool:
+        """Whether stored distributions are corrected before they are targets."""
+        return self.sets.correction is not None and self.sets.correction.kind != "identity"
+
+    @property
+    def stored_classes(self) -> int:
+        """Classes of the stored distributions."""
+        return self.labelled.classes if self.sets.correction is None else len(self.sets.correction.teacher_names)
 
     def distributions_of(self, labels: Tensor, smoothing: float) -> Tensor:
         """Labels (n,) as distributions, (n, C)."""
@@ -228,19 +256,23 @@ class Mixture:
 
     def batch(self, batches: Batches, step: int) -> TargetBatch:
         pixels, targets, calibrated, firsts = [], [], [], []
+        held: list[Tensor] = []
         if self.labelled:
             chosen = batches.draw(batches.labelled, "labelled", step, self.labelled)
             stored = None if self.true_labels else chosen.distributions
-            true = batches.distributions_of(chosen.labels, self.label_smoothing)
             pixels.append(chosen.pixels)
-            targets.append(true if stored is None else stored)
+            if stored is None:
+                targets.append(batches.distributions_of(chosen.labels, self.label_smoothing))
+                held.append(torch.zeros(len(chosen), batches.stored_classes))
+            else:
+                _add(batches.corrected(stored), targets, held)
             calibrated += [stored is not None] * len(chosen)
             firsts.append(batches.ranks.part(self.labelled).start)
         if self.pool:
             drawn, distributions = batches.draw_pool(step, self.pool)
             assert distributions is not None, "a mixture takes pool images with stored distributions"
             pixels.append(drawn)
-            targets.append(distributions)
+            _add(batches.corrected(distributions), targets, held)
             calibrated += [True] * len(drawn)
             firsts.append(self.labelled + batches.ranks.part(self.pool).start)
         if batches.ranks.world == 1:
@@ -251,7 +283,14 @@ class Mixture:
             for rows, first in zip(pixels, firsts, strict=True)
         ]
         flags = torch.tensor(calibrated, device=batches.device)
-        return TargetBatch(torch.cat(images), torch.cat(targets).to(batches.device), flags)
+        others = torch.cat(held).to(batches.device) if batches.has_other_classes else None
+        return TargetBatch(torch.cat(images), torch.cat(targets).to(batches.device), flags, stored=others)
+
+
+def _add(corrected: tuple[Tensor, Tensor | None], targets: list[Tensor], held: list[Tensor]) -> None:
+    targets.append(corrected[0])
+    if corrected[1] is not None:
+        held.append(corrected[1])
 
 
 def mixture(settings: TrainReducedSettings, teacher: TeacherKind) -> Mixture:

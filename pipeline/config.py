@@ -193,12 +193,18 @@ class CopySettings(Settings):
 class FilterSettings(Settings):
     """Which pool images are kept."""
 
-    k: PositiveInt  # images per class
+    k: Annotated[int, Field(ge=1, le=10**9)]  # images per class
     assign: Literal["any", "argmax"] = "any"
     min_probability: float = Field(default=0.0, ge=0.0, lt=1.0)
     upsample: bool = False  # classes short of k get a repeat count
     batch: PositiveInt = 256
     copies: CopySettings = CopySettings()
+    predictions: tuple[str, ...] = ()  # files of answers in the place of a network; of several teachers, averaged
+    predictions_as: Literal["probabilities", "logits", "labels", "top-k", "votes"] | None = None  # none: as recognised
+    predictions_classes: str | None = None  # a file of their class names, where they do not state them
+    predictions_in_order: bool = False  # numbers that nobody names are the data set's classes, in its order
+    correction: Literal["auto", "identity", "map", "fit"] = "auto"  # of a teacher with classes of its own
+    class_map: str | None = None  # a file: for each class of the data set those of the teacher
 
 
 class PrecomputeSettings(Settings):
@@ -253,6 +259,7 @@ class TrainReducedSettings(TrainSettings):
     labelled_share: float = Field(default=0.25, gt=0.0, lt=1.0)  # of the batch, with pool+labelled
     reading: Literal["auto"] | Reading = "auto"  # of the pool; auto: memory up to data.memory_gib
     workers: NonNegativeInt | None = None  # threads that decode a streamed pool; none: as suits the image size
+    correction: Literal["auto", "identity", "map", "fit"] = "auto"  # of the stored targets; auto: as they were selected
     calibrator: CalibratorSettings = CalibratorSettings()
     feedback: FeedbackSettings = FeedbackSettings()
 

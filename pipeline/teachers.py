@@ -103,6 +103,9 @@ class FixedTargets:
 class CalibratorNetwork(nn.Module):
     """q_Ψ: distribution (B, C) → distribution (B, C), a perceptron with ReLU.
 
+    Where the teacher has C_T classes of its own, the perceptron sees its distribution, and q is what the correction
+    makes of it.
+
     Kinds:
         residual: softmax(log((1 − floor)·q + floor/C) + MLP(q)). The output layer starts at zero, so it
             starts at (1 − floor)·q + floor/C: near the identity, and not saturated where q is confident.
@@ -110,10 +113,10 @@ class CalibratorNetwork(nn.Module):
         perceptron: softmax(MLP(q)) alone, five linear layers, no identity at the start.
     """
 
-    def __init__(self, classes: int, settings: CalibratorSettings) -> None:
+    def __init__(self, classes: int, settings: CalibratorSettings, inputs: int | None = None) -> None:
         super().__init__()
         self.residual, self.floor = settings.kind == "residual", settings.floor
-        widths = [classes, *[settings.hidden] * (settings.layers - 1), classes]
+        widths = [inputs or classes, *[settings.hidden] * (settings.layers - 1), classes]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             linear = nn.Linear(fan_in, fan_out)
@@ -124,8 +127,8 @@ class CalibratorNetwork(nn.Module):
         if self.residual:
             nn.init.zeros_(linear.weight)
 
-    def forward(self, q: Tensor) -> Tensor:
-        logits = self.layers(q)  # (B, C)
+    def forward(self, q: Tensor, stored: Tensor | None = None) -> Tensor:
+        logits = self.layers(q if stored is None else stored)  # (B, C)
         if self.residual:
             logits = logits + torch.log((1 - self.floor) * q + self.floor / q.shape[1])
         return logits.softmax(dim=1)
@@ -143,6 +146,7 @@ class Calibrator:
         settings, feedback: of the recipe.
         placement: where it lies, and the processes that share the batch.
         student_lr: the student's learning rate before its schedule, for `schedule: student`.
+        inputs: C_T, where the teacher has classes of its own.
     """
 
     def __init__(
@@ -152,10 +156,11 @@ class Calibrator:
         feedback: FeedbackSettings,
         placement: Placement = Placement(),
         student_lr: float = 1.0,
+        inputs: int | None = None,
     ) -> None:
         self.settings, self.feedback, self.ranks = settings, feedback, placement.ranks
         self.student_lr = student_lr
-        self.network = CalibratorNetwork(classes, settings).to(placement.device)
+        self.network = CalibratorNetwork(classes, settings, inputs).to(placement.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             lr=settings.lr,
@@ -165,7 +170,7 @@ class Calibrator:
         )
 
     def propose(self, batch: TargetBatch) -> BatchProposal:
-        calibrated = self.network(batch.distributions)  # (B, C)
+        calibrated = self.network(batch.distributions, batch.stored)  # (B, C)
         return BatchProposal(torch.where(batch.calibrated[:, None], calibrated, batch.distributions), batch)
 
     def wish(self, step: int) -> Wish:
@@ -180,7 +185,10 @@ class Calibrator:
         objective = self.feedback.weight * (targets * fed_back(gradient, step, self.feedback, self.ranks)).sum()
         metrics = {"feedback_loss": labelled_loss, "feedback_norm": norm_over_ranks(gradient, self.ranks)}
         if self.settings.supervised_weight:
-            calibrated = self.network(labelled.distributions)
+            assert labelled.distributions is not None, (
+                "the supervised term needs stored distributions of the labelled images"
+            )
+            calibrated = self.network(labelled.distributions, labelled.stored)
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()

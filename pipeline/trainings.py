@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.assembly import Assembly, Looks, Output
 from pipeline.batches import Batches, FeedbackImages, MethodAlone, MethodViews, Mixture, mixture
 from pipeline.calibration import FILE, SAMPLE, CalibrationLog
-from pipeline.config import Reading, Recipe, TrainMplSettings, TrainSettings
+from pipeline.config import Reading, Recipe, TrainMplSettings, TrainReducedSettings, TrainSettings
+from pipeline.correction import Correction, class_map_of, fit_correction
 from pipeline.data.decoded import Images
 from pipeline.data.sets import LabelledSet, Pool, PoolSet
 from pipeline.distributed.layouts import bare, full_state, lay_out
@@ -34,6 +35,7 @@ from pipeline.teachers import Calibrator, FixedTargets
 
 REDUCED_TITLES = {"calibrator": "Reduced MPL", "fixed": "NoisyStudent", "none": "Supervised"}
 CALIBRATOR = "calibrator.safetensors"
+MOST_USES = 1 << 28  # of images in an epoch: the order of an epoch is in memory, 8 bytes each
 
 
 def pretrain(assembly: Assembly, output: Output) -> dict[str, Any]:
@@ -87,13 +89,15 @@ def train_reduced(
     """
     settings, split = assembly.recipe.train_reduced, assembly.data.split("labelled")
     composition = mixture(settings, settings.teacher)
+    correction = None if store is None else training_correction(assembly, store)
     labelled = with_stored(assembly.data.images(split), store, len(split.class_names))
+    require_stored(settings, composition, labelled)
     pool = None if store is None else open_pool(assembly, store, reading)
     network = assembly.network(settings.model, split.class_names, "student")
     adapts = settings.teacher == "calibrator"
     options = settings.feedback
     feedback = FeedbackImages(options.batch, options.augment, options.held_out if adapts else 0.0)
-    with closing(assembly.batches(network, labelled, composition, pool, feedback)) as batches:
+    with closing(assembly.batches(network, labelled, composition, pool, feedback, correction=correction)) as batches:
         if adapts:
             assert store is not None
             figures = _with_calibrator(assembly, output, network, batches, store)
@@ -116,9 +120,14 @@ def _with_calibrator(
     assembly.tell_feedback_batch(batches)
     assembly.seed_initialisation("calibrator")
     calibrator = Calibrator(
-        batches.labelled.classes, settings.calibrator, settings.feedback, placement, settings.optimizer.lr
+        batches.labelled.classes,
+        settings.calibrator,
+        settings.feedback,
+        placement,
+        settings.optimizer.lr,
+        batches.stored_classes,
     )
-    log = calibration_log(output.folder / FILE, calibrator, store, settings.steps)
+    log = calibration_log(output.folder / FILE, calibrator, store, batches, settings.steps)
     figures = assembly.train(network, calibrator, batches, settings, output, Looks(watch=log))
     if placement.ranks.first:
         with whole_file(output.folder / CALIBRATOR) as temporary:
@@ -139,11 +148,56 @@ def with_stored(images: Images, store: TargetsStore | None, classes: int) -> Lab
     try:
         order = [places[identity] for identity in zip(images.shards, images.rows.tolist(), strict=True)]
     except KeyError as error:
+        if store.manifest.get("stored_answers"):
+            return LabelledSet(images.images, images.labels, classes)
         raise TargetsError(
             f"targets/ holds no distribution for labelled image {error.args[0]}: it was made for other labelled "
             "images. Run mpl precompute --force"
         ) from None
     return LabelledSet(images.images, images.labels, classes, torch.from_numpy(stored.distributions[order]))
+
+
+def require_stored(settings: TrainReducedSettings, composition: Mixture, labelled: LabelledSet) -> None:
+    """Refuse what asks for the teacher's distributions of labelled images where predictions do not answer all of them.
+
+    Raises:
+        TargetsError: names the setting.
+    """
+    if labelled.distributions is not None or settings.teacher == "none":
+        return
+    wanted = []
+    if composition.labelled and not composition.true_labels:
+        wanted.append("train_reduced.labelled_target=teacher")
+    if settings.teacher == "calibrator" and settings.calibrator.supervised_weight:
+        wanted.append("train_reduced.calibrator.supervised_weight")
+    if wanted:
+        raise TargetsError(
+            f"{' and '.join(wanted)} needs the teacher's answers about the labelled images, and the predictions do not "
+            "answer all of them: add theirs to the files, or change the setting"
+        )
+
+
+def training_correction(assembly: Assembly, store: TargetsStore) -> Correction:
+    """From the stored distributions to the data set's classes: as the images were selected, or as the recipe says.
+
+    Raises:
+        RecipeError: the identity, of a teacher with classes of its own.
+    """
+    kind, selected = assembly.recipe.train_reduced.correction, store.correction()
+    if kind in ("auto", selected.kind):
+        return selected
+    theirs, ours = store.class_names, store.target_names
+    if kind == "identity":
+        if theirs != ours:
+            raise RecipeError("train_reduced.correction=identity is for a teacher with the data set's classes")
+        return Correction.identity(ours)
+    mapped = selected.class_map
+    if mapped is None and theirs != ours:
+        mapped = class_map_of(None, theirs, ours, complete=kind == "map")
+    if kind == "map":
+        return Correction.identity(ours) if mapped is None else Correction.mapped(theirs, ours, mapped)
+    stored = store.labelled()
+    return fit_correction(stored.distributions, stored.labels, theirs, ours, mapped, seed=assembly.seed).correction
 
 
 def open_pool(assembly: Assembly, store: TargetsStore, reading: Reading) -> Pool:
@@ -153,6 +207,11 @@ def open_pool(assembly: Assembly, store: TargetsStore, reading: Reading) -> Pool
         TargetsError: an image of the store does not decode.
     """
     recipe = assembly.recipe
+    if (uses := int(store.uses().sum())) > MOST_USES:
+        raise TargetsError(
+            f"{store.folder}: {store.count:,} images are used {uses:,} times in an epoch (--upsample up to K), and "
+            f"{MOST_USES:,} are the limit: choose a smaller K in mpl filter"
+        )
     if reading == "stream":
         return StreamedPool(store, recipe.data.image_size, workers=recipe.train_reduced.workers)
     images = assembly.data.decoded(store.samples(), "targets", store.manifest["fingerprint"])
@@ -161,13 +220,21 @@ def open_pool(assembly: Assembly, store: TargetsStore, reading: Reading) -> Pool
     return PoolSet(images.images, torch.from_numpy(store.repeats()), torch.from_numpy(store.distributions()))
 
 
-def calibration_log(path: Path, calibrator: Calibrator, store: TargetsStore, steps: int) -> CalibrationLog:
+def calibration_log(
+    path: Path, calibrator: Calibrator, store: TargetsStore, batches: Batches, steps: int
+) -> CalibrationLog:
     """Follows the first images of the store, whose order is random, into calibration.json."""
     first = next(store.batches(SAMPLE))
     images = [{"shard": shard, "row": sample.row, "key": sample.key} for shard, sample in first.samples]
     device = next(calibrator.network.parameters()).device
-    teacher = torch.from_numpy(first.distributions).to(device)
-    return CalibrationLog(path, calibrator.network, teacher, images, store.class_names, steps)
+    targets, stored = batches.corrected(torch.from_numpy(first.distributions))
+    seen = None if stored is None else stored.to(device)
+
+    def network(q: Tensor) -> Tensor:
+        found: Tensor = calibrator.network(q, seen)
+        return found
+
+    return CalibrationLog(path, network, targets.to(device), images, store.target_names, steps)
 
 
 # --- full MPL, and methods alone --------------------------------------------------------------------------

@@ -21,6 +21,7 @@ COMMANDS = {  # name: (module:attribute, one line of help), in the order in whic
         "stages.precompute:command",
         "teacher + selection → images with the teacher's distributions",
     ),
+    "calibrate": ("stages.calibrate:command", "the teacher before and after a correction, on validation"),
     "train-reduced": ("stages.train_reduced:command", "targets + labelled images → student and calibrator"),
     "train-mpl": ("stages.train_mpl:command", "labelled images + pool → student: full MPL, or a baseline"),
     "finetune": ("stages.finetune:command", "student + labelled images → finetuned student"),
@@ -107,9 +108,10 @@ def main() -> None:
     except OSError as error:
         from pipeline.storage.files import is_storage_error
 
-        if not is_storage_error(error):
+        if error.errno is None and not is_storage_error(error):
             raise
-        _say(f"Error: object storage cannot be reached: {error}", resume=True)
+        place = "object storage cannot be reached: " if is_storage_error(error) else ""
+        _say(f"Error: {place}{error}", resume=True)
         status = 1
     except ValueError as error:
         from pipeline.errors import UsageError, UserError

@@ -71,11 +71,11 @@ def evaluation_images(context: Context, compared: Compared) -> tuple[NDArray[np.
     return np.concatenate(pixels), names
 
 
-def copy_index(context: Context, folder: Path) -> CopyIndex | None:
+def copy_index(context: Context, compared: Compared) -> CopyIndex | None:
     """Index of the validation and test images; None where the recipe turns it off, or there are none."""
     if not context.recipe.filter.copies.enabled:
         return None
-    pixels, names = evaluation_images(context, Compared.of(folder))
+    pixels, names = evaluation_images(context, compared)
     return CopyIndex(pixels, names) if names else None
 
 
@@ -87,12 +87,11 @@ def calibration_mark(context: Context) -> list[Any] | None:
     return [CALIBRATION, settings.honest, context.data_set.split("labelled").fingerprint()]
 
 
-def calibrated(context: Context, folder: Path, mark: list[Any] | None) -> Calibration | None:
+def calibrated(context: Context, compared: Compared, mark: list[Any] | None) -> Calibration | None:
     """What makes a copy on this data set; kept in copies.json, and made once. None where a threshold is given."""
     if mark is None:
         return None
     splits = [split.fingerprint() for split in evaluation_splits(context)]
-    compared = Compared.of(folder)
     seen = [compared.size, *([] if compared.framing == WHOLE else [asdict(compared.framing)])]
     made_of = fingerprint([mark, VERSION, splits, *seen])
     path = context.store / CALIBRATION_FILE

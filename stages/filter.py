@@ -1,5 +1,6 @@
 """`mpl filter`: teacher + pool → scores/, selection.parquet, rejected/."""
 
+import json
 import math
 import time
 from collections import Counter
@@ -9,29 +10,35 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 
+from pipeline.answers.forms import FORMS
+from pipeline.answers.store import FOLDER as ANSWERS_FOLDER
+from pipeline.correction import CORRECTION_FILE, Correction, Fit
 from pipeline.data.readers.shard import Shard
-from pipeline.errors import DataError, UsageError
-from pipeline.networks.architectures import WEIGHTS
-from pipeline.networks.classes import order_or_assumed, with_classes_of
-from pipeline.networks.folders import read_description
-from pipeline.networks.loading import load_network
-from pipeline.networks.network import Network, to_device
+from pipeline.errors import DataError
 from pipeline.pool.copies.index import VERSION, default_threshold
 from pipeline.pool.filter import REJECTED_FOLDER, SELECTION_FILE, filter_pool
-from pipeline.pool.infer import Scorer, infer_distributions
 from pipeline.pool.rejected import REJECTED
 from pipeline.pool.score import ScoreWork
 from pipeline.pool.scores import gone_shards, not_scored, open_scored, shard_file
 from pipeline.pool.selection import Rules, read_selection
-from pipeline.storage.files import Location, fingerprint, remove_leftovers, sha256_file
+from pipeline.storage.files import Location, discard, fingerprint, remove_leftovers
 from pipeline.storage.workers import EngineSettings
 from stages.copies import calibrated, calibration_mark, copy_index, evaluation_splits, tell_copies
 from stages.execution import Stage, execute
 from stages.networks import architecture_option, network_folder
 from stages.options import Context, assume_option, stage_options, with_changes
-from stages.workers import engine_options, is_elsewhere, run_shards
+from stages.teachers import (
+    NetworkTeacher,
+    PredictionsTeacher,
+    Teacher,
+    class_map,
+    class_names,
+    correction_of,
+    teacher_of,
+    tell_fit,
+)
+from stages.workers import engine_options, run_shards
 
 SHOWN = 20  # classes in the table at the end
 SCORED_BY = {
@@ -61,12 +68,24 @@ SCORED_BY = {
               help="A teacher of your own: a folder (timm, transformers) or a file of weights. "
                    "[default: the run's teacher/]")  # fmt: skip
 @architecture_option
+@click.option("--predictions", multiple=True, metavar="FILE|GLOB|URL",
+              help="Answers that are there already (Parquet, CSV, JSON lines, npz, a dataset's folder), in place of "
+                   "a network; repeated, of several teachers, which are averaged.")  # fmt: skip
+@click.option(
+    "--as", "predictions_as", type=click.Choice(FORMS), help="What the predictions are. [default: as recognised]"
+)
+@click.option("--classes", "predictions_classes", metavar="FILE",
+              help="Names of the predictions' classes, in order: one to a line, or a JSON list.")  # fmt: skip
+@click.option("--correction", type=click.Choice(["auto", "identity", "map", "fit"]),
+              help="How a teacher's own classes become yours: by a map, or fitted to labelled images.")  # fmt: skip
+@click.option("--class-map", metavar="FILE", help="YAML: for each of your classes the teacher's, one or a list.")
 def command(
     context: Context,
     teacher: Path | None,
     architecture: str | None,
     assume_class_order: bool,
     engine: EngineSettings,
+    predictions: tuple[str, ...],
     **rules: object,
 ) -> None:
     """Score the pool and keep the K most probable images of each class.
@@ -74,23 +93,20 @@ def command(
     Copies of evaluation images are removed; for every image that is dropped the reason is kept. Another K,
     assignment or threshold selects again from the same scores, without the teacher.
 
-    Reads: teacher/ (or --teacher) and the pool. Writes: scores/, selection.parquet, rejected/.
+    Reads: teacher/ (or --teacher, or --predictions) and the pool. Writes: scores/, selection.parquet, rejected/.
     """
-    context = with_changes(context, **{f"filter__{name}": value for name, value in rules.items()})
-    if teacher is not None:
+    if predictions and teacher is not None:
+        raise click.UsageError("--teacher is a network, --predictions are answers in its place; give one of them")
+    if predictions:
+        rules |= {"predictions": json.dumps(list(predictions)), "predictions_in_order": assume_class_order}
+    elif teacher is not None:
+        rules["predictions"] = "[]"
         teacher = network_folder(context, teacher, architecture)
+    context = with_changes(context, **{f"filter__{name}": value for name, value in rules.items()})
     record = execute(context, lambda c: plan(c, teacher, engine, assume_class_order))
     if "result" in record:
         for line in class_table(record["result"]):
             context.console.note(line)
-
-
-def teacher_folder(context: Context, teacher: Path | None) -> Path:
-    """The teacher to use: the one given, else the one that this run's pool was scored with, else teacher/."""
-    if teacher is not None:
-        return teacher.resolve()
-    known = context.run.record("filter")
-    return context.run.place("teacher" if known is None else known["result"]["teacher"])
 
 
 def plan(
@@ -101,46 +117,52 @@ def plan(
 ) -> Stage:
     """Plan the stage."""
     engine = engine or EngineSettings()
-    folder = teacher_folder(context, teacher)
-    if folder == (context.run / "teacher").resolve():
-        context.run.require("pretrain", "mpl pretrain")
-    if not (folder / WEIGHTS).is_file():
-        load_network(folder)  # for its message
-    names, teacher_is = context.data_set.split("labelled").class_names, read_description(folder)
-    digest, outputs = sha256_file(folder / WEIGHTS), teacher_is.arguments["num_classes"]
     known = (context.run.record("filter") or {}).get("result", {})
-    if known.get("teacher_sha256") == digest:
-        assume_class_order |= known.get("assumed_class_order", False)  # it was said before
-    order = order_or_assumed(teacher_is.class_names, outputs, names, f"teacher {folder}", assume_class_order)
-    if order != list(range(len(names))):
-        context.console.note(f"teacher {folder} has the data set's classes in another order; they are matched by name")
-        basis_classes = {"classes": order}
-    else:
-        basis_classes = {}
-    settings = context.recipe.filter
-    copies = settings.copies.enabled and bool(evaluation_splits(context))
+    chosen = teacher_of(context, teacher, engine, assume_class_order)
+    if isinstance(chosen, NetworkTeacher) and known.get("teacher_sha256") == chosen.digest:  # it was said before
+        chosen = replace(chosen, assume_class_order=assume_class_order or known.get("assumed_class_order", False))
+    basis = chosen.basis
+    if "classes" in basis:
+        where = f"teacher {chosen.told['teacher']}"
+        context.console.note(f"{where} has the data set's classes in another order; they are matched by name")
+    copies = context.recipe.filter.copies.enabled and bool(evaluation_splits(context))
     basis = {
-        "teacher": digest,
-        "preprocessing": teacher_is.preprocessing(),
+        **basis,
         "pool": context.data_set.split("unlabelled").fingerprint(),
         "evaluation": [VERSION, *(split.fingerprint() for split in evaluation_splits(context))] if copies else [],
         "precision": context.precision,
-        "rules": asdict(rules(context)),
+        "rules": {name: value for name, value in asdict(rules(context)).items() if name != "correction"},
         "calibration": calibration_mark(context) if copies else None,
         "rejected_format": REJECTED.version,
-        **basis_classes,
+        **correction_basis(context, chosen),
     }
     return Stage(
         name="filter",
         basis=basis,
         outputs=[context.store / SELECTION_FILE, context.store / "scores"],
-        work=lambda: work(context, folder, basis, engine, assume_class_order),
+        work=lambda: work(context, chosen, basis, engine),
         summary=summary,
-        replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER)],
-        ready=lambda: load_teacher(context, folder, engine, assume_class_order),
+        replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER, ANSWERS_FOLDER)],
+        ready=chosen.check,
         trouble=lambda result: selection_trouble(context.store, result) or _scores_trouble(context, result),
         cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
     )
+
+
+def correction_basis(context: Context, teacher: Teacher) -> dict[str, Any]:
+    """What the correction depends on beside the scores; empty where there is none."""
+    settings = context.recipe.filter
+    if settings.correction in ("auto", "identity") and settings.class_map is None:
+        return {}
+    fitted = settings.correction == "fit"
+    mapped = class_map(context, teacher)
+    return {
+        "correction": {
+            "kind": settings.correction,
+            "class_map": None if mapped is None else fingerprint(mapped.tolist()),
+            **({"labelled": context.data_set.split("labelled").fingerprint(), "seed": context.seed} if fitted else {}),
+        }
+    }
 
 
 def selection_trouble(store: Location, result: dict[str, Any]) -> str:
@@ -206,13 +228,11 @@ def class_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def work(
-    context: Context, folder: Path, basis: dict[str, Any], engine: EngineSettings, assume_class_order: bool = False
-) -> dict[str, Any]:
+def work(context: Context, teacher: Teacher, basis: dict[str, Any], engine: EngineSettings) -> dict[str, Any]:
     """Score every shard that is not scored yet, then select."""
     shards = context.data_set.split("unlabelled").shards
     scores = context.store / "scores"
-    remove_leftovers(context.store, scores, context.store / REJECTED_FOLDER)
+    remove_leftovers(context.store, scores, context.store / REJECTED_FOLDER, context.store / ANSWERS_FOLDER)
     if gone := gone_shards(shards, scores):
         raise DataError(
             f"{len(gone):,} shards that were scored are no longer in the pool ({', '.join(gone[:3])}"
@@ -222,22 +242,24 @@ def work(
     mark = fingerprint({key: value for key, value in basis.items() if key in SCORED_BY})
     left = not_scored(shards, scores, mark)
     scoring = None
+    if left or "correction" in basis:
+        teacher.begin()
     if left:
         if len(left) < len(shards):
             context.console.note(f"{len(shards) - len(left):,} of {len(shards):,} shards are scored already")
-        device_of(context, engine)  # before anything takes time
-        network = load_teacher(context, folder, engine, assume_class_order)
-        if folder != (context.run / "teacher").resolve():
-            tell_accuracy(context, scorer(context, network))
-        copies = copy_index(context, folder)
-        scorer_of_all = ScoreWork(scorer(context, network, engine), scores, mark, copies)
+        if not (isinstance(teacher, NetworkTeacher) and teacher.is_own):
+            tell_accuracy(context, teacher)
+        copies = copy_index(context, teacher.compared)
+        scorer_of_all = ScoreWork(teacher.source(engine), scores, mark, copies)
         scoring = _score(context, left, scorer_of_all, engine)
         remove_leftovers(scores)  # of workers that died
-    selecting, calibration = rules(context), calibrated(context, folder, basis["calibration"])
+    selecting, calibration = rules(context), calibrated(context, teacher.compared, basis["calibration"])
     if calibration is not None:
         mark_of = fingerprint([basis["calibration"], calibration.threshold])
         selecting = replace(selecting, copy_threshold=calibration.threshold, copy_calibration=mark_of)
-    filtered = filter_pool(open_scored(shards, scores, mark), context.store, selecting, calibration)
+    correction = _correction(context, teacher)
+    selecting = replace(selecting, correction=correction.fingerprint())
+    filtered = filter_pool(open_scored(shards, scores, mark), context.store, selecting, calibration, correction)
     tell_copies(context, filtered, selecting.copy_threshold if basis["evaluation"] else None, calibration)
     left_out = [entry for _, entry in context.data_set.split("unlabelled").left_out()]
     if left_out:
@@ -249,25 +271,40 @@ def work(
     if filtered.repeated_keys:
         context.console.note(f"{filtered.repeated_keys:,} images have a key that an earlier image has (harmless)")
     return {
-        "teacher": context.run.told(folder),
+        **teacher.told,
         "teacher_sha256": basis["teacher"],
-        "assumed_class_order": assume_class_order,
         "k": context.recipe.filter.k,
         "scores_fingerprint": mark,
         "scoring": scoring,
         "left_out": dict(Counter(entry.reason for entry in left_out)),
+        **({} if correction.kind == "identity" else {"correction": correction.fingerprint()}),
+        **({"answers": teacher.counts} if isinstance(teacher, PredictionsTeacher) else {}),
         **asdict(filtered),
     }
 
 
-def tell_accuracy(context: Context, teacher: Scorer) -> None:
+def _correction(context: Context, teacher: Teacher) -> Correction:
+    """Made, told, and kept beside the selection."""
+    found = correction_of(context, teacher)
+    if isinstance(found, Fit):
+        tell_fit(context, found)
+        found = found.correction
+    if found.kind == "identity":
+        discard(context.store / CORRECTION_FILE)
+    else:
+        found.save(context.store / CORRECTION_FILE)
+    return found
+
+
+def tell_accuracy(context: Context, teacher: Teacher) -> None:
     """How a teacher that was trained elsewhere does on the labelled images: a wrong size, scale or order shows."""
-    split = context.data_set.split("labelled")
-    samples = [sample for _, sample in split.read()]
-    p, places = infer_distributions(samples, teacher)
+    if teacher.names != class_names(context):
+        return
+    samples = list(context.data_set.split("labelled").read())
+    p, places = teacher.answers("labelled", samples)
     if not len(places):
         return
-    labels = np.array([samples[place].label for place in places])
+    labels = np.array([samples[place][1].label for place in places])
     right = int((p.argmax(axis=1) == labels).sum())
     majority = int(np.bincount(labels).max())
     doubt = (
@@ -303,47 +340,3 @@ def _score(context: Context, shards: list[Shard], work: ScoreWork, engine: Engin
         f"{100 * figures['waiting_share']:.0f}% of the time the network waited for images"
     )
     return figures
-
-
-def scorer(
-    context: Context, network: Network, engine: EngineSettings | None = None, batch: int | None = None
-) -> Scorer:
-    """The teacher as the pool's scorer: here on its device, for workers elsewhere on the CPU until it gets there."""
-    return Scorer.of(
-        network,
-        batch=batch or context.recipe.filter.batch,
-        device=device_of(context, engine),
-        precision={"float32": "float32", "bf16": "bfloat16"}[context.precision],
-    )
-
-
-def device_of(context: Context, engine: EngineSettings | None) -> str:
-    """Where the network runs: for Ray what its tasks reserve, whatever this machine has.
-
-    Raises:
-        UsageError: `--device` contradicts `--gpus-per-worker`.
-    """
-    if engine is None or engine.kind != "ray":
-        return str(context.device)
-    device = "cuda" if engine.gpus else "cpu"
-    if context.device_name not in ("auto", device):
-        raise UsageError(
-            f"--device {context.device_name} with --engine ray and --gpus-per-worker {engine.gpus:g}: Ray gives each "
-            f"task what it reserves, so the device is {device}; leave --device out, or change --gpus-per-worker"
-        )
-    return device
-
-
-def load_teacher(
-    context: Context, folder: Path, engine: EngineSettings | None = None, assume_class_order: bool = True
-) -> Network:
-    """The teacher, on its device unless workers will bring it there, with the data set's classes in their order.
-
-    That a teacher names no classes is `mpl filter`'s to ask; what comes after takes the same one.
-    """
-    device = torch.device("cpu") if engine is not None and is_elsewhere(engine) else context.device
-    names = context.data_set.split("labelled").class_names
-    network = with_classes_of(load_network(folder), names, f"teacher {folder}", assume_class_order)
-    to_device(network, device)
-    network.model.eval()
-    return network

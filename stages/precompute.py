@@ -8,13 +8,12 @@ from typing import Any
 
 import click
 
-from pipeline.errors import RunError, TargetsError
-from pipeline.networks.architectures import WEIGHTS
-from pipeline.networks.folders import read_description
+from pipeline.correction import CORRECTION_FILE, Correction, load_correction
+from pipeline.errors import DataError, RunError, TargetsError, UsageError
 from pipeline.pool.filter import SELECTION_FILE
 from pipeline.pool.scores import open_scored
 from pipeline.pool.selection import read_selection
-from pipeline.storage.files import Location, fingerprint, sha256_file
+from pipeline.storage.files import Location, fingerprint
 from pipeline.storage.runs import Run
 from pipeline.storage.workers import EngineSettings
 from pipeline.targets import TargetsStore
@@ -22,8 +21,8 @@ from pipeline.targets.build import Ingredients, check_targets, precompute
 from pipeline.targets.files import require_ours
 from pipeline.targets.manifest import MANIFEST, StoreSettings, check_files, read_manifest
 from stages.execution import Stage, execute
-from stages.filter import load_teacher, scorer, teacher_folder
 from stages.options import Context, stage_options
+from stages.teachers import NetworkTeacher, PredictionsTeacher, Teacher, class_names, teacher_of
 from stages.workers import engine_options, run_shards
 
 
@@ -48,13 +47,15 @@ def command(context: Context, teacher: Path | None, check: int | None, engine: E
 def plan(context: Context, teacher: Path | None = None, engine: EngineSettings | None = None) -> Stage:
     """Plan the stage."""
     filtered = require_fresh_selection(context.run)
-    folder = teacher_folder(context, teacher)
+    chosen = teacher_of(context, teacher, engine, assume_class_order=True)  # mpl filter has asked
     settings = context.recipe.precompute
     scored_by = filtered["result"]["teacher_sha256"]
-    used = sha256_file(folder / WEIGHTS) if teacher is not None else scored_by
-    shown = read_description(folder).preprocessing()
+    used = chosen.digest if teacher is not None else scored_by
+    shown = chosen.basis["preprocessing"]
     if used == scored_by and shown != filtered["basis"].get("preprocessing", shown):
-        raise RunError(f"{folder}/config.json was changed after the pool was scored; run mpl filter")
+        raise RunError(f"{chosen.told['teacher']}/config.json was changed after the pool was scored; run mpl filter")
+    if used != scored_by and chosen.names != class_names(context):
+        raise DataError(f"--teacher {teacher} has classes of its own; score the pool with it: mpl filter --teacher")
     basis = {
         "selection": filtered["result"]["fingerprint"],
         "teacher": used,
@@ -68,21 +69,21 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         name="precompute",
         basis=basis,
         outputs=[context.store / "targets" / MANIFEST],
-        work=lambda: work(context, folder, basis, engine),
+        work=lambda: work(context, chosen, basis, engine),
         summary=lambda result: (
             f"{result['pool']:,} pool images and {result['labelled']:,} labelled ones, "
             f"{result['bytes'] / 2**20:,.1f} MiB"
         ),
         replaces=[context.store / "targets"],
-        ready=lambda: require_ready(context, folder, engine),
+        ready=lambda: require_ready(context, chosen),
         trouble=lambda result: targets_trouble(context.store, result),
         cheap=frozenset({"selection"}),  # derived: made again from the new one
     )
 
 
-def require_ready(context: Context, folder: Path, engine: EngineSettings | None) -> None:
+def require_ready(context: Context, teacher: Teacher) -> None:
     """Raise what would keep the targets from being made again, before the old ones go."""
-    load_teacher(context, folder, engine)
+    teacher.check()
     read_selection(context.store / SELECTION_FILE)
     require_ours(context.store / "targets")
 
@@ -95,7 +96,8 @@ def require_fresh_selection(run: Run) -> dict[str, Any]:
     """
     filtered = run.require("filter", "mpl filter")
     pretrained = run.record("pretrain")
-    own = run.place("teacher") == run.place(filtered["result"]["teacher"])
+    named = filtered["result"]["teacher"]
+    own = named is not None and run.place("teacher") == run.place(named)
     if own and pretrained and pretrained["result"]["weights_sha256"] != filtered["result"]["teacher_sha256"]:
         raise RunError(f"{run.root}: the teacher was trained anew after the pool was scored; run mpl filter --force")
     return filtered
@@ -168,12 +170,15 @@ def store_settings(context: Context, basis: dict[str, Any]) -> StoreSettings:
     )
 
 
-def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSettings | None = None) -> dict[str, Any]:
+def work(
+    context: Context, teacher: Teacher, basis: dict[str, Any], engine: EngineSettings | None = None
+) -> dict[str, Any]:
     """Gather stored distributions where the teacher is the one that scored, else infer; then write."""
     context = replace(context, precision=basis["precision"])  # of the pool's distributions and the labelled images'
+    teacher = teacher.at(context)
     filtered = context.run.require("filter", "mpl filter")["result"]
     shards = context.data_set.split("unlabelled").shards
-    network = load_teacher(context, folder, engine)
+    teacher.begin()
     pool = open_scored(shards, context.store / "scores", filtered["scores_fingerprint"])  # refuses changed shards
     selection = read_selection(context.store / SELECTION_FILE)
     if selection.fingerprint != filtered["fingerprint"]:
@@ -184,18 +189,20 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
             selection=selection,
             shards=shards,
             labelled=context.data_set.split("labelled").read(),
-            scorer=scorer(context, network, engine, context.recipe.precompute.batch),
+            scorer=teacher.source(engine, context.recipe.precompute.batch),
             scores=pool if basis["teacher"] == filtered["teacher_sha256"] else None,
-            here=scorer(context, network),
+            correction=selected_correction(context, filtered),
+            answers=lambda group: teacher.answers("labelled", list(group)),
+            stored_answers=isinstance(teacher, PredictionsTeacher),
         ),
         store_settings(context, basis),
-        preprocessing=read_description(folder).preprocessing(),
+        preprocessing=teacher.basis["preprocessing"],
         run=partial(run_shards, context, engine or EngineSettings(), images=lambda count: count),
         tell=context.console.note,
     )
     return {
         "fingerprint": manifest["fingerprint"],
-        "teacher": context.run.told(folder),
+        "teacher": teacher.told["teacher"],
         "teacher_sha256": basis["teacher"],
         "pool": manifest["pool"]["rows"],
         "labelled": manifest["labelled"]["rows"],
@@ -205,13 +212,33 @@ def work(context: Context, folder: Path, basis: dict[str, Any], engine: EngineSe
     }
 
 
+def selected_correction(context: Context, filtered: dict[str, Any]) -> Correction | None:
+    """What the selection was made with; None where the teacher has the data set's classes.
+
+    Raises:
+        RunError: its file is another than this run made.
+    """
+    if "correction" not in filtered:
+        return None
+    found = load_correction(context.store / CORRECTION_FILE)
+    if found.fingerprint() != filtered["correction"]:
+        raise RunError(
+            f"{context.store / CORRECTION_FILE} is not what {context.run.root} selected with; run mpl filter"
+        )
+    return found
+
+
 def _check(context: Context, rows: int) -> None:
     """`--check N`."""
     record = context.run.require("precompute", "mpl precompute")["result"]
     context = replace(context, precision=record["precision"])
-    network = load_teacher(context, context.run.place(record["teacher"]))
+    if record["teacher"] is None:
+        raise UsageError(
+            "--check asks a network again; these targets were made of predictions, and there is none to ask"
+        )
+    teacher = NetworkTeacher(context, context.run.place(record["teacher"]), assume_class_order=True)
     store = open_targets(context, verify=True)
-    largest = check_targets(store, scorer(context, network), rows, context.seed)
+    largest = check_targets(store, teacher.source(), rows, context.seed)
     allowed = {"float16": 1e-3, "float32": 1e-5}[store.dtype]
     rows = min(rows, store.count)
     context.console.note(f"precompute --check: {rows:,} rows inferred again; largest difference {largest:.2g}")

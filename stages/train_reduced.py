@@ -50,6 +50,8 @@ def plan(context: Context, name: str | None = None) -> Stage:
         if pool_reading(context.recipe, precomputed["pool"], len(labelled.class_names)) == "stream":
             inputs["reading"] = "stream"
     irrelevant = IRRELEVANT[settings.teacher] | {"reading", "workers"}  # of the former, what it comes to is an input
+    if settings.correction == "auto" or settings.teacher == "none":
+        irrelevant = irrelevant | {"correction"}  # it is the targets'
     basis = training_basis(context, settings, irrelevant, **inputs)
     outputs = network_outputs(folder)
     if settings.teacher == "calibrator":

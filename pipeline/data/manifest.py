@@ -67,6 +67,15 @@ class FileSpec(_Section):
     def _stays_inside(cls, value: str | None) -> str | None:
         if value is not None and (PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts):
             raise ValueError(f"{value!r} leaves the data folder; paths are relative to it")
+        if value is not None and (not PurePosixPath(value).parts or "\0" in value):
+            raise ValueError(f"{value!r} names no file")
+        return value
+
+    @field_validator("glob")
+    @classmethod
+    def _stars_stand_alone(cls, value: str | None) -> str | None:
+        if value is not None and any("**" in part and part != "**" for part in PurePosixPath(value).parts):
+            raise ValueError(f"{value!r}: `**`, any folders, stands between slashes, as in `pool/**/*.tar`")
         return value
 
     @model_validator(mode="after")

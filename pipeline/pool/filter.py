@@ -14,16 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.correction import Correction
 from pipeline.errors import DataError
 from pipeline.pool.copies.calibration import Calibration
 from pipeline.pool.rejected import CANDIDATE, JUDGED_BY, REJECTED, Lines, Rejects, Verdicts
-from pipeline.pool.repeats import Hashed, count_repeats, find_repeats, hash_texts
+from pipeline.pool.repeats import Hashed, count_repeats, find_repeats
 from pipeline.pool.scores import ScoredPool, shard_file
 from pipeline.pool.select.top_k import Selection, select_top_k
-from pipeline.pool.selection import SELECTION, Rules, selection_fingerprint, write_selection
+from pipeline.pool.selection import SELECTION, Kept, Rules, selection_fingerprint, write_selection
 from pipeline.storage.files import Location, discard, names_in, whole_file
 from pipeline.storage.ours import is_ours, remove_ours
 from pipeline.storage.tables import fixed_numbers, header_if_whole
+from pipeline.storage.texts import hash_texts
 
 SELECTION_FILE, REJECTED_FOLDER = "selection.parquet", "rejected"
 
@@ -77,10 +79,17 @@ def is_filtered(pool: ScoredPool, folder: Location, rules: Rules) -> bool:
     return all(header is not None and header.fingerprint == mark for header in headers)
 
 
-def filter_pool(pool: ScoredPool, folder: Location, rules: Rules, calibration: Calibration | None = None) -> Filtered:
+def filter_pool(
+    pool: ScoredPool,
+    folder: Location,
+    rules: Rules,
+    calibration: Calibration | None = None,
+    correction: Correction | None = None,
+) -> Filtered:
     """Select, and write rejected/part-*.parquet and selection.parquet into `folder`.
 
-    Without a calibration the rules' threshold alone says what a copy is.
+    Without a calibration the rules' threshold alone says what a copy is; without a correction the teacher's classes are
+    those of the selection.
 
     A class without a candidate keeps nothing, and its count says so. Memory: at most 18 bytes per class and k,
     the keys of what is kept, and buffers of bounded size.
@@ -92,24 +101,27 @@ def filter_pool(pool: ScoredPool, folder: Location, rules: Rules, calibration: C
     discard(folder / SELECTION_FILE)  # it never stands beside rejects of other rules
     if calibration is None and rules.copy_threshold is not None:
         calibration = Calibration(rules.copy_threshold)
+    correction = correction or Correction.identity(pool.class_names)
     repeats = find_repeats(pool.rows, lambda: _pixel_hashes(pool))
     verdicts = Verdicts(calibration, repeats, rules.keep_copies)
-    chosen = select_top_k(_candidates(pool, verdicts), rules.k, rules.assign, min_log_odds=rules.min_log_odds)
+    chosen = select_top_k(
+        _candidates(pool, verdicts, correction), rules.k, rules.assign, min_log_odds=rules.min_log_odds
+    )
     lines = Lines(chosen, rules)
-    reasons, keys = _reject(Rejects(pool, rules, verdicts, lines), folder / REJECTED_FOLDER)
+    reasons, keys = _reject(Rejects(pool, rules, verdicts, lines, correction), folder / REJECTED_FOLDER)
     if len(lines.kept) + reasons.total() != pool.rows:
         raise AssertionError(f"{len(lines.kept)} kept and {reasons} rejected do not make {pool.rows}")
     if not len(lines.kept):
         counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise DataError(f"no image of the pool can be kept: of {pool.rows:,} images, {counted}")
-    write_selection(folder / SELECTION_FILE, pool, rules, chosen, lines.kept, keys)
+    write_selection(folder / SELECTION_FILE, pool, rules, chosen, Kept(lines.kept, keys, correction.class_names))
     return Filtered(
         images=pool.rows,
         kept=len(lines.kept),
         rows=sum(len(rows) for rows in chosen.rows),
         rejected=dict(reasons),
         copies=_count_copies(pool, verdicts),
-        classes=class_counts(pool.class_names, chosen, rules.k),
+        classes=class_counts(correction.class_names, chosen, rules.k),
         repeated_keys=_repeated_keys(pool),
         fingerprint=selection_fingerprint(pool, rules),
     )
@@ -143,10 +155,12 @@ def _repeated_keys(pool: ScoredPool) -> int:
     return count_repeats(pool.rows, keys)
 
 
-def _candidates(pool: ScoredPool, verdicts: Verdicts) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def _candidates(
+    pool: ScoredPool, verdicts: Verdicts, correction: Correction
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     for ordinals, batch in pool.stream([*JUDGED_BY, "log_odds"]):
         free = verdicts(ordinals, batch) == CANDIDATE
-        yield ordinals[free], fixed_numbers(batch.column("log_odds"), "<f4")[free]
+        yield ordinals[free], correction.log_odds(fixed_numbers(batch.column("log_odds"), "<f4")[free])
 
 
 def _reject(rejects: Rejects, folder: Location) -> tuple[Counter[str], pa.Array]:

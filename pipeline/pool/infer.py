@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +23,61 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipeline.data.decode import WHOLE, Framing, decode
+from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError, UsageError
+from pipeline.log_odds import distributions
 from pipeline.networks.network import Network
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HASH_BYTES = 16  # of BLAKE2b, of an image's pixels
 More = TypeVar("More")
+
+
+class Source(Protocol):
+    """What gives an answer to decoded images: a network, or predictions that are stored.
+
+    Attributes:
+        class_names: of the answers, C.
+        size: S, pixels, that images are decoded to.
+        framing: how an image of another shape is shown.
+        batch: images of one question.
+        missing: status, and detail, of an image that decodes and has no answer.
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def framing(self) -> Framing: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def missing(self) -> tuple[str, str]: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def thread_count(self) -> int: ...
+
+    def prepare(self) -> None:
+        """Before the first question."""
+        ...
+
+    def samples(self, shard: Shard) -> Iterator["Encoded"]:
+        """The samples of a shard of the pool, in order."""
+        ...
+
+    def answer(self, decoded: "Decoded") -> NDArray[np.float32]:
+        """Log-odds of the m images that decoded, (m, C), nats; NaN rows where there is none."""
+        ...
+
+    def placed(self, worker: int, threads: int) -> Self:
+        """For one of several workers."""
+        ...
+
+    def without_weights(self) -> Self:
+        """The same, for workers that do not ask it."""
+        ...
 
 
 class Encoded(Protocol):
@@ -105,6 +154,7 @@ class Scorer:
     precision: str = "float32"
     threads: int | None = None
     framing: Framing = WHOLE
+    missing: ClassVar[tuple[str, str]] = ("nonfinite", "the teacher's logits are not finite")
 
     @classmethod
     def of(cls, network: Network, **options: Any) -> "Scorer":
@@ -123,7 +173,7 @@ class Scorer:
         """Threads at work on batches."""
         return self.threads or len(os.sched_getaffinity(0))
 
-    def placed(self, worker: int, threads: int) -> "Scorer":
+    def placed(self, worker: int, threads: int) -> Self:
         """For one of several workers: its share of the accelerators and of the cores."""
         device = torch.device(self.device)
         if device.type == "cuda" and device.index is None:
@@ -133,9 +183,21 @@ class Scorer:
             device = torch.device("cuda", worker % count)
         return replace(self, device=str(device), threads=threads)
 
-    def without_weights(self) -> "Scorer":
+    def without_weights(self) -> Self:
         """The same without its network, for workers that do not ask it."""
         return replace(self, model=nn.Identity())
+
+    def prepare(self) -> None:
+        """Before the first question: evaluation mode, on the device."""
+        self.model.eval().to(self.device)
+
+    def samples(self, shard: Shard) -> Iterator[Encoded]:
+        """The samples of a shard of the pool, in order."""
+        return shard.read()
+
+    def answer(self, decoded: Decoded) -> NDArray[np.float32]:
+        """Log-odds of the m images that decoded, (m, C)."""
+        return self.log_odds(decoded.pixels)
 
     def logits(self, pixels: NDArray[np.uint8]) -> Tensor:
         """Logits of decoded images (B, S, S, 3): float32 (B, C) on the scorer's device.
@@ -185,17 +247,8 @@ def log_odds(logits: Tensor) -> Tensor:
     return torch.where(finite, result, torch.nan).float()
 
 
-def distributions(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Distributions (n, C) whose rows sum to 1, from log-odds (n, C) in nats."""
-    x = values.astype(np.float64)
-    small = np.exp(-np.abs(x))
-    p = np.where(x >= 0, 1.0, small) / (1.0 + small)  # a sigmoid that never overflows
-    result: NDArray[np.float64] = p / p.sum(axis=1, keepdims=True)
-    return result
-
-
 def infer_batches(
-    samples: Iterable[Encoded], scorer: Scorer, also: Callable[[NDArray[np.uint8]], More] | None = None
+    samples: Iterable[Encoded], scorer: Source, also: Callable[[NDArray[np.uint8]], More] | None = None
 ) -> Iterator[Inferred[More]]:
     """Decode and classify a stream, `scorer.batch` samples at a time, in order; a few batches are under way.
 
@@ -204,7 +257,7 @@ def infer_batches(
         scorer: the network.
         also: computed from each batch's pixels (m, S, S, 3), m ≥ 1, in the thread that has them.
     """
-    scorer.model.eval().to(scorer.device)
+    scorer.prepare()
     turn = threading.Semaphore(scorer.lanes)
 
     def work(group: Sequence[Encoded]) -> Inferred[More]:
@@ -213,7 +266,7 @@ def infer_batches(
             return Inferred(decoded, np.empty((0, len(scorer.class_names)), np.float32), None, 0.0)
         with turn:
             began = time.perf_counter()
-            values = scorer.log_odds(decoded.pixels)
+            values = scorer.answer(decoded)
             seconds = time.perf_counter() - began
         return Inferred(decoded, values, also(decoded.pixels) if also else None, seconds)
 
@@ -231,7 +284,7 @@ def infer_batches(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def infer_distributions(samples: Iterable[Encoded], scorer: Scorer) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+def infer_distributions(samples: Iterable[Encoded], scorer: Source) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """Distributions (m, C) of those samples that decode and have finite logits, and their places (m,)."""
     inferred, good, begin = [np.empty((0, len(scorer.class_names)))], [np.empty(0, np.intp)], 0
     batch: Inferred[None]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.correction import Correction
 from pipeline.pool.copies.calibration import Calibration
 from pipeline.pool.repeats import Repeats
 from pipeline.pool.scores import ScoredPool
@@ -35,6 +36,7 @@ REASONS = (
     "empty",
     "too_large",
     "nonfinite",
+    "no_prediction",
     "eval_copy",
     "repeat_of",
     "below_probability",
@@ -161,12 +163,14 @@ class Rejects:
         rules: of the selection.
         verdicts: before selecting.
         lines: that were drawn.
+        correction: from the teacher's classes to those of the selection.
     """
 
     pool: ScoredPool
     rules: Rules
     verdicts: Verdicts
     lines: Lines
+    correction: Correction
 
     def write(self, path: Path, shard: int) -> tuple[Counter[str], list[pa.Array]]:
         """Write the rejects of one shard to `path`, on disk.
@@ -174,7 +178,10 @@ class Rejects:
         Returns:
             How many images per reason; and the keys of the kept ones, in order.
         """
-        notes = {"fingerprint": selection_fingerprint(self.pool, self.rules), "class_names": self.pool.class_names}
+        notes = {
+            "fingerprint": selection_fingerprint(self.pool, self.rules),
+            "class_names": self.correction.class_names,
+        }
         counts, keys = np.zeros(len(REASONS), np.int64), []
         columns = ["row", "key", "detail", "log_odds", "match", "mirrored", *JUDGED_BY]
         with table_writer(path, REJECTED, SCHEMA, notes) as writer:
@@ -191,7 +198,7 @@ class Rejects:
         """The rejected rows of a batch, n of them, and their reasons, (n,)."""
         codes = self.verdicts(ordinals, batch)
         below = np.flatnonzero(codes == CANDIDATE)
-        missed = self.lines.missed(fixed_numbers(batch.column("log_odds"), "<f4")[below])
+        missed = self.lines.missed(self.correction.log_odds(fixed_numbers(batch.column("log_odds"), "<f4")[below]))
         codes[below] = missed.reason
         copy, repeat = codes == EVAL_COPY, np.flatnonzero(codes == REPEAT_OF)
         similarity = np.where(copy, floats(batch.column("similarity")), np.where(codes == REPEAT_OF, 1.0, np.nan))

@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 BUCKET_ROWS = 1 << 22  # rows compared at a time: about a quarter GiB
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd; 2^64 over the golden ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,25 +69,6 @@ def _sorted_buckets(
         begins = np.ones(len(ordinals), bool)
         begins[1:] = (hashes[1:] != hashes[:-1]).any(axis=1)
         yield ordinals, begins
-
-
-def hash_texts(texts: pa.Array) -> NDArray[np.uint64]:
-    """A 64-bit polynomial hash of each text, twice: (n, 2), words as `find_repeats` takes them.
-
-    For counting texts that occur twice: two of a hundred million collide with probability 3e-4.
-    """
-    large = texts.cast(pa.large_binary())
-    ends = np.frombuffer(large.buffers()[1], np.int64)[large.offset : large.offset + len(large) + 1]
-    lengths = np.diff(ends)
-    data = np.frombuffer(large.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
-    longest = int(lengths.max(initial=0))
-    powers = np.cumprod(np.full(longest + 1, MULTIPLIER, np.uint64))
-    place = np.arange(len(data)) - np.repeat(ends[:-1] - ends[0], lengths)
-    terms = np.zeros(len(data) + 1, np.uint64)
-    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[place], out=terms[1:])
-    value = terms[ends[1:] - ends[0]] - terms[ends[:-1] - ends[0]]
-    value = (value ^ (value >> np.uint64(32))) * MULTIPLIER  # the sum's low bits are weak
-    return np.stack([value, value], axis=1)
 
 
 def _bucket(stream: Iterator[Hashed], bucket: int, buckets: int) -> Hashed:

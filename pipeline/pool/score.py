@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
 from pipeline.pool.copies.index import CopyIndex, Matches, descriptor
-from pipeline.pool.infer import Inferred, Scorer, infer_batches
+from pipeline.pool.infer import Inferred, Source, infer_batches
 from pipeline.pool.scores import SCORES, group_rows, is_scored, score_fingerprint, score_schema, shard_file
 from pipeline.storage.files import Location, whole_file
 from pipeline.storage.tables import fixed_binary, table_writer
@@ -58,14 +58,14 @@ class ScoreWork:
     """Scores shards; sent to workers, called with one shard at a time.
 
     Attributes:
-        scorer: the teacher and how it wants its images.
+        scorer: the teacher, or its stored answers.
         folder: the run's scores/.
         fingerprint: of all else that the scores depend on: the teacher, preprocessing, precision, and the
             evaluation images.
         copies: the evaluation images, or None where overlap is not looked for.
     """
 
-    scorer: Scorer
+    scorer: Source
     folder: Location
     fingerprint: str
     copies: CopyIndex | None = None
@@ -84,7 +84,7 @@ class ScoreWork:
 
 def score_shard(
     shard: Shard,
-    scorer: Scorer,
+    scorer: Source,
     folder: Location,
     *,
     fingerprint: str,
@@ -114,8 +114,8 @@ def score_shard(
 
     with whole_file(shard_file(folder, shard.name)) as temporary:
         with ScoreWriter(temporary, shard.name, mark, scorer.class_names) as writer:
-            for batch in infer_batches(shard.read(), scorer, compare):
-                rows = score_rows(batch, copies, writer.schema)
+            for batch in infer_batches(scorer.samples(shard), scorer, compare):
+                rows = score_rows(batch, copies, writer.schema, scorer.missing)
                 writer.add(rows)
                 status.update(rows.column("status").to_pylist())
                 network += batch.seconds
@@ -129,13 +129,15 @@ def score_shard(
     )
 
 
-def score_rows(batch: Inferred[Compared], copies: CopyIndex | None, schema: pa.Schema) -> pa.RecordBatch:
-    """The rows of one batch of n images, of which m decoded."""
+def score_rows(
+    batch: Inferred[Compared], copies: CopyIndex | None, schema: pa.Schema, missing: tuple[str, str]
+) -> pa.RecordBatch:
+    """The rows of one batch of n images, of which m decoded; `missing` as of a `Source`."""
     samples, good = batch.decoded.samples, batch.decoded.good
     status = list(batch.decoded.status)
     detail = [text and ADDRESS.sub("", text) for text in batch.decoded.detail]
     for place in good[np.isnan(batch.log_odds[:, 0])].tolist():
-        status[place], detail[place] = "nonfinite", "the teacher's logits are not finite"
+        status[place], detail[place] = missing
     source = np.full(len(samples), -1, np.int64)  # (n,) of each image among the m
     source[good] = np.arange(len(good))
     compared = batch.more or Compared(np.empty((0, descriptor_bytes()), np.uint8), None)

@@ -33,6 +33,7 @@ class Rules:
         upsample: fill classes short of k by a repeat count.
         copy_calibration: fingerprint of what evaluation images need beyond the threshold; None: nothing.
         keep_copies: whether copies stay candidates.
+        correction: fingerprint of what makes the data set's classes of the teacher's; None: they are the same.
     """
 
     k: int
@@ -42,6 +43,7 @@ class Rules:
     upsample: bool = False
     copy_calibration: str | None = None
     keep_copies: bool = False
+    correction: str | None = None
 
     def __post_init__(self) -> None:
         checked_k(self.k)
@@ -64,7 +66,7 @@ class SelectionFile:
         table: the columns above.
         fingerprint: of the rules and the scores.
         scores: fingerprint of the scores.
-        class_names: of the teacher.
+        class_names: of the data set.
     """
 
     table: pa.Table
@@ -75,14 +77,27 @@ class SelectionFile:
 
 def selection_fingerprint(pool: ScoredPool, rules: Rules) -> str:
     """Of the scores and the rules; of those that came later, where they change something."""
-    later = {"copy_calibration": None, "keep_copies": False}
+    later = {"copy_calibration": None, "keep_copies": False, "correction": None}
     values = {name: value for name, value in asdict(rules).items() if name not in later or value != later[name]}
     return fingerprint_of(["selection", pool.fingerprint(), values])
 
 
-def write_selection(
-    path: Location, pool: ScoredPool, rules: Rules, chosen: Selection, kept: NDArray[np.int64], keys: pa.Array
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The images of a selection, each once.
+
+    Attributes:
+        ordinals: increasing, (n,).
+        keys: (n,).
+        class_names: that they are kept for.
+    """
+
+    ordinals: NDArray[np.int64]
+    keys: pa.Array
+    class_names: tuple[str, ...]
+
+
+def write_selection(path: Location, pool: ScoredPool, rules: Rules, chosen: Selection, kept: Kept) -> None:
     """Write selection.parquet, whole or not at all.
 
     Args:
@@ -90,8 +105,7 @@ def write_selection(
         pool: the scores.
         rules: that were followed.
         chosen: rows by ordinal.
-        kept: the ordinals in `chosen`, increasing, each once.
-        keys: their keys.
+        kept: the images in `chosen`.
     """
     counts = [len(rows) for rows in chosen.rows]
     ordinals, scores = np.concatenate(chosen.rows), np.concatenate(chosen.scores)  # (rows,)
@@ -99,7 +113,7 @@ def write_selection(
     names = pa.array([scores.shard for scores in pool.shards], pa.string())
     table = pa.table(
         {
-            "key": keys.take(pa.array(np.searchsorted(kept, ordinals))),
+            "key": kept.keys.take(pa.array(np.searchsorted(kept.ordinals, ordinals))),
             "shard": pa.DictionaryArray.from_arrays(pa.array(shard.astype(np.int32)), names),
             "row": row,
             "class": np.repeat(np.arange(len(counts), dtype=np.int32), counts),
@@ -112,7 +126,7 @@ def write_selection(
     notes = asdict(rules) | {
         "fingerprint": selection_fingerprint(pool, rules),
         "scores": pool.fingerprint(),
-        "class_names": pool.class_names,
+        "class_names": kept.class_names,
     }
     write_table(path, SELECTION, table, notes)
 

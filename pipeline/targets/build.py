@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from pipeline.correction import Correction
 from pipeline.data.readers.shard import Sample, Shard
 from pipeline.errors import DataError, RunError
-from pipeline.pool.infer import Scorer, infer_distributions
+from pipeline.pool.infer import Source, infer_distributions
 from pipeline.pool.scores import ScoredPool
 from pipeline.pool.selection import SelectionFile
 from pipeline.seeds import permutation
@@ -38,6 +40,7 @@ from pipeline.targets.manifest import MANIFEST, Origin, StoreSettings, store_fin
 from pipeline.targets.spill import SPILL, Deal, Gather, Shuffle
 from pipeline.targets.store import TargetsStore
 
+Answers = Callable[[Sequence[tuple[str, Sample]]], tuple[NDArray[Any], NDArray[np.intp]]]
 LABELLED_ROWS = 1 << 16  # labelled images of one file
 
 
@@ -53,14 +56,20 @@ class Ingredients:
         scores: the scores that the selection was made from, whose distributions are stored; None when
             the teacher is another one, and then its distributions are inferred here.
         here: the teacher for the labelled images, which this process infers; `scorer` unless given.
+        correction: from the teacher's classes to the selection's; None: they are the same.
+        answers: gives distributions (m, C_T) of some labelled images, and their places (m,); None: `here` infers them.
+        stored_answers: whether they are predictions, and may be there for some of the labelled images alone.
     """
 
     selection: SelectionFile
     shards: Sequence[Shard]
     labelled: Iterable[tuple[str, Sample]]
-    scorer: Scorer
+    scorer: Source
     scores: ScoredPool | None
-    here: Scorer | None = None
+    here: Source | None = None
+    correction: Correction | None = None
+    answers: Answers | None = None
+    stored_answers: bool = False
 
     def require_agreement(self) -> None:
         """Refuse what does not belong together.
@@ -71,6 +80,8 @@ class Ingredients:
         selected, known = self.selection.class_names, self.scorer.class_names
         if self.scores is not None and self.scores.fingerprint() != self.selection.scores:
             raise DataError("the selection was made from other scores than these; run `mpl filter` again")
+        if self.correction is not None:
+            known = self.correction.class_names if known == self.correction.teacher_names else known
         if selected != known:
             raise DataError(
                 f"the selection has the classes {', '.join(selected[:5])}… ({len(selected)}), "
@@ -149,29 +160,41 @@ def precompute(
     remove_leftovers(folder)  # of workers that died
     return write_manifest(
         folder,
-        Origin(shuffle.fingerprint, settings.teacher, ingredients.scorer.class_names, settings.dtype, preprocessing),
+        Origin(
+            shuffle.fingerprint,
+            settings.teacher,
+            ingredients.scorer.class_names,
+            settings.dtype,
+            preprocessing,
+            ingredients.correction,
+        ),
         {
             "uses": int(shuffle.images.repeat.sum()),
             "labelled_skipped": skipped,
             "inferred": ingredients.scores is None,
+            **({"stored_answers": True} if ingredients.stored_answers else {}),
         },
     )
 
 
 def write_labelled(folder: Location, ingredients: Ingredients, settings: StoreSettings) -> int:
     """Write targets/labelled-*.parquet; how many images gave no distribution and were left out."""
-    scorer, mark = ingredients.here or ingredients.scorer, store_fingerprint(ingredients.selection, settings)
+    mark = store_fingerprint(ingredients.selection, settings)
     stream, file, skipped = iter(ingredients.labelled), 0, 0
     while group := list(islice(stream, LABELLED_ROWS)):
         path = folder / f"labelled-{file:05d}.parquet"
         if not file_is_done(path, mark):
-            write_targets(path, _labelled_table(group, scorer, settings.dtype), mark)
+            write_targets(path, _labelled_table(group, ingredients, settings.dtype), mark)
         file, skipped = file + 1, skipped + len(group) - read_header(path, TARGETS).rows
     return skipped
 
 
-def _labelled_table(group: Sequence[tuple[str, Sample]], scorer: Scorer, dtype: Dtype) -> pa.Table:
-    inferred, good = infer_distributions([sample for _, sample in group], scorer)
+def _labelled_table(group: Sequence[tuple[str, Sample]], ingredients: Ingredients, dtype: Dtype) -> pa.Table:
+    scorer = ingredients.here or ingredients.scorer
+    if ingredients.answers is None:
+        inferred, good = infer_distributions([sample for _, sample in group], scorer)
+    else:
+        inferred, good = ingredients.answers(group)
     images = [group[place] for place in good]
     return pa.table(
         {
@@ -185,7 +208,7 @@ def _labelled_table(group: Sequence[tuple[str, Sample]], scorer: Scorer, dtype: 
     )
 
 
-def check_targets(store: TargetsStore, scorer: Scorer, n: int, seed: int = 0) -> float:
+def check_targets(store: TargetsStore, scorer: Source, n: int, seed: int = 0) -> float:
     """Infer n stored rows again: the largest difference of a probability from the stored one.
 
     Args:

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from pipeline.correction import CORRECTION_FILE, Correction
 from pipeline.errors import TargetsError
 from pipeline.pool.selection import SelectionFile
-from pipeline.storage.files import Location, opened, sha256_file, unsealed, write_sealed
+from pipeline.storage.files import Location, discard, opened, sha256_file, unsealed, write_sealed
 from pipeline.storage.files import fingerprint as fingerprint_of
 from pipeline.storage.tables import read_header
 from pipeline.targets.files import TARGETS, Dtype, PoolFormat
@@ -52,9 +53,10 @@ class Origin:
     Attributes:
         fingerprint: of all of it.
         teacher: fingerprint of the teacher.
-        class_names: in order.
+        class_names: of the teacher, in the order of the distributions.
         dtype: of the distributions.
         preprocessing: size, mean, std; told in the manifest.
+        correction: from the teacher's classes, which the distributions are over, to the data set's.
     """
 
     fingerprint: str
@@ -62,6 +64,7 @@ class Origin:
     class_names: Sequence[str]
     dtype: Dtype
     preprocessing: dict[str, Any]
+    correction: Correction | None = None
 
 
 def write_manifest(folder: Location, origin: Origin, counts: dict[str, Any]) -> dict[str, Any]:
@@ -95,11 +98,21 @@ def write_manifest(folder: Location, origin: Origin, counts: dict[str, Any]) -> 
         "class_names": list(origin.class_names),
         "dtype": origin.dtype,
         "preprocessing": origin.preprocessing,
+        **_corrected(folder, origin.correction),
         **counts,
         **kinds,
     }
     write_sealed(folder / MANIFEST, manifest)
     return manifest
+
+
+def _corrected(folder: Location, correction: Correction | None) -> dict[str, Any]:
+    """Write what makes the data set's classes of the stored ones; what the manifest says of it."""
+    if correction is None or correction.kind == "identity":
+        discard(folder / CORRECTION_FILE)
+        return {}
+    correction.save(folder / CORRECTION_FILE)
+    return {"target_class_names": list(correction.class_names), "correction": correction.fingerprint()}
 
 
 def read_manifest(folder: Location) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Sample, Shard
 from pipeline.errors import DataError, RunError
-from pipeline.pool.infer import Scorer, distributions, infer_distributions
+from pipeline.log_odds import distributions
+from pipeline.pool.infer import Source, infer_distributions
 from pipeline.pool.scores import ScoredPool
 from pipeline.pool.selection import SelectionFile
 from pipeline.seeds import permutation
@@ -98,7 +99,7 @@ class Shuffle:
         settings: StoreSettings,
         selection: SelectionFile,
         shards: Sequence[Shard],
-        scorer: Scorer,
+        scorer: Source,
         scores: ScoredPool | None,
     ) -> None:
         self.folder, self.settings, self.shards, self.scores = folder, settings, shards, scores

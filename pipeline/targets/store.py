@@ -9,11 +9,12 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from pipeline.correction import CORRECTION_FILE, Correction, load_correction
 from pipeline.data.readers.shard import Sample
-from pipeline.errors import TargetsError
+from pipeline.errors import DataError, TargetsError
 from pipeline.storage.files import Location, is_local
 from pipeline.storage.tables import fixed_numbers
-from pipeline.targets.files import ITEM, Dtype, record_batches
+from pipeline.targets.files import ITEM, TARGETS, Dtype, record_batches
 from pipeline.targets.manifest import check_files, in_threads, read_manifest
 
 CACHED = 1 << 17  # numbers that stay in the processor's cache between the passes over them
@@ -55,13 +56,15 @@ class TargetsStore:
     Attributes:
         folder: targets/.
         manifest: the content of _manifest.json.
-        class_names: in the order of the distributions.
+        class_names: of the teacher, in the order of the distributions.
+        target_names: of the data set, which images were kept for; the same unless the teacher has its own.
         count: pool images, each counted once.
     """
 
     def __init__(self, folder: Location, manifest: dict[str, Any]):
         self.folder, self.manifest = folder, manifest
         self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
+        self.target_names: tuple[str, ...] = tuple(manifest.get("target_class_names", manifest["class_names"]))
         self.dtype: Dtype = manifest["dtype"]
         self.teacher: str = manifest["teacher"]
         self.fingerprint: str = manifest["fingerprint"]
@@ -81,7 +84,7 @@ class TargetsStore:
         Args:
             folder: targets/.
             teacher: the fingerprint that the store's teacher must have; None accepts any.
-            class_names: the classes that it must have, in order; None accepts any.
+            class_names: the data set's classes, in order, which it must be for; None accepts any.
             verify: whether to compare all checksums; None does so up to 4 GiB on disk, and not in object
                 storage. Names, sizes and row counts are always compared, and reading always verifies the
                 checksums of the pages and images read.
@@ -95,12 +98,29 @@ class TargetsStore:
                 f"{folder} was written by another teacher ({manifest['teacher'][:12]}…, expected {teacher[:12]}…); "
                 "run `mpl precompute` again, or use the run that the store belongs to"
             )
-        if class_names is not None and manifest["class_names"] != list(class_names):
-            raise TargetsError(f"{folder} has other classes: {_difference(manifest['class_names'], class_names)}")
+        held = manifest.get("target_class_names", manifest["class_names"])
+        if class_names is not None and held != list(class_names):
+            raise TargetsError(f"{folder} has other classes: {_difference(held, class_names)}")
         size = sum(file["bytes"] for kind in ("pool", "labelled") for file in manifest[kind]["files"])
         size += sum(file["tar"]["bytes"] for file in manifest["pool"]["files"] if "tar" in file)
         check_files(folder, manifest, verify if verify is not None else is_local(folder) and size <= HASHED)
         return cls(folder, manifest)
+
+    def correction(self) -> Correction:
+        """From the teacher's classes to the data set's, as the images were selected with it.
+
+        Raises:
+            TargetsError: its file is missing, or another than was written.
+        """
+        if "correction" not in self.manifest:
+            return Correction.identity(self.class_names)
+        try:
+            found = load_correction(self.folder / CORRECTION_FILE)
+        except DataError as error:
+            raise TargetsError(str(error)) from error
+        if found.fingerprint() != self.manifest["correction"] or found.teacher_names != self.class_names:
+            raise TargetsError(f"{self.folder / CORRECTION_FILE} is not the file that was written; {TARGETS.remedy}")
+        return found
 
     def batches(self, batch: int = BATCH) -> Iterator[StoredBatch]:
         """All rows in their stored, shuffled order, `batch` at most at a time; constant memory."""

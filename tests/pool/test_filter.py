@@ -10,10 +10,11 @@ from pipeline.errors import DataError, UsageError
 from pipeline.pool.copies.index import CopyIndex
 from pipeline.pool.filter import filter_pool, is_filtered
 from pipeline.pool.infer import log_odds
-from pipeline.pool.repeats import find_repeats, hash_texts
+from pipeline.pool.repeats import find_repeats
 from pipeline.pool.score import score_shard
 from pipeline.pool.scores import open_scored, shard_file
 from pipeline.pool.selection import Rules
+from pipeline.storage.texts import hash_texts
 
 
 @pytest.fixture

@@ -55,6 +55,9 @@ class FolderShard(Shard):
                 raise DataError(f"{self.root / file} cannot be read: {error.strerror or error}") from error
             yield Sample(row, shown(file), data, self._label(file))
 
+    def identities(self) -> Iterator[tuple[int, str]]:
+        return ((row, shown(file)) for row, file in enumerate(self.files))
+
     def labels(self) -> np.ndarray:
         return np.array([self._label(file) for file in self.files], dtype=np.int64)
 

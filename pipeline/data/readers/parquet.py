@@ -18,7 +18,10 @@ from pipeline.errors import DataError
 from pipeline.storage.files import Location, fingerprint, is_local, opened, quick_fingerprint
 
 BATCH = 256  # rows in memory at a time, or fewer:
-BATCH_BYTES = 4 << 30  # what they can come to at worst, all of one value that is stored once
+BATCH_BYTES = 512 << 20  # what they can come to at worst, all of one value that is stored once
+PLAIN = frozenset({"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"})  # encodings that store each value itself
+UNPACKED = 256 << 20  # bytes of a column of one row group that may come from any number …
+RATIO = 200  # … and of more, at most so many from each: images do not compress
 VALUE_LIMIT = 256 << 20  # bytes of one image
 GROUP_LIMIT = 8 << 30  # bytes of a column of one row group, as the file states them
 
@@ -89,17 +92,19 @@ class ParquetShard(Shard):
 
     def _batch_rows(self, file: pq.ParquetFile, group: int) -> int:
         """So few that a small file cannot fill the memory: a value stored once may stand in every row."""
-        held = 0
         described = file.metadata.row_group(group)
-        for column in range(described.num_columns):
-            chunk = described.column(column)
-            if chunk.path_in_schema.partition(".")[0] == self.image:
-                held += chunk.total_uncompressed_size
-        if held > GROUP_LIMIT:
+        columns = [described.column(number) for number in range(described.num_columns)]
+        chunks = [chunk for chunk in columns if chunk.path_in_schema.partition(".")[0] == self.image]
+        held, stored = (
+            sum(getattr(c, f"total_{kind}_size") for c in chunks) for kind in ("uncompressed", "compressed")
+        )
+        if held > GROUP_LIMIT or held > max(UNPACKED, RATIO * stored):
             raise DataError(
-                f"{self.path}: row group {group} has {held:,} bytes of images when unpacked, and "
-                f"{GROUP_LIMIT:,} are the limit; write it with smaller row groups"
+                f"{self.path}: row group {group} has {held:,} bytes of images when unpacked, from {stored:,}, and "
+                f"{GROUP_LIMIT:,} are the limit, {RATIO} from each; write it with smaller row groups"
             )
+        if all(PLAIN.issuperset(chunk.encodings) for chunk in chunks):
+            return BATCH
         return max(1, min(BATCH, BATCH_BYTES // max(1, held)))
 
     def _require_small(self, data: Any, first: int) -> None:

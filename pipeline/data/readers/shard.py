@@ -62,6 +62,14 @@ class Shard(ABC):
             DataError: the file is missing, cut short or malformed; samples before that place are given.
         """
 
+    def identities(self) -> Iterator[tuple[int, str]]:
+        """Row and key of the samples in order; readers that can do so leave the images unread.
+
+        Raises:
+            DataError: as `read`.
+        """
+        return ((sample.row, sample.key) for sample in self.read())
+
     def labels(self) -> np.ndarray:
         """The labels in order, int64 (rows,); readers that can do so leave the images unread."""
         return np.fromiter((sample.label for sample in self.read()), dtype=np.int64)
@@ -101,6 +109,9 @@ class Window(Shard):
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
         last = self.stop if stop is None else min(self.stop, self.start + stop)
         return self.shard.read(self.start + start, last)
+
+    def identities(self) -> Iterator[tuple[int, str]]:
+        return islice(self.shard.identities(), self.start, self.stop)
 
     def labels(self) -> np.ndarray:
         return self.shard.labels()[self.start : self.stop]
@@ -143,6 +154,9 @@ class Renumbered(Shard):
             label = translated(np.array([sample.label]), self.places, sample.row, self.name)
             yield sample._replace(label=int(label[0]))
 
+    def identities(self) -> Iterator[tuple[int, str]]:
+        return self.shard.identities()
+
     def labels(self) -> np.ndarray:
         return translated(self.shard.labels(), self.places, 0, self.name)
 
@@ -174,6 +188,10 @@ class Chosen(Shard):
             wanted = frozenset(chosen)
             samples = self.shard.read(chosen[0], chosen[-1] + 1)
             yield from (sample for place, sample in enumerate(samples, chosen[0]) if place in wanted)
+
+    def identities(self) -> Iterator[tuple[int, str]]:
+        wanted = frozenset(self.places)
+        return (identity for place, identity in enumerate(self.shard.identities()) if place in wanted)
 
     def labels(self) -> np.ndarray:
         return self.shard.labels()[list(self.places)]

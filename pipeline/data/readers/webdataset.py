@@ -98,6 +98,9 @@ class TarShard(Shard):
             if group.image is not None:
                 yield group.member, group.image, group.label
 
+    def identities(self) -> Iterator[tuple[int, str]]:
+        return ((row, group.key) for row, group in enumerate(self._groups(images=False)))
+
     def _samples(self) -> Iterator[Sample]:
         for row, group in enumerate(self._groups(images=True)):
             yield Sample(row, group.key, group.image or b"", self._label(row, group))

@@ -1,0 +1,384 @@
+"""What the columns of a file of predictions mean, and the distributions that they come to.
+
+Five forms. `probabilities`, `logits`: a column for each class, or one list column. `labels`: one class to an image, by
+name or number. `top-k`: a few classes with their probabilities; the rest of the mass is spread evenly over the others.
+`votes`: what several annotators said; their shares.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.classes import SHOWN, ClassNames, canonical
+from pipeline.errors import DataError
+
+Form = Literal["probabilities", "logits", "labels", "top-k", "votes"]
+FORMS: tuple[Form, ...] = get_args(Form)
+KEYS = ("key", "__key__", "file_name", "filename", "path", "file", "image_path", "image_file", "image")
+LABELS = ("label", "prediction", "predicted", "class", "class_name", "category", "answer")
+VOTES = ("votes", "annotations", "labels", "answers")
+EMBEDDING = "embedding"
+TOLERANCE = 0.02  # of a sum of probabilities: what rounding to two decimals or to float16 leaves
+OTHER = ("split", EMBEDDING)  # columns that are no answer
+
+
+@dataclass(frozen=True)
+class Names:
+    """The classes of the answers, in order.
+
+    Attributes:
+        names: C_T of them.
+        stated: whether the file, or a person, said what they are; else they are the data set's.
+    """
+
+    names: tuple[str, ...]
+    stated: bool
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns mean what.
+
+    Attributes:
+        form: of the answers.
+        key: column of the images' keys, or None.
+        place: columns of shard and row, or None.
+        answer: columns of the answer: one for each class, a list, labels, or (labels, their probabilities).
+        names: of the classes.
+    """
+
+    form: Form
+    key: str | None
+    place: tuple[str, str] | None
+    answer: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Some rows of a file.
+
+    Attributes:
+        keys: of n images, or None.
+        shards, rows: identity of each, or None.
+        p: distributions, (n, C_T), float32, rows sum to 1 where `given`.
+        given: whether there is an answer, (n,).
+        unknown: names of no class that were answered, with how often.
+    """
+
+    keys: pa.Array | None
+    shards: pa.Array | None
+    rows: NDArray[np.int64] | None
+    p: NDArray[np.float32]
+    given: NDArray[np.bool_]
+    unknown: dict[str, int]
+
+
+def recognise(schema: pa.Schema, names: Names, form: Form | None, where: str, *, in_order: bool = False) -> Columns:
+    """Which columns of a file mean what.
+
+    Args:
+        schema: of the file.
+        names: classes that the file or a person states, or else the data set's.
+        form: as a person says; None: to be found out.
+        where: the file, for messages.
+        in_order: numbers that nobody names stand in the data set's order.
+
+    Raises:
+        DataError: no column has keys; no column, or more than one, could be the answer; or nobody says which classes
+            its numbers are.
+    """
+    lower = {name.strip().lower(): name for name in schema.names}
+    place = (lower["shard"], lower["row"]) if {"shard", "row"} <= lower.keys() else None
+    key = next((lower[name] for name in KEYS if name in lower), None)
+    if key is None and place is None:
+        raise DataError(
+            f"{where} has no column of keys; it has {_some(schema.names)}. Give each row the image's path or tar key "
+            "in a column `key`, or its `shard` and `row`"
+        )
+    taken = {key, *(place or ()), *(lower[name] for name in (*OTHER, *KEYS) if name in lower)}
+    left = [field for field in schema if field.name not in taken]
+    found = _candidates(left, names)
+    if form is not None:
+        found = {kind: columns for kind, columns in found.items() if kind == form or _same_columns(kind, form)}
+        found = {form: next(iter(found.values()))} if found else {}
+    if not found:
+        wanted = f"as {form}" if form else "as an answer"
+        raise DataError(
+            f"{where}: no column can be read {wanted}; it has {_some(schema.names)}. A column for each class "
+            f"({_some(names.names)}), one list of probabilities or logits, `label`, `votes`, or `labels` with `scores`"
+        )
+    if len(found) > 1:
+        raise DataError(f"{where} can be read as {' or as '.join(found)}; say which: --as {next(iter(found))}")
+    kind, columns = next(iter(found.items()))
+    stated = names
+    if kind in ("probabilities", "logits"):
+        if len(columns) > 1:
+            stated = Names(columns, True)
+        elif not names.stated and not in_order:
+            raise DataError(
+                f"{where} does not say which classes the numbers in {columns[0]!r} are: in a wrong order every answer "
+                "would be wrong. Write them into its metadata as class_names (JSON), or give --classes FILE; or, if "
+                f"they are the data set's, in its order ({_some(names.names)}): --assume-class-order"
+            )
+    return Columns(kind, key, place, columns, stated.names)
+
+
+def _same_columns(found: Form, wanted: Form) -> bool:
+    """Whether a form that was recognised has the columns of another one that a person names."""
+    return {found, wanted} == {"probabilities", "logits"} or (found == "labels" and wanted == "votes")
+
+
+def _candidates(fields: Sequence[pa.Field], names: Names) -> dict[Form, tuple[str, ...]]:
+    """All ways to read these columns."""
+    found: dict[Form, tuple[str, ...]] = {}
+    lists = {field.name: field.type.value_type for field in fields if _is_list(field.type)}
+    numbers = [name for name, kind in lists.items() if pa.types.is_floating(kind)]
+    texts = [name for name, kind in lists.items() if _is_text(kind) or pa.types.is_integer(kind)]
+    pairs = [name for name, kind in lists.items() if pa.types.is_struct(kind)]
+    if pairs:
+        found["top-k"] = (pairs[0],)
+    elif texts and numbers:
+        found["top-k"] = (texts[0], numbers[0])
+    elif len(numbers) == 1:
+        found["logits" if "logit" in numbers[0].lower() else "probabilities"] = (numbers[0],)
+    elif len(numbers) > 1:
+        named = [name for name in numbers if "prob" in name.lower()]
+        if len(named) == 1:
+            found["probabilities"] = (named[0],)
+    elif texts:
+        found["votes"] = (texts[0],)
+    singles = {field.name: field.type for field in fields if field.name not in lists}
+    known = {canonical(name) for name in names.names}
+    scalar = [name for name, kind in singles.items() if pa.types.is_floating(kind) or pa.types.is_integer(kind)]
+    per_class = [name for name in scalar if canonical(name) in known]
+    if len(per_class) >= 2 and len(per_class) >= len(known) - 1:
+        found["probabilities"] = tuple(name for name in scalar if name.strip().lower() not in LABELS)
+    elif labels := [name for name in singles if name.strip().lower() in LABELS]:
+        found["labels"] = (labels[0],)
+    voted = [name for name, kind in singles.items() if _is_text(kind) or pa.types.is_integer(kind)]
+    if not found and len(voted) > 1:
+        found["votes"] = tuple(voted)
+    elif not found and len(scalar) > 1 and all(pa.types.is_floating(singles[name]) for name in scalar):
+        found["probabilities"] = tuple(scalar)  # classes of the teacher's own
+    return found
+
+
+def answers_of(part: pa.RecordBatch, columns: Columns, first: int, where: str) -> Answers:
+    """The answers in a part of a file.
+
+    Args:
+        part: n rows.
+        columns: from `recognise`.
+        first: number of the first row, for messages.
+        where: the file, for messages.
+
+    Raises:
+        DataError: a row is no distribution (its number and sum), or a column changed its type within the file.
+    """
+    try:
+        return _answers_of(part, columns, first, where)
+    except DataError:
+        raise
+    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where}, after row {first:,}: a column cannot be read as {columns.form}: {error}") from error
+
+
+def _answers_of(part: pa.RecordBatch, columns: Columns, first: int, where: str) -> Answers:
+    n, classes = part.num_rows, len(columns.names)
+    keys = None if columns.key is None else _keys(part.column(columns.key))
+    shards = rows = None
+    if columns.place is not None:
+        shards = part.column(columns.place[0]).cast(pa.string())
+        rows = np.asarray(pc.fill_null(part.column(columns.place[1]), -1)).astype(np.int64)
+    unknown: dict[str, int] = {}
+    if columns.form in ("probabilities", "logits"):
+        values, given = _numbers(part, columns, first, where)
+        p = _softmax(values, given) if columns.form == "logits" else _normal(values, given, first, where)
+    elif columns.form == "top-k":
+        p, given = _top_k(part, columns, first, where, unknown)
+    else:
+        p, given = _shares(part, columns, where, unknown)
+    assert p.shape == (n, classes)
+    return Answers(keys, shards, rows, p, given, unknown)
+
+
+def _keys(column: pa.Array) -> pa.Array:
+    if pa.types.is_struct(column.type):  # an image of Hugging Face's
+        column = pc.struct_field(column, "path")
+    text = column.cast(pa.large_string())
+    return pc.replace_substring_regex(text, r"^\./", "")
+
+
+def _numbers(
+    part: pa.RecordBatch, columns: Columns, first: int, where: str
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """(n, C_T) as the file has them, and which rows are there."""
+    classes = len(columns.names)
+    if len(columns.answer) > 1:
+        arrays = [part.column(name) for name in columns.answer]
+        given = ~np.all([np.asarray(array.is_null()) for array in arrays], axis=0)
+        try:
+            values = np.stack([array.to_numpy(zero_copy_only=False).astype(np.float32) for array in arrays], axis=1)
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{where}, after row {first:,}: a column of a class holds what is no number: {error}"
+            ) from error
+        return values, given
+    column = part.column(columns.answer[0])
+    given = np.asarray(column.is_valid())
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), classes))
+    wrong = np.flatnonzero(lengths != classes)
+    if len(wrong):
+        raise DataError(
+            f"{where}: row {first + int(wrong[0]):,} has {lengths[wrong[0]]:,} numbers in {columns.answer[0]!r}, and "
+            f"there are {classes:,} class names"
+        )
+    flat = pc.list_flatten(column).to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    if given.all():
+        return flat.reshape(-1, classes), given
+    values = np.zeros((len(given), classes), np.float32)
+    values[given] = flat.reshape(-1, classes)
+    return values, given
+
+
+def _normal(values: NDArray[np.float32], given: NDArray[np.bool_], first: int, where: str) -> NDArray[np.float32]:
+    """Probabilities whose rows sum to 1 nearly, made to sum to 1."""
+    sums = values.sum(axis=1, dtype=np.float64)
+    low = values.min(axis=1) if values.size else sums
+    bad = np.flatnonzero(given & (~(np.abs(sums - 1) <= TOLERANCE) | (low < 0)))
+    if len(bad):
+        row = int(bad[0])
+        raise DataError(f"{where}: row {first + row:,} is no distribution: {_why(float(sums[row]), float(low[row]))}")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: NDArray[np.float32] = values / sums[:, None].astype(np.float32)
+    if not given.all():
+        result[~given] = 0.0
+    return result
+
+
+def _why(total: float, low: float) -> str:
+    if not np.isfinite(total):
+        return "it holds a number that is not finite"
+    if low < 0:
+        return f"it holds {low:.4g}, and probabilities are not negative. If these are logits: --as logits"
+    if abs(total - 100) <= 100 * TOLERANCE:
+        return f"it sums to {total:.4g}: these are percentages; divide them by 100"
+    return f"it sums to {total:.4g}. If these are logits: --as logits"
+
+
+def _softmax(values: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Of logits; a row that is not finite is no answer."""
+    top = values.max(axis=1, keepdims=True) if values.size else values
+    with np.errstate(invalid="ignore", over="ignore"):
+        p = np.exp(values - top)
+        p /= p.sum(axis=1, keepdims=True)
+    finite = np.isfinite(p).all(axis=1) & np.isfinite(values).all(axis=1)
+    given &= finite
+    p[~given] = 0.0
+    return p
+
+
+def _shares(
+    part: pa.RecordBatch, columns: Columns, where: str, unknown: dict[str, int]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Of labels, or votes: counts of each class divided by all that name one."""
+    counts = np.zeros((part.num_rows, len(columns.names)), np.float32)
+    for name in columns.answer:
+        column = part.column(name)
+        if _is_list(column.type):
+            owner = np.repeat(np.arange(part.num_rows), np.asarray(pc.fill_null(pc.list_value_length(column), 0)))
+            column = pc.list_flatten(column)
+        else:
+            owner = np.arange(part.num_rows)
+        labels = _labels(column, columns.names, where, unknown)
+        np.add.at(counts, (owner[labels >= 0], labels[labels >= 0]), 1)
+    totals = counts.sum(axis=1, keepdims=True)
+    given = np.asarray(totals[:, 0] > 0)
+    counts[given] /= totals[given]
+    return counts, np.atleast_1d(given)
+
+
+def _top_k(
+    part: pa.RecordBatch, columns: Columns, first: int, where: str, unknown: dict[str, int]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    classes = len(columns.names)
+    column = part.column(columns.answer[0])
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
+    names = pc.list_flatten(column)
+    if len(columns.answer) == 1:  # a list of structs
+        fields = {field.name.lower(): field.name for field in names.type}
+        label = next((fields[name] for name in ("label", "class", "name", "class_name") if name in fields), None)
+        score = next((fields[name] for name in ("score", "probability", "prob", "p") if name in fields), None)
+        if label is None or score is None:
+            raise DataError(f"{where}: {columns.answer[0]!r} must hold objects of `label` and `score`")
+        scores, names = pc.struct_field(names, score), pc.struct_field(names, label)
+    else:
+        beside = part.column(columns.answer[1])
+        other = np.asarray(pc.fill_null(pc.list_value_length(beside), 0))
+        if len(wrong := np.flatnonzero(other != lengths)):
+            row = int(wrong[0])
+            raise DataError(
+                f"{where}: row {first + row:,} has {lengths[row]} classes in {columns.answer[0]!r} and {other[row]} "
+                f"numbers in {columns.answer[1]!r}"
+            )
+        scores = pc.list_flatten(beside)
+    owner, labels = np.repeat(np.arange(part.num_rows), lengths), _labels(names, columns.names, where, unknown)
+    values = scores.to_numpy(zero_copy_only=False).astype(np.float64)
+    totals = np.bincount(owner, values, part.num_rows)
+    low = np.ones(part.num_rows)
+    np.minimum.at(low, owner, values)
+    if len(bad := np.flatnonzero(~(totals <= 1 + TOLERANCE) | (low < 0))):
+        row = int(bad[0])
+        raise DataError(f"{where}: row {first + row:,} is no distribution: {_why(float(totals[row]), float(low[row]))}")
+    p = np.zeros((part.num_rows, classes))
+    known = labels >= 0
+    np.add.at(p, (owner[known], labels[known]), values[known])
+    named = np.zeros((part.num_rows, classes), bool)
+    named[owner[known], labels[known]] = True
+    free = classes - named.sum(axis=1)
+    rest = np.clip(1 - p.sum(axis=1), 0, None)
+    p += np.where(named, 0.0, (rest / np.maximum(free, 1))[:, None])
+    given: NDArray[np.bool_] = np.asarray(named.any(axis=1))
+    sums = p.sum(axis=1)
+    p[given] /= sums[given, None]
+    p[~given] = 0.0
+    return p.astype(np.float32), given
+
+
+def _labels(column: pa.Array, names: Sequence[str], where: str, unknown: dict[str, int]) -> NDArray[np.int64]:
+    """The class of each value, (n,), from 0; −1 where it is null, empty or the name of no class."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        column = pc.cast(column, pa.int64())  # raises for 0.5
+    encoded = column.cast(pa.string()).dictionary_encode()
+    known = ClassNames(tuple(names), where)
+    texts = encoded.dictionary.to_pylist()
+    labels = [known.label(text) if text.strip() else None for text in texts]
+    labels = [None if label is None or not 0 <= label < len(names) else label for label in labels]
+    table = np.array([*(-1 if label is None else label for label in labels), -1], np.int64)
+    codes = np.asarray(pc.fill_null(encoded.indices, len(texts))).astype(np.int64)
+    counts = np.bincount(codes, minlength=len(texts) + 1)
+    for place, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if label is None and text.strip():
+            unknown[text] = unknown.get(text, 0) + int(counts[place])
+    return table[codes]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(str(name) for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

@@ -1,0 +1,108 @@
+"""Answers by image: answers/SPLIT--part-SHARD.parquet, one file for each shard of a split, and _manifest.json.
+
+Columns: `row` int64, of the image in its shard, increasing · `distribution`, C_T little-endian float32, rows sum to 1.
+An image without an answer has no row. The header has shard, class names and fingerprint.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.data.readers.shard import Shard
+from pipeline.errors import DataError
+from pipeline.storage.files import Location, opened, unsealed
+from pipeline.storage.files import fingerprint as fingerprint_of
+from pipeline.storage.tables import TableFormat, fixed_numbers, header_if_whole, open_table
+
+FOLDER = "answers"
+MANIFEST = "_manifest.json"
+ANSWERS = TableFormat(
+    "mpl-answers",
+    1,
+    remedy="run mpl filter again: they are made anew from the predictions",
+    plain=frozenset({"distribution"}),
+    dictionary=False,
+    statistics=False,
+)
+GROUP_BYTES = 16 << 20  # of a row group
+
+
+def answers_path(folder: Location, split: str, shard: str) -> Location:
+    """Where the answers of a shard lie."""
+    return folder / f"{split}--part-{quote(shard, safe='')}.parquet"
+
+
+def answers_schema(classes: int) -> pa.Schema:
+    """The columns for so many classes."""
+    return pa.schema([pa.field("row", pa.int64(), nullable=False), pa.field("distribution", pa.binary(4 * classes))])
+
+
+def group_rows(classes: int) -> int:
+    """Rows of a row group."""
+    return max(256, min(1 << 16, GROUP_BYTES // (4 * classes)))
+
+
+def answers_fingerprint(shard: Shard, fingerprint: str) -> str:
+    """Of a shard's answers: its content, and the caller's `fingerprint` of predictions and how they are read."""
+    return fingerprint_of(["answers", shard.name, shard.fingerprint(), fingerprint])
+
+
+def is_imported(folder: Location, split: str, shard: Shard, fingerprint: str) -> bool:
+    """Whether the answers of a shard are there, whole and of this fingerprint."""
+    header = header_if_whole(answers_path(folder, split, shard.name), ANSWERS)
+    return header is not None and header.fingerprint == answers_fingerprint(shard, fingerprint)
+
+
+def read_answers_manifest(folder: Location) -> dict[str, Any] | None:
+    """The manifest of a finished import, or None.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    try:
+        with opened(folder / MANIFEST) as file:
+            found: dict[str, Any] = unsealed(json.loads(file.read()))
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder / MANIFEST} cannot be read ({error}); {ANSWERS.remedy}") from error
+
+
+def stream_answers(folder: Location, split: str, shard: str, classes: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(row, distribution (C_T,)) of the images of a shard that have an answer, in order.
+
+    Raises:
+        DataError: the file is missing, damaged, or of other classes.
+    """
+    with open_table(answers_path(folder, split, shard), ANSWERS) as table:
+        for batch in table.batches(["row", "distribution"], group_rows(classes)):
+            values = fixed_numbers(batch.column("distribution"), "<f4")
+            if values.shape[1] != classes:
+                raise DataError(f"{table.path} has {values.shape[1]} classes, expected {classes}; {ANSWERS.remedy}")
+            yield from zip(batch.column("row").to_pylist(), values, strict=True)
+
+
+def answers_of_split(
+    folder: Location, split: str, identities: Sequence[tuple[str, int]], classes: int
+) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Distributions (m, C_T) of those images of a split that have an answer, and their places (m,).
+
+    Args:
+        folder: answers/.
+        split: its name.
+        identities: (shard, row) of n images.
+        classes: C_T.
+    """
+    found: dict[tuple[str, int], NDArray[np.float32]] = {}
+    wanted = set(identities)
+    for shard in dict.fromkeys(shard for shard, _ in identities):
+        found |= {(shard, row): p for row, p in stream_answers(folder, split, shard, classes) if (shard, row) in wanted}
+    places = np.array([place for place, identity in enumerate(identities) if identity in found], np.intp)
+    rows = [found[identities[place]] for place in places.tolist()]
+    return np.stack(rows) if rows else np.empty((0, classes), np.float32), places

@@ -1,0 +1,103 @@
+"""What a correction is worth on images that it was not fitted to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.correction.class_map import ClassMap
+from pipeline.correction.correction import Correction
+from pipeline.correction.fit import fit_correction
+from pipeline.seeds import permutation
+
+SHARES = (0.25, 0.5, 1.0)  # of the labelled images, that a fit is tried on
+BINS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """Images with labels and a teacher's distributions: q (n, C_T), labels (n,)."""
+
+    q: NDArray[np.floating[Any]]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A correction by a name for people, and how many labelled images it was fitted to (0: none)."""
+
+    name: str
+    correction: Correction
+    images: int
+
+
+def candidates(
+    labelled: Answered,
+    teacher_names: tuple[str, ...],
+    class_names: tuple[str, ...],
+    class_map: ClassMap | None,
+    selected: Correction,
+    *,
+    seed: int = 0,
+) -> list[Candidate]:
+    """The start (identity, or map), what the pool was selected with, and fits to shares of the labelled images."""
+    found = []
+    if teacher_names == class_names:
+        found.append(Candidate("the teacher as it is", Correction.identity(class_names), 0))
+    if class_map is not None:
+        found.append(Candidate("map of classes", Correction.mapped(teacher_names, class_names, class_map), 0))
+    order = spread_order(labelled.labels, seed)
+    for share in SHARES if len(order) >= 2 else ():
+        chosen = order[: max(2, round(share * len(order)))]
+        fit = fit_correction(
+            labelled.q[chosen], labelled.labels[chosen], teacher_names, class_names, class_map, seed=seed
+        )
+        found.append(Candidate(f"fit to {len(chosen):,} images", fit.correction, len(chosen)))
+    known = {candidate.correction.fingerprint() for candidate in found}
+    if selected.fingerprint() not in known:
+        found.append(Candidate(f"as selected ({selected.kind})", selected, len(order) if selected.kind == "fit" else 0))
+    return found
+
+
+def spread_order(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """An order of images, (n,), whose every beginning has the classes in about their proportions."""
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        drawn = permutation(len(members), seed, "calibrate", int(label))
+        place[members[drawn]] = (np.arange(len(members)) + 0.5) / len(members)
+    result: NDArray[np.int64] = np.argsort(place, kind="stable")
+    return result
+
+
+def reliability(
+    confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_], bins: int = BINS
+) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and images of each bin (a, b] that has any."""
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    rows = []
+    for number in range(bins):
+        mine = index == number
+        if mine.any():
+            rows.append(
+                {
+                    "confidence": float(confidence[mine].mean()),
+                    "accuracy": float(right[mine].mean()),
+                    "images": int(mine.sum()),
+                }
+            )
+    return rows
+
+
+def confusions(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], names: Sequence[str], most: int = 5
+) -> list[dict[str, Any]]:
+    """The pairs of classes that are taken for each other most often."""
+    pairs = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(pairs, (labels, predicted), 1)
+    np.fill_diagonal(pairs, 0)
+    order = np.argsort(-pairs, axis=None, kind="stable")[:most]
+    rows = [(names[int(at) // len(names)], names[int(at) % len(names)], int(pairs.flat[at])) for at in order]
+    return [{"is": a, "taken for": b, "images": n} for a, b, n in rows if n]

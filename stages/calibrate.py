@@ -1,0 +1,139 @@
+"""`mpl calibrate`: the teacher before and after a correction, on validation images."""
+
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from pipeline.correction import Correction
+from pipeline.correction.judge import Answered, Candidate, candidates, confusions, reliability
+from pipeline.data.manifest import SplitName
+from pipeline.errors import UsageError
+from pipeline.evaluate import evaluate_logits, interval
+from pipeline.report.reliability import draw_reliability
+from pipeline.storage.files import write_json
+from stages.execution import Stage, execute
+from stages.options import Context, stage_options
+from stages.precompute import require_fresh_selection, selected_correction
+from stages.teachers import NetworkTeacher, Teacher, class_map, class_names, labelled_answers, teacher_of
+
+FILE, FIGURE = "calibration.json", "reliability.png"
+
+
+@click.command()
+@stage_options
+@click.option(
+    "--seen-labels", is_flag=True, help="The teacher was trained on the labelled images: fit nothing to them."
+)
+def command(context: Context, seen_labels: bool) -> None:
+    """Show what a correction of the teacher is worth, and how many labelled images it takes.
+
+    On the validation images: accuracy, likelihood and calibration of the teacher, of a map of classes, and of fits to a
+    quarter, a half and all of the labelled images; which classes it confuses.
+
+    Reads: the teacher, or its predictions, and mpl filter's correction. Writes: calibrate/calibration.json,
+    calibrate/reliability.png.
+    """
+    record = execute(context, lambda c: plan(c, seen_labels))
+    if "result" in record:
+        for line in table(record["result"]):
+            context.console.note(line)
+
+
+def plan(context: Context, seen_labels: bool = False) -> Stage:
+    """Plan the stage."""
+    if "validation" not in context.data_set.manifest.splits:
+        raise UsageError(f"{context.data_set.manifest.name} has no validation split, on which a correction is judged")
+    filtered = require_fresh_selection(context.run)
+    teacher = teacher_of(context, None, assume_class_order=True)
+    seen = seen_labels or (isinstance(teacher, NetworkTeacher) and teacher.is_own)
+    basis = {
+        "selection": filtered["result"]["fingerprint"],
+        "teacher": teacher.basis,
+        "labelled": context.data_set.split("labelled").fingerprint(),
+        "validation": context.data_set.split("validation").fingerprint(),
+        "seen_labels": seen,
+        "seed": context.seed,
+    }
+    folder = context.run / "calibrate"
+    return Stage(
+        name="calibrate",
+        basis=basis,
+        outputs=[folder / FILE, folder / FIGURE],
+        work=lambda: work(context, teacher, filtered["result"], seen),
+        summary=lambda result: f"judged on {result['images']:,} validation images",
+        cheap=frozenset(basis),
+    )
+
+
+def work(context: Context, teacher: Teacher, filtered: dict[str, Any], seen: bool) -> dict[str, Any]:
+    """Judge all candidates."""
+    teacher.begin()
+    ours = class_names(context)
+    held = {name: _answered(context, teacher, name) for name in SPLITS if name in context.data_set.manifest.splits}
+    labelled, validation = held["labelled"], held["validation"]
+    if seen:
+        context.console.note(
+            "the teacher was trained on the labelled images: what it says of them is no evidence, and nothing is fitted"
+        )
+        labelled = Answered(labelled.q[:0], labelled.labels[:0])
+    selected = selected_correction(context, filtered) or Correction.identity(ours)
+    found = candidates(labelled, teacher.names, ours, class_map_or_none(context, teacher), selected, seed=context.seed)
+    rows = [_judged(candidate, validation, ours) for candidate in found]
+    panels = {row["name"]: row["reliability"] for row in (rows[0], rows[-1]) if row is not None}
+    folder = context.run / "calibrate"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_reliability(panels, folder / FIGURE)
+    result = {"images": len(validation.labels), "labelled": len(labelled.labels), "candidates": rows}
+    write_json(folder / FILE, {"format": 1, **result})
+    return result
+
+
+SPLITS: tuple[SplitName, ...] = ("labelled", "validation")
+
+
+def class_map_or_none(context: Context, teacher: Teacher) -> Any:
+    """The map that the recipe names, or of equal names where they are enough; none for equal classes."""
+    return None if teacher.names == class_names(context) else class_map(context, teacher)
+
+
+def _answered(context: Context, teacher: Teacher, split: SplitName) -> Answered:
+    return Answered(*labelled_answers(context, teacher, split))
+
+
+def _judged(candidate: Candidate, validation: Answered, names: tuple[str, ...]) -> dict[str, Any]:
+    """Figures of a candidate, for the record."""
+    p = candidate.correction.targets(validation.q)
+    labels = validation.labels
+    evaluation = evaluate_logits(torch.from_numpy(np.log(np.maximum(p, 1e-12))), torch.from_numpy(labels))
+    predicted = p.argmax(axis=1)
+    right = predicted == labels
+    return {
+        "name": candidate.name,
+        "kind": candidate.correction.kind,
+        "labelled_images": candidate.images,
+        "top1": round(evaluation.top1, 2),
+        "top1_interval": interval(int(right.sum()), len(labels)),
+        "nll": round(evaluation.nll, 4),
+        "ece": round(evaluation.ece, 2),
+        "confusions": confusions(predicted, labels, names),
+        "reliability": reliability(p.max(axis=1), right),
+    }
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The outcome as lines for a person."""
+    rows = result["candidates"]
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'on validation':<{width}}  top-1, %  95% interval   NLL     ECE, %"]
+    for row in rows:
+        low, high = row["top1_interval"]
+        lines.append(
+            f"{row['name']:<{width}}  {row['top1']:>8.2f}  {low:>5.1f} to {high:<5.1f} {row['nll']:>6.3f}  "
+            f"{row['ece']:>7.2f}"
+        )
+    for row in (rows[0], rows[-1])[: len(rows)]:
+        pairs = ", ".join(f"{c['is']} taken for {c['taken for']} {c['images']:,} times" for c in row["confusions"][:3])
+        lines.append(f"{row['name']}: {pairs or 'nothing confused'}")
+    return lines

@@ -1,0 +1,142 @@
+"""Answers joined to images: by key with or without suffix, by shard and row; what is counted; memory and order."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.answers import importing
+from pipeline.answers.importing import Predictions, import_predictions
+from pipeline.answers.join import NOBODY, SEVERAL, SplitIndex
+from pipeline.answers.reading import find_predictions
+from pipeline.answers.store import answers_of_split, stream_answers
+from pipeline.errors import DataError
+from tests.conftest import MemoryShard
+
+NAMES = ("cat", "dog", "owl")
+
+
+def shard(name: str, keys: list[str], first: int = 0) -> MemoryShard:
+    return MemoryShard(name, tuple(b"x" for _ in keys), first, tuple(keys))
+
+
+def rows(n: int, seed: int = 0, classes: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).dirichlet(np.ones(classes), n).astype(np.float32)
+
+
+def write(path: Path, keys: list[str], p: np.ndarray, names: tuple[str, ...] = NAMES, **more: list) -> Path:
+    table = pa.table({"key": keys, "probabilities": p.tolist(), **more})
+    pq.write_table(table.replace_schema_metadata({"class_names": json.dumps(names)}), path)
+    return path
+
+
+def take(folder: Path, *paths: Path | list[Path], splits: dict | None = None, **options) -> dict:
+    teachers = tuple(
+        tuple(f for one in (path if isinstance(path, list) else [path]) for f in find_predictions(str(one)))
+        for path in paths
+    )
+    predictions = Predictions(teachers, options.pop("form", None), options.pop("names", None), NAMES)
+    return import_predictions(folder / "answers", folder / "scratch", predictions, splits or SPLITS, "mark", **options)
+
+
+SPLITS = {
+    "unlabelled": [shard("a", ["x/0.png", "x/1.png", "x/2.jpg"]), shard("b", ["3", "4"], first=7)],
+    "labelled": [shard("l", ["y/0.png"])],
+}
+
+
+def test_keys_with_or_without_suffix() -> None:
+    index = SplitIndex(SPLITS["unlabelled"])
+    keys = ["x/1.png", "x/1", "3", "3.jpg", "x/2.png", "nobody", "4.jpeg"]
+    assert index.by_key(pa.array(keys)).tolist() == [1, 1, 3, 3, NOBODY, NOBODY, 4]
+    assert index.by_place(pa.array(["a", "b", "b", "c"]), np.array([2, 7, 9, 0])).tolist() == [2, 3, NOBODY, NOBODY]
+    twice = SplitIndex([shard("a", ["k", "k", "m.png", "m.jpg"])])
+    assert twice.by_key(pa.array(["k", "m", "m.png"])).tolist() == [SEVERAL, SEVERAL, 2]
+
+
+def test_answers_are_dealt_to_shards_and_counted(tmp_path: Path) -> None:
+    keys = ["4", "x/1", "y/0.png", "stranger", "x/0.png", "x/0.png", "3.png"]
+    p = rows(7)
+    p[5] = p[4]
+    found = take(tmp_path, write(tmp_path / "p.parquet", keys, p))
+    assert found["answered"] == {"unlabelled": 4, "labelled": 1}
+    assert (found["rows"], found["unmatched"], found["doubled"], found["ambiguous"]) == (7, 1, 1, 0)
+    a = dict(stream_answers(tmp_path / "answers", "unlabelled", "a", 3))
+    b = dict(stream_answers(tmp_path / "answers", "unlabelled", "b", 3))
+    assert (sorted(a), sorted(b)) == ([0, 1], [7, 8])
+    np.testing.assert_allclose(b[8], p[0], atol=1e-6)
+    np.testing.assert_allclose(a[1], p[1], atol=1e-6)
+    q, places = answers_of_split(tmp_path / "answers", "unlabelled", [("a", 2), ("b", 7)], 3)
+    assert places.tolist() == [1]
+    np.testing.assert_allclose(q[0], p[6], atol=1e-6)
+    assert not (tmp_path / "scratch").exists()
+    assert take(tmp_path, tmp_path / "p.parquet") == found  # and nothing is read again
+
+
+def test_teachers_are_averaged_and_one_teacher_may_not_contradict_itself(tmp_path: Path) -> None:
+    p, q = rows(2), rows(2, seed=1)
+    one, other = (write(tmp_path / name, ["3", "4"], values) for name, values in (("a.parquet", p), ("b.parquet", q)))
+    take(tmp_path, one, other)
+    found = dict(stream_answers(tmp_path / "answers", "unlabelled", "b", 3))
+    np.testing.assert_allclose([found[7], found[8]], (p + q) / 2, atol=1e-6)
+    with pytest.raises(DataError, match=r"two answers about b row 7 \(3\) disagree, by .* rows 0 and 0"):
+        take(tmp_path / "again", [one, other])
+
+
+def test_classes_in_another_order_are_matched_by_name(tmp_path: Path) -> None:
+    p = rows(2)
+    found = take(tmp_path, write(tmp_path / "p.parquet", ["3", "4"], p[:, [2, 0, 1]], ("owl", "cat", "dog")))
+    assert found["class_names"] == list(NAMES)
+    np.testing.assert_allclose(dict(stream_answers(tmp_path / "answers", "unlabelled", "b", 3))[7], p[0], atol=1e-6)
+    more = write(tmp_path / "q.parquet", ["3"], rows(1), ("owl", "cat", "fox"))
+    with pytest.raises(DataError, match="has other classes than"):
+        take(tmp_path / "more", tmp_path / "p.parquet", more)
+
+
+def test_what_matches_nothing_is_refused_with_keys_of_both_sides(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.parquet", ["u", "v"], rows(2))
+    with pytest.raises(DataError, match=r"no key is that of an image. Keys there: 'u', 'v'; of the images: 'x/0.png'"):
+        take(tmp_path, path)
+    one = write(tmp_path / "one.parquet", ["3"], np.ones((1, 1), np.float32), ("cat",))
+    with pytest.raises(DataError, match="has 1 class; an answer chooses among at least two"):
+        take(tmp_path, one)
+
+
+def test_order_and_buckets_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers in any order, by one bucket or by many, from one file or several."""
+    keys = [f"k{i}" for i in range(500)]
+    splits = {"unlabelled": [shard(f"s{i}", keys[100 * i : 100 * i + 100]) for i in range(5)]}
+    p, order = rows(500), np.random.default_rng(1).permutation(500)
+    take(tmp_path / "one", write(tmp_path / "a.parquet", keys, p), splits=splits)
+    monkeypatch.setattr(importing, "BUCKET_BYTES", 2000)
+    monkeypatch.setattr(importing, "WAITING_BYTES", 3000)
+    parts = [
+        write(tmp_path / f"{i}.parquet", [keys[j] for j in some], p[some]) for i, some in enumerate(np.split(order, 4))
+    ]
+    take(tmp_path / "many", parts, splits=splits)
+    for path in (tmp_path / "one/answers").glob("*.parquet"):
+        assert pq.read_table(path).equals(pq.read_table(tmp_path / "many/answers" / path.name))
+
+
+def test_killed_it_begins_again_and_leaves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "p.parquet", ["3", "4", "x/0", "y/0"], rows(4))
+    whole = take(tmp_path / "whole", path)
+    original, calls = importing.Deal._finish, []
+
+    def dies(deal) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(deal)
+
+    monkeypatch.setattr(importing.Deal, "_finish", dies)
+    with pytest.raises(KeyboardInterrupt):
+        take(tmp_path / "killed", path)
+    (done,) = (tmp_path / "killed/answers").iterdir()
+    before = done.stat().st_mtime_ns
+    monkeypatch.setattr(importing.Deal, "_finish", original)
+    assert take(tmp_path / "killed", path) == whole
+    assert done.stat().st_mtime_ns == before

@@ -1,0 +1,277 @@
+"""Answers in the place of a network, from the file to the student; the programs of docs/teachers.md; kills."""
+
+import json
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.ensemble import RandomForestClassifier
+
+from pipeline import load_data_set
+from pipeline.targets import TargetsStore
+from tests.stages.commands import start
+from tests.stages.conftest import Outcome
+
+PAGE = Path(__file__).parents[2] / "docs/teachers.md"
+DIGITS = [str(digit) for digit in range(10)]
+OWN = [f"sign {c}" for c in range(25)]
+MAP = {str(c): [OWN[2 * c], OWN[2 * c + 1]] for c in range(10)}
+Mpl = Callable[..., Outcome]
+
+
+def truth(keys: list[str]) -> np.ndarray:
+    """The digit of each image; of a photograph 10."""
+    labels = load_digits().target
+    return np.array([labels[int(key.removeprefix("digit-"))] if key.startswith("digit-") else 10 for key in keys])
+
+
+def all_keys() -> list[str]:
+    data = load_data_set("digits")
+    return [key for split in data.splits for key, _ in data.images(split)]
+
+
+@pytest.fixture(scope="session")
+def keys() -> list[str]:
+    return all_keys()
+
+
+@pytest.fixture(scope="session")
+def own(keys: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers in 25 classes of somebody's own: two for each digit, five for photographs."""
+    draw = np.random.default_rng(0)
+    labels = truth(keys)
+    z = draw.normal(size=(len(keys), 25))
+    z[np.arange(len(keys)), 2 * labels + np.where(labels < 10, draw.integers(0, 2, len(keys)), 0)] += 4
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    folder = tmp_path_factory.mktemp("own")
+    table = pa.table({"key": keys, "probabilities": p.astype(np.float32).tolist()})
+    pq.write_table(table.replace_schema_metadata({"class_names": json.dumps(OWN)}), folder / "own.parquet")
+    (folder / "map.yaml").write_text(json.dumps(MAP))
+    return folder
+
+
+def fake_open_clip() -> types.ModuleType:
+    """Knows a picture by its grey values: as good as a stranger."""
+    module = types.ModuleType("open_clip")
+
+    class Model:
+        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.eye(len(tokens), 64)
+
+        def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+            return image
+
+    def preprocess(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image.convert("L").resize((8, 8)), np.float32).ravel().copy())
+
+    module.create_model_and_transforms = lambda name, pretrained: (Model(), None, preprocess)  # type: ignore[attr-defined]
+    module.get_tokenizer = lambda name: lambda texts: torch.zeros(len(texts), 4)  # type: ignore[attr-defined]
+    return module
+
+
+def asked(image: Image.Image, names: tuple[str, ...]) -> str:
+    """A vision-language model that does not always answer."""
+    grey = int(np.asarray(image.convert("L")).astype(int).sum())
+    return "I cannot tell" if grey % 9 == 0 else names[grey % len(names)]
+
+
+def test_the_programs_of_the_page_make_answers_that_are_taken(
+    mpl: Mpl, recipe: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A zero-shot CLIP, a vision-language model, scikit-learn, and votes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "open_clip", fake_open_clip())
+    images, labels = load_digits(return_X_y=True)
+    forest = RandomForestClassifier(10, random_state=0).fit(np.rint(images * (255 / 16)), labels)
+    people = [lambda key: DIGITS[hash_of(key) % 10], lambda key: None, lambda key: DIGITS[hash_of(key + "!") % 10]]
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(programs) == 4
+    for program, file, form in zip(
+        programs, ("clip.parquet", "vlm.jsonl", "forest.csv", "votes.jsonl"),
+        ("probabilities", "labels", "probabilities", "votes"), strict=True,
+    ):  # fmt: skip
+        exec(program, {"ask": asked, "forest": forest, "people": people})
+        run = tmp_path / f"run-{file}"
+        outcome = mpl("filter", "--run", run, "--recipe", recipe, "--predictions", file)
+        assert outcome.status == 0, outcome.err
+        assert f"({form})" in outcome.err
+        record = json.loads((run / "filter/record.json").read_text())["result"]
+        assert record["images"] == 1347
+        assert record["teacher"] is None
+        missing = 1347 - record["answers"]["answered"]["unlabelled"]
+        assert record["rejected"].get("no_prediction", 0) == missing
+        assert (missing > 0) == (file == "vlm.jsonl")
+        assert ("'I cannot tell'" in outcome.err) == (file == "vlm.jsonl")
+    good = json.loads((tmp_path / "run-forest.csv/filter/record.json").read_text())["result"]
+    assert min(c["threshold"] for c in good["classes"]) > 0  # a forest that has seen the digits is sure
+
+
+def hash_of(text: str) -> int:
+    return sum(ord(c) * (i + 1) for i, c in enumerate(text))
+
+
+@pytest.mark.parametrize("correction", ["map", "fit"])
+def test_a_teacher_with_classes_of_its_own(mpl: Mpl, recipe: Path, own: Path, tmp_path: Path, correction: str) -> None:
+    """From answers in 25 classes to a student in ten, in memory and streamed; corrected anew from the same targets."""
+    run, options = tmp_path / "run", ["--run", tmp_path / "run"]
+    first = ["--recipe", recipe, "--predictions", own / "own.parquet"]
+    refused = mpl("filter", *options, *first)
+    assert refused.status == 1
+    assert "--class-map FILE" in refused.err
+    chosen = ["--class-map", own / "map.yaml"] if correction == "map" else ["--correction", "fit"]
+    outcome = mpl("filter", *options, *first, *chosen)
+    assert outcome.status == 0, outcome.err
+    assert "already done" in mpl("filter", *options).err
+    selection = pq.read_table(run / "selection.parquet")
+    kept = truth(selection["key"].to_pylist()) == selection["class"].to_numpy()
+    assert kept.mean() > (0.9 if correction == "map" else 0.6)
+    assert mpl("precompute", *options).status == 0
+    store = TargetsStore.open(run / "targets", class_names=DIGITS)
+    assert (len(store.class_names), store.target_names) == (25, tuple(DIGITS))
+    assert store.labelled().distributions.shape == (50, 25)
+    answered = {row["key"]: row["probabilities"] for row in pq.read_table(own / "own.parquet").to_pylist()}
+    for key, q in zip(store.keys(), store.distributions(), strict=True):
+        np.testing.assert_allclose(q, answered[key], atol=1e-3)
+    variants = {
+        "plain": [],
+        "fixed": ["--teacher", "fixed"],
+        "streamed": ["--set", "train_reduced.reading=stream"],
+        "supervised": ["--set", "train_reduced.calibrator.supervised_weight=1"],
+    }
+    for name, more in variants.items():
+        trained = mpl("train-reduced", *options, "--name", name, *more)
+        assert trained.status == 0, trained.err
+    shown = mpl("calibrate", *options)
+    assert shown.status == 0, shown.err
+    judged = json.loads((run / "calibrate/calibration.json").read_text())["candidates"]
+    assert judged[-1]["top1"] > 50
+    assert (run / "calibrate/reliability.png").read_bytes().startswith(b"\x89PNG")
+    other = "fit" if correction == "map" else "identity"
+    again = mpl("train-reduced", *options, "--name", "other", "--set", f"train_reduced.correction={other}")
+    assert again.status == (0 if other == "fit" else 2), again.err
+    assert "there is none to ask" in mpl("precompute", *options, "--check", 3).err
+    assert mpl("status", *options, "--verify").status == 0
+    (run / "correction.safetensors").write_bytes(b"x" * 50)
+    assert "correction.safetensors cannot be read" in mpl("precompute", *options, "--force").err
+
+
+def test_a_network_with_other_classes(mpl: Mpl, recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """Another name for one class is another class, until a map says which."""
+    foreign = Path(shutil.copytree(finished / "teacher", tmp_path / "foreign"))
+    config = json.loads((foreign / "config.json").read_text())
+    names = config.get("label_names") or config["pretrained_cfg"]["label_names"]
+    assert names == DIGITS
+    text = (
+        (foreign / "config.json")
+        .read_text()
+        .replace(json.dumps(DIGITS)[1:-1], json.dumps([f"n{d}" for d in DIGITS])[1:-1])
+    )
+    config["label_names"] = [f"n{d}" for d in DIGITS]
+    (foreign / "config.json").write_text(text if '"n3"' in text else json.dumps(config))
+    options = ["--run", tmp_path / "run", "--recipe", recipe, "--teacher", foreign]
+    refused = mpl("filter", *options)
+    assert "has other classes than the data set" in refused.err
+    assert "--correction fit" in refused.err
+    (tmp_path / "map.yaml").write_text(json.dumps({d: f"n{d}" for d in DIGITS}))
+    outcome = mpl("filter", *options, "--class-map", tmp_path / "map.yaml")
+    assert outcome.status == 0, outcome.err
+    mine, theirs = (pq.read_table(run / "selection.parquet") for run in (tmp_path / "run", finished))
+    for column in ("key", "class", "rank"):
+        assert mine[column].equals(theirs[column])
+    assert mpl("precompute", "--run", tmp_path / "run").status == 0
+    assert mpl("precompute", "--run", tmp_path / "run", "--check", 5).status == 0
+    assert mpl("train-reduced", "--run", tmp_path / "run").status == 0
+
+
+def test_answers_that_change_are_scored_again_and_go_with_another_teacher(
+    mpl: Mpl, run: Path, keys: list[str], tmp_path: Path
+) -> None:
+    def write(shift: int) -> Path:
+        rows = [{"key": k, "label": int((d + shift) % 10)} for k, d in zip(keys, truth(keys), strict=True)]
+        path = tmp_path / "labels.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    assert "--force" in mpl("filter", "--run", run, "--predictions", write(0)).err  # it has another teacher's
+    outcome = mpl("filter", "--run", run, "--predictions", write(0), "--force")
+    assert outcome.status == 0, outcome.err
+    selection = pq.read_table(run / "selection.parquet")
+    right = truth(selection["key"].to_pylist()) == selection["class"].to_numpy()
+    assert right[truth(selection["key"].to_pylist()) < 10].all()
+    write(1)
+    assert mpl("filter", "--run", run).status == 1  # the answers are others now
+    assert mpl("filter", "--run", run, "--force").status == 0
+    assert mpl("filter", "--run", run, "--teacher", run / "teacher", "--force").status == 0
+    assert json.loads((run / "filter/record.json").read_text())["result"]["teacher"] == "teacher"
+
+
+def test_killed_at_any_moment_the_answers_are_the_same(recipe: Path, own: Path, tmp_path: Path) -> None:
+    """kill -9 while answers are read, dealt, and scored; the same command goes on."""
+    command = [
+        "filter",
+        "--recipe",
+        recipe,
+        "--predictions",
+        own / "own.parquet",
+        "--class-map",
+        own / "map.yaml",
+        "--run",
+    ]
+    whole = start(*command, tmp_path / "whole")
+    assert whole.wait() == 0, whole.err
+    for moment in ("answers", "scores"):
+        run = tmp_path / f"killed-{moment}"
+        process = start(*command, run)
+        while process.poll() is None and not list(run.glob(f"{moment}/*.parquet")):
+            pass
+        process.kill()
+        again = start(*command, run)
+        assert again.wait() == 0, again.err
+        for path in [
+            *tmp_path.glob("whole/scores/*"),
+            *tmp_path.glob("whole/answers/*"),
+            tmp_path / "whole/selection.parquet",
+        ]:
+            assert (run / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+        assert not [*run.rglob("*.tmp"), *run.glob(".answers*")]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--predictions", "nowhere.parquet"], "there is no such file"),
+        (["--predictions", "a.txt"], "predictions are .parquet"),
+        (["--predictions", "a.csv", "--teacher", "x"], "give one of them"),
+        (["--predictions", "a.csv", "--classes", "none.txt"], "--classes none.txt cannot be read"),
+        (["--predictions", "a.csv"], "no key is that of an image"),
+        (["--predictions", "b.csv"], "has no column of keys"),
+        (["--predictions", "a.csv", "--correction", "identity", "--classes", "many.txt"], "the predictions have 10,000 classes"),
+        (["--predictions", "many.parquet", "--correction", "map"], "none of the teacher's 10,000 classes is called 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(
+    mpl: Mpl, recipe: Path, tmp_path: Path, monkeypatch, options: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("x")
+    Path("a.csv").write_text("key,label\nnobody,3\n")
+    Path("b.csv").write_text("label\n3\n")
+    Path("many.txt").write_text("\n".join(f"class {c}" for c in range(10_000)))
+    table = pa.table({"key": ["digit-0001"], "probabilities": [np.full(10_000, 1e-4, np.float32)]})
+    names = json.dumps([f"class {c}" for c in range(10_000)])
+    pq.write_table(table.replace_schema_metadata({"class_names": names}), "many.parquet")
+    outcome = mpl("filter", "--run", tmp_path / "run", "--recipe", recipe, *options)
+    assert outcome.status in (1, 2)
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "run/selection.parquet").exists()
