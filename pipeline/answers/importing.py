@@ -1,20 +1,23 @@
 """Predictions into answers/: read once, joined to the images of each split, dealt to their shards.
 
-Memory does not grow with the files: rows are first written into buckets on disk, each a run of images, then every
-bucket is read, put in order and written to the files of its shards. Killed, the same call begins again with reading,
-and leaves shards that are done.
+Memory does not grow with the files. Answers in the order of the images are written as they come. Others are first
+written into buckets on disk, each a run of images; then every bucket is read, put in order and written to the files of
+its shards. Killed, the same call begins again with reading, and leaves shards that are done where it comes to the same.
 """
 
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.answers.forms import Answers, Columns, Form, Names, answers_of, recognise
@@ -41,6 +44,7 @@ WAITING_BYTES = 64 << 20  # of rows that wait to be written to buckets
 SAME = 1e-4  # two answers whose probabilities differ by less agree
 SOURCE_BITS = 40  # of a row's number in its file; above them the file's number
 SHOWN = 3  # keys in a message
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,23 +144,77 @@ def import_predictions(
     indices = {split: SplitIndex(shards) for split, shards in splits.items()}
     understood = [[_understood(file, predictions) for file in files] for files in predictions.teachers]
     names = _one_list(understood, predictions)
-    tally = Tally(images={split: len(index) for split, index in indices.items()})
-    buckets = {split: Buckets(scratch, split, len(index), len(names)) for split, index in indices.items()}
-    for teacher, files in enumerate(understood):
-        for number, (file, columns) in enumerate(files):
-            _read(file, columns, teacher, number, names, indices, buckets, tally)
-    _require_matches(predictions, tally, indices)
-    for split, shards in splits.items():
-        index = indices[split]
-        writer = Deal(folder, split, shards, index, names, fingerprint)
-        for ordinals, p in buckets[split].merged(partial(_named, index), tally):
-            writer.add(ordinals, p)
-        tally.answered[split] = writer.close()
+    deals = {split: Deal(folder, split, shards, indices[split], names, fingerprint) for split, shards in splits.items()}
+    with ExitStack() as stack:
+        for deal in deals.values():
+            stack.callback(deal.abandon)  # what is not whole in the end
+        try:
+            tally = _in_order(understood, names, indices, deals)
+        except OutOfOrder:
+            tally = _by_buckets(understood, names, indices, deals, scratch)
+        _require_matches(predictions, tally, indices)
+        for split, deal in deals.items():
+            tally.answered[split] = deal.close()
     shutil.rmtree(scratch, ignore_errors=True)
     manifest = {"format": ANSWERS.name, "version": ANSWERS.version, "class_names": list(names), "shards": mark}
     manifest["forms"] = sorted({columns.form for files in understood for _, columns in files})
     write_sealed(folder / MANIFEST, manifest | tally.as_json())
     return manifest | tally.as_json()
+
+
+class OutOfOrder(Exception):
+    """Answers do not come in the order of the images."""
+
+
+def _in_order(
+    understood: Sequence[Sequence[tuple[PredictionFile, Columns]]],
+    names: tuple[str, ...],
+    indices: Mapping[str, SplitIndex],
+    deals: "Mapping[str, Deal]",
+) -> Tally:
+    """Deal answers as they come, while a thread reads ahead.
+
+    Raises:
+        OutOfOrder: one is of an image before the last one's, or there are several teachers.
+    """
+    if len(understood) > 1:
+        raise OutOfOrder
+    tally, last = Tally(images={split: len(index) for split, index in indices.items()}), dict.fromkeys(indices, -1)
+    for split, images, _, p in ahead(_rows(understood[0], names, indices, tally)):
+        if images[0] <= last[split] or (np.diff(images) <= 0).any():
+            raise OutOfOrder
+        last[split] = int(images[-1])
+        deals[split].add(images, p)
+    return tally
+
+
+def _by_buckets(
+    understood: Sequence[Sequence[tuple[PredictionFile, Columns]]],
+    names: tuple[str, ...],
+    indices: Mapping[str, SplitIndex],
+    deals: "Mapping[str, Deal]",
+    scratch: Path,
+) -> Tally:
+    """Deal answers that come in any order, of any number of teachers."""
+    tally = Tally(images={split: len(index) for split, index in indices.items()})
+    buckets = {split: Buckets(scratch, split, len(index), len(names)) for split, index in indices.items()}
+    for teacher, files in enumerate(understood):
+        for split, images, sources, p in ahead(_rows(files, names, indices, tally)):
+            buckets[split].add(images, np.full(len(images), teacher, np.int32), sources, p)
+    for split, deal in deals.items():
+        deal.restart()
+        for ordinals, p in ahead(buckets[split].merged(partial(_named, indices[split]), tally)):
+            deal.add(ordinals, p)
+    return tally
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, of which a thread makes the next while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 def _understood(file: PredictionFile, predictions: Predictions) -> tuple[PredictionFile, Columns]:
@@ -187,21 +245,36 @@ def _one_list(
     return predictions.class_names if {*map(canonical, names)} == ours else names
 
 
-def _read(
-    file: PredictionFile,
-    columns: Columns,
-    teacher: int,
-    number: int,
+Rows = tuple[str, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+"""Of a split: ordinals of images (n,), where each one's answer stands (n,), and the distributions (n, C_T)."""
+
+
+def _rows(
+    files: Sequence[tuple[PredictionFile, Columns]],
     names: tuple[str, ...],
     indices: Mapping[str, SplitIndex],
-    buckets: "Mapping[str, Buckets]",
     tally: Tally,
-) -> None:
-    """Deal the rows of one file to the buckets of the images that they are of."""
-    where = str(file.place)
-    places = ClassNames(names, where).places(columns.names, where)
-    order = None if places == tuple(range(len(names))) else np.argsort(places)
-    for first, part in file.parts():
+) -> Iterator[Rows]:
+    """The answers of one teacher with the images that they are of, as they stand in its files."""
+    for number, (file, columns) in enumerate(files):
+        where = str(file.place)
+        places = ClassNames(names, where).places(columns.names, where)
+        order = None if places == tuple(range(len(names))) else np.argsort(places)
+        for first, part in ahead(file.parts()):
+            yield from _matched(part, columns, (number << SOURCE_BITS) + first, order, where, indices, tally)
+
+
+def _matched(
+    part: pa.RecordBatch,
+    columns: Columns,
+    source: int,
+    order: NDArray[np.intp] | None,
+    where: str,
+    indices: Mapping[str, SplitIndex],
+    tally: Tally,
+) -> Iterator[Rows]:
+    if part.num_rows:
+        first = source & ((1 << SOURCE_BITS) - 1)
         answers = answers_of(part, columns, first, where)
         tally.rows += part.num_rows
         tally.empty += int((~answers.given).sum())
@@ -213,8 +286,8 @@ def _read(
             tally.ambiguous += int((found == SEVERAL).sum())
             matched |= found != NOBODY
             mine = np.flatnonzero((found >= 0) & answers.given)
-            source = (number << SOURCE_BITS) + first + mine
-            buckets[split].add(found[mine], np.full(len(mine), teacher, np.int32), source, p[mine])
+            if len(mine):
+                yield split, found[mine], source + mine, p if len(mine) == len(p) else p[mine]
         strays = np.flatnonzero(~matched & answers.given)
         tally.unmatched += len(strays)
         for place in strays[: SHOWN - len(tally.strays)].tolist():
@@ -370,9 +443,20 @@ class Deal:
     ) -> None:
         self.folder, self.split, self.shards, self.index = folder, split, shards, index
         self.names, self.fingerprint = names, fingerprint
+        self._anew = False
+        self._begin()
+
+    def restart(self) -> None:
+        """Begin again with the first shard, and write all anew: of what was written, rows may be missing."""
+        self._anew = True
+        self.abandon()
+        self._begin()
+
+    def _begin(self) -> None:
         self._next = 0  # shard
-        self._rows: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
         self._answered = 0
+        self._open = ExitStack()
+        self._writer: pq.ParquetWriter | None = None
 
     def add(self, ordinals: NDArray[np.int64], p: NDArray[np.float32]) -> None:
         """Take in the answers of images (m,), increasing, after all before."""
@@ -380,36 +464,54 @@ class Deal:
         while len(ordinals):
             end = int(self.index.offsets[self._next + 1])
             mine = int(np.searchsorted(ordinals, end))
-            self._rows.append((ordinals[:mine], p[:mine]))
+            if mine:
+                self._write(ordinals[:mine], p[:mine])
             ordinals, p = ordinals[mine:], p[mine:]
             if len(ordinals):
                 self._finish()
 
     def close(self) -> int:
-        """Write what is left, also for shards without an answer; how many images have one."""
+        """Finish the last file, and those of shards without an answer; how many images have one."""
         while self._next < len(self.shards):
             self._finish()
         return self._answered
 
-    def _finish(self) -> None:
-        shard, rows = self.shards[self._next], self._rows
-        self._next, self._rows = self._next + 1, []
-        if is_imported(self.folder, self.split, shard, self.fingerprint):
-            return
-        classes = len(self.names)
+    def abandon(self) -> None:
+        """Leave no half-written file."""
+        self._open.pop_all().__exit__(OutOfOrder, OutOfOrder(), None)
+
+    @property
+    def _is_done(self) -> bool:
+        shard = self.shards[self._next]
+        return not self._anew and is_imported(self.folder, self.split, shard, self.fingerprint)
+
+    def _write(self, ordinals: NDArray[np.int64], p: NDArray[np.float32]) -> None:
+        """Append to the file of the present shard, which begins with its first answer."""
+        if self._writer is None:
+            if self._is_done:
+                return
+            self._start()
+        if self._writer is not None:
+            table = pa.table([self.index.rows[ordinals], fixed_binary(p)], schema=self._writer.schema)
+            self._writer.write_table(table, row_group_size=group_rows(len(self.names)))
+
+    def _start(self) -> None:
+        shard = self.shards[self._next]
         notes = {
             "shard": shard.name,
             "fingerprint": answers_fingerprint(shard, self.fingerprint),
             "class_names": list(self.names),
         }
-        schema = answers_schema(classes)
-        with (
-            whole_file(answers_path(self.folder, self.split, shard.name)) as temporary,
-            table_writer(temporary, ANSWERS, schema, notes) as writer,
-        ):
-            for ordinals, p in rows:
-                table = pa.table([self.index.rows[ordinals], fixed_binary(p)], schema=writer.schema)
-                writer.write_table(table, row_group_size=group_rows(classes))
+        temporary = self._open.enter_context(whole_file(answers_path(self.folder, self.split, shard.name)))
+        writer = table_writer(temporary, ANSWERS, answers_schema(len(self.names)), notes)
+        self._writer = self._open.enter_context(writer)
+
+    def _finish(self) -> None:
+        """The file of the present shard is whole; the next one's turn."""
+        if self._writer is None and not self._is_done:
+            self._start()  # without a row
+        self._open.close()
+        self._writer, self._next = None, self._next + 1
 
 
 def describe(predictions: Predictions) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,11 @@ def names_of(text: str | bytes) -> list[str]:
 
 
 def _parquet(place: Location) -> Iterator[pa.RecordBatch]:
-    with opened(place, random=True) as stream, pq.ParquetFile(stream) as file:
+    with ExitStack() as stack:
+        if isinstance(place, Path):
+            file = stack.enter_context(pq.ParquetFile(place, memory_map=True))
+        else:
+            file = stack.enter_context(pq.ParquetFile(stack.enter_context(opened(place, random=True)), pre_buffer=True))
         for group in range(file.num_row_groups):
             described = file.metadata.row_group(group)
             size = max(1, described.total_byte_size // max(1, described.num_rows))

@@ -121,8 +121,25 @@ def test_order_and_buckets_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         assert pq.read_table(path).equals(pq.read_table(tmp_path / "many/answers" / path.name))
 
 
+def test_an_answer_that_comes_late_is_not_lost(tmp_path: Path) -> None:
+    """Its shard was written already, by this import or by one that was killed."""
+    keys = ["x/0", "x/1", "3", "x/2", "4"]
+    p = rows(5)
+    path = write(tmp_path / "p.parquet", keys, p)
+    take(tmp_path, path)
+    (tmp_path / "answers/_manifest.json").unlink()
+    early = write(tmp_path / "early.parquet", keys[:3], p[:3])
+    take(tmp_path / "early", early)
+    for name in ("unlabelled--part-a.parquet", "unlabelled--part-b.parquet"):  # of the same fingerprint
+        (tmp_path / "early/answers" / name).replace(tmp_path / "answers" / name)
+    found = take(tmp_path, path)
+    assert found["answered"]["unlabelled"] == 5
+    assert sorted(dict(stream_answers(tmp_path / "answers", "unlabelled", "a", 3))) == [0, 1, 2]
+    assert sorted(dict(stream_answers(tmp_path / "answers", "unlabelled", "b", 3))) == [7, 8]
+
+
 def test_killed_it_begins_again_and_leaves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "p.parquet", ["3", "4", "x/0", "y/0"], rows(4))
+    path = write(tmp_path / "p.parquet", ["x/0", "3", "4", "y/0"], rows(4))
     whole = take(tmp_path / "whole", path)
     original, calls = importing.Deal._finish, []
 
