@@ -4,8 +4,10 @@
                                 `classes` (those that the image was kept for), `repeat` (uses per epoch,
                                 over all its classes); one row per image, shuffled once, shards of
                                 equal length, so that reading in sequence is a random order
-    targets/pool-*.tar          in the WebDataset format the images lie here, named NNNNN-RRRRRR.jpg by file
-                                and row, and pool-*.parquet holds `bytes` and `crc32` in place of `image`
+    targets/pool-*.tar          in the WebDataset format: whole samples, named NNNNN-RRRRRR by file and row, for any
+                                loader: the image, `.npy` with the distribution, `.json` with key, shard, row,
+                                classes and repeat. For speed pool-*.parquet holds all of it again but the image,
+                                and in its place where it lies in the tar: `offset`, `bytes` and `crc32`
     targets/labelled-*.parquet  `key`, `shard`, `row`, `label`, `distribution`, in the split's order
 
 A distribution is a dense row of C little-endian float16 or float32 numbers (fixed-size binary: a few times faster than
@@ -16,10 +18,12 @@ when its Parquet file is.
 """
 
 import hashlib
+import io
+import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,16 +40,17 @@ PoolFormat = Literal["parquet", "webdataset"]
 
 TARGETS = TableFormat(
     "mpl-targets",
-    2,
+    3,
     remedy="run `mpl precompute --force`",
-    readable=(1, 2),  # version 1 had Parquet alone and did not state uses
+    readable=(1, 2, 3),  # 1 had Parquet alone and did not state uses; tars of 2 hold images alone
     error=TargetsError,
     plain=frozenset({"image"}),
     dictionary=("shard",),
     statistics=False,
 )
 ITEM = {"float16": "<f2", "float32": "<f4"}
-IN_TAR = ("bytes", "crc32")  # columns that are there in place of `image`
+IN_TAR = ("bytes", "crc32")  # columns that are there in place of `image`; from version 3 on also:
+OFFSET = "offset"
 GROUP = 4096  # rows of a row group, at most …
 GROUP_BYTES = 64 << 20  # … and its bytes, about: a reader holds one
 BLOCK = tarfile.BLOCKSIZE  # bytes; a member of a tar is one block of header, then its content filled up to whole blocks
@@ -112,7 +117,12 @@ def write_targets(path: Location, table: pa.Table, fingerprint: str, tar: Mappin
 
 
 def write_pool_file(
-    folder: Location, number: int, table: pa.Table, fingerprint: str, format: PoolFormat = "parquet"
+    folder: Location,
+    number: int,
+    table: pa.Table,
+    fingerprint: str,
+    format: PoolFormat = "parquet",
+    dtype: Dtype = "float16",
 ) -> None:
     """Write training shard `number`, whole or not at all.
 
@@ -121,28 +131,22 @@ def write_pool_file(
         number: of the shard, from 0.
         table: of `pool_schema`, images included, in the order in which they are to lie.
         fingerprint: of the store.
-        format: webdataset writes pool-00000.tar with the images, and pool-00000.parquet without them.
+        format: webdataset writes pool-00000.tar with whole samples, and pool-00000.parquet without images.
+        dtype: of its distributions.
     """
     path = pool_path(folder, number)
     if format == "parquet":
         write_targets(path, table, fingerprint)
         return
-    sums: list[int] = []
-    size, digest = write_tar(path.with_suffix(".tar"), f"{number:05d}", _summed(table.column("image"), sums))
+    samples = TarSamples(f"{number:05d}", table, dtype)
+    size, digest = samples.write(path.with_suffix(".tar"))
     place = table.schema.get_field_index("image")
-    beside = table.remove_column(place).add_column(place, IN_TAR[1], pa.array(sums, pa.uint32()))
+    beside = table.remove_column(place)
+    beside = beside.add_column(place, OFFSET, pa.array(samples.offsets, pa.int64()))
+    beside = beside.add_column(place, IN_TAR[1], pa.array(samples.sums, pa.uint32()))
     lengths = pc.binary_length(table.column("image")).cast(pa.int64())
     write_targets(path, beside.add_column(place, IN_TAR[0], lengths), fingerprint,
                   {"tar.bytes": size, "tar.sha256": digest})  # fmt: skip
-
-
-def _summed(images: pa.ChunkedArray, sums: list[int]) -> Iterator[bytes]:
-    """The images one by one; their CRC-32s are appended to `sums`."""
-    for chunk in images.chunks:
-        for value in chunk:
-            image = value.as_py()
-            sums.append(zlib.crc32(image))
-            yield image
 
 
 def file_is_done(path: Location, fingerprint: str) -> bool:
@@ -226,40 +230,92 @@ def record_batches(
         if not tar or "image" not in columns:
             yield from file.batches(columns, batch)
             return
-        beside = [name for name in columns if name != "image"] + list(IN_TAR)
+        placed = OFFSET in file.file.schema_arrow.names
+        noted = [*IN_TAR, *([OFFSET] if placed else [])]
+        beside = [name for name in columns if name != "image"] + noted
         try:
             with opened(path.with_suffix(".tar")) as images:
                 for rows in file.batches(beside, batch):
-                    encoded = next_images(images, *(rows.column(name).to_numpy() for name in IN_TAR))
+                    encoded = next_images(images, *(rows.column(name).to_numpy() for name in noted))
                     yield rows.append_column("image", pa.array(encoded, pa.large_binary())).select(list(columns))
         except OSError as error:
             require_absence(path.with_suffix(".tar"), error)
             raise TargetsError(f"{path.with_suffix('.tar')} is damaged ({error}); {TARGETS.remedy}") from error
 
 
-# -- a tar as WebDataset has it, whose members lie where their lengths say: no header is parsed to read it
+# -- a tar of samples, written by webdataset; where the images lie is noted, so that no header is parsed to read them
 
 
-def write_tar(path: Location, prefix: str, images: Iterable[bytes]) -> tuple[int, str]:
-    """Write `images` as members PREFIX-000000.jpg, …, whole or not at all; the same bytes every time.
+class TarSamples:
+    """The samples of a training shard as a tar: the same bytes every time.
 
-    Returns:
-        Bytes and SHA-256 of the tar.
+    Args:
+        prefix: of the samples' names.
+        table: of `pool_schema`.
+        dtype: of its distributions.
+
+    Attributes:
+        offsets: of the images in the tar, bytes; once it is written.
+        sums: their CRC-32s.
     """
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        digest, size = hashlib.sha256(), 0
-        for number, image in enumerate(images):
-            info = tarfile.TarInfo(f"{prefix}-{number:06d}.{suffix(image)}")
-            info.size = len(image)
-            member = b"".join((info.tobuf(tarfile.USTAR_FORMAT), image, b"\0" * (-len(image) % BLOCK)))
-            digest.update(member)
-            file.write(member)
-            size += len(member)
-        # two empty blocks end it, whole records fill it
-        end = b"\0" * (-(size + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK)
-        digest.update(end)
-        file.write(end)
-    return size + len(end), digest.hexdigest()
+
+    def __init__(self, prefix: str, table: pa.Table, dtype: Dtype) -> None:
+        self.prefix, self.table, self.dtype = prefix, table, dtype
+        self.offsets: list[int] = []
+        self.sums: list[int] = []
+
+    def write(self, path: Location) -> tuple[int, str]:
+        """Write it, whole or not at all; its bytes and SHA-256."""
+        from webdataset.writer import TarWriter
+
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            hashed = _Hashed(file)
+            with TarWriter(hashed, encoder=False, mtime=0, user="", group="") as tar:
+                for number, sample in enumerate(self._samples()):
+                    self._note(tar.tarstream.offset, sample)
+                    tar.write({"__key__": f"{self.prefix}-{number:06d}", **sample})
+        return hashed.size, hashed.digest.hexdigest()
+
+    def _samples(self) -> Iterator[dict[str, bytes]]:
+        for batch in self.table.to_batches():
+            columns = {name: batch.column(name) for name in batch.schema.names}
+            for row in range(batch.num_rows):
+                image = columns["image"][row].as_py()
+                stored = np.frombuffer(columns["distribution"][row].as_py(), ITEM[self.dtype])
+                told = {name: columns[name][row].as_py() for name in ("key", "shard", "row", "classes", "repeat")}
+                yield {
+                    suffix(image): image,
+                    "json": json.dumps(told, ensure_ascii=False).encode(),
+                    "npy": _npy(stored),
+                }
+
+    def _note(self, begin: int, sample: Mapping[str, bytes]) -> None:
+        """Where the image will lie: members are sorted by suffix, each a header's block and whole blocks."""
+        for name in sorted(sample):
+            begin += BLOCK
+            if name not in ("json", "npy"):
+                self.offsets.append(begin)
+                self.sums.append(zlib.crc32(sample[name]))
+                return
+            begin += -(-len(sample[name]) // BLOCK) * BLOCK
+
+
+class _Hashed:
+    """A file that is written to, with its SHA-256 so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+
+def _npy(values: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def suffix(image: bytes) -> str:
@@ -271,19 +327,38 @@ def suffix(image: bytes) -> str:
     return next((name for signature, name in SIGNATURES if image.startswith(signature)), "img")
 
 
-def next_images(tar: IO[bytes], lengths: NDArray[np.int64], sums: NDArray[np.uint32]) -> list[bytes]:
+def next_images(
+    tar: IO[bytes], lengths: NDArray[np.int64], sums: NDArray[np.uint32], offsets: NDArray[np.int64] | None = None
+) -> list[bytes]:
     """The next n images of a tar that is read from front to back, of these lengths and CRC-32s, (n,).
+
+    Args:
+        tar: at the end of the image before.
+        lengths, sums: of the images, bytes and CRC-32.
+        offsets: of the images in the tar; None: it holds images alone, one after another.
 
     Raises:
         OSError: they are not what was written.
     """
-    whole = BLOCK + -(-lengths // BLOCK) * BLOCK  # bytes of a member
-    begins = (np.cumsum(whole) - whole + BLOCK).tolist()  # of contents
-    data = tar.read(int(whole.sum()))
+    if not len(lengths):
+        return []
+    first = tar.tell()
+    if offsets is None:
+        whole = BLOCK + -(-lengths // BLOCK) * BLOCK  # bytes of a member
+        begins = np.cumsum(whole) - whole + BLOCK  # of contents
+        end = int(whole.sum())
+    else:
+        begins = offsets - first
+        end = int(begins[-1] + lengths[-1])
+        if int(begins.min()) < 0 or (np.diff(begins) <= 0).any():
+            raise OSError("its images do not lie where its Parquet file says")
+    data = tar.read(end)
     images = []
-    for number, (begin, length, wanted) in enumerate(zip(begins, lengths.tolist(), sums.tolist(), strict=True)):
+    for number, (begin, length, wanted) in enumerate(
+        zip(begins.tolist(), lengths.tolist(), sums.tolist(), strict=True)
+    ):
         image = data[begin : begin + length]
         if len(image) != length or zlib.crc32(image) != wanted:
-            raise OSError(f"image {number} of {len(lengths)} after byte {tar.tell() - len(data):,} was changed")
+            raise OSError(f"image {number} of {len(lengths)} after byte {first:,} was changed")
         images.append(image)
     return images

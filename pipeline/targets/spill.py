@@ -31,7 +31,7 @@ from pipeline.targets.manifest import StoreSettings, store_fingerprint
 
 SPILL = "spill"
 SAMPLED = 8  # shards whose first selected images tell how large an image is
-OVERHEAD = {"parquet": 64, "webdataset": 832}  # bytes of a row beside image and distribution
+OVERHEAD = {"parquet": 64, "webdataset": 2_600}  # bytes of a row beside image and distribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,9 @@ class Shuffle:
         tables = [read_spill(spill_path(self.folder, number), file) for number in shards]
         table = pa.concat_tables(tables).take(pa.array(np.argsort(self._place[images])))
         schema = pool_schema(len(self.scorer.class_names), self.settings.dtype)
-        write_pool_file(self.folder, file, table.cast(schema), self.fingerprint, self.settings.format)
+        write_pool_file(
+            self.folder, file, table.cast(schema), self.fingerprint, self.settings.format, self.settings.dtype
+        )
         return len(images)
 
     def _table(self, number: int, mine: slice) -> pa.Table:
