@@ -199,12 +199,13 @@ class FilterSettings(Settings):
     upsample: bool = False  # classes short of k get a repeat count
     batch: PositiveInt = 256
     copies: CopySettings = CopySettings()
+    teacher: str | None = None  # a network in the place of the run's own: a folder, a file of weights, a packaged one
     predictions: tuple[str, ...] = ()  # files of answers in the place of a network; of several teachers, averaged
     predictions_as: Literal["probabilities", "logits", "labels", "top-k", "votes"] | None = None  # none: as recognised
     predictions_classes: str | None = None  # a file of their class names, where they do not state them
     predictions_in_order: bool = False  # numbers that nobody names are the data set's classes, in its order
     correction: Literal["auto", "identity", "map", "fit"] = "auto"  # of a teacher with classes of its own
-    class_map: str | None = None  # a file: for each class of the data set those of the teacher
+    class_map: str | None = None  # a file, or one that is embedded: for each class of the data set the teacher's
 
 
 class PrecomputeSettings(Settings):

@@ -8,6 +8,7 @@ import click
 
 from pipeline.networks.folders import CONFIG, read_description, save_network
 from pipeline.networks.loading import is_own_layout, load_network
+from pipeline.networks.packaged import is_packaged, load_packaged
 from pipeline.storage.files import fingerprint, sha256_file
 from pipeline.storage.runs import NETWORKS_FOLDER
 from stages.options import Context
@@ -25,6 +26,22 @@ def shown_by(context: Context) -> dict[str, Any]:
     return {"input_size": [3, data.image_size, data.image_size], "mean": data.mean, "std": data.std, "crop_pct": 1.0}
 
 
+def _packaged(context: Context, name: str) -> Path:
+    """The folder of a network that a package brings; made once."""
+    folder = _parent(context) / name
+    if not (folder / CONFIG).is_file():
+        network = load_packaged(name)
+        save_network(folder, network, network.model.state_dict())
+    return folder.resolve()
+
+
+def _parent(context: Context) -> Path:
+    """Where folders of networks lie that were made of files; a dry run has a place for itself."""
+    if context.dry_run:
+        return Path(click.get_current_context().with_resource(tempfile.TemporaryDirectory()))
+    return context.run / NETWORKS_FOLDER
+
+
 def network_folder(context: Context, place: Path, architecture: str | None = None) -> Path:
     """A folder in timm's layout that holds this network: the place itself, or one in the run that is made of it.
 
@@ -34,6 +51,8 @@ def network_folder(context: Context, place: Path, architecture: str | None = Non
     Raises:
         CheckpointError: the place holds no network.
     """
+    if not place.exists() and is_packaged(str(place)):
+        return _packaged(context, str(place))
     if is_own_layout(place):
         return place.resolve()
     context.run.description  # noqa: B018  (refuses a foreign directory before anything is written there)
@@ -41,11 +60,7 @@ def network_folder(context: Context, place: Path, architecture: str | None = Non
     files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
     mark = fingerprint([network.architecture, *(sha256_file(path) for path in files)])[:8]
     name = f"{place.name.partition('.')[0]}-{mark}"
-    if context.dry_run:
-        parent = Path(click.get_current_context().with_resource(tempfile.TemporaryDirectory()))
-    else:
-        parent = context.run / NETWORKS_FOLDER
-    folder = parent / name
+    folder = _parent(context) / name
     if not (folder / CONFIG).is_file():
         save_network(folder, network, network.model.state_dict())
     shown = read_description(folder)

@@ -28,6 +28,7 @@ from pipeline.pool.infer import Scorer, Source, infer_distributions
 from pipeline.storage.files import fingerprint, location, opened, sha256_file
 from pipeline.storage.workers import EngineSettings
 from stages.copies import Compared
+from stages.networks import network_folder
 from stages.options import Context
 from stages.workers import is_elsewhere
 
@@ -359,6 +360,8 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
     if teacher is not None:
         return teacher.resolve()
     known = context.run.record("filter")
+    if known is None and context.recipe.filter.teacher is not None:
+        return network_folder(context, Path(context.recipe.filter.teacher))
     return context.run.place("teacher" if known is None else known["result"]["teacher"] or "teacher")
 
 

@@ -1,12 +1,13 @@
 """Which of a teacher's classes is which of the data set's: by equal names, or as a file says."""
 
+import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.classes import SHOWN, canonical
+from pipeline.classes import SHOWN, canonical, is_number
 from pipeline.errors import DataError
 from pipeline.yaml_text import parse_yaml
 
@@ -26,13 +27,16 @@ def read_class_map(path: Path, theirs: Sequence[str], ours: Sequence[str]) -> Cl
 
         cat: [tabby, tiger cat, Persian cat]
         dog: beagle
+        bird: [7-24, 80]
+
+    A number that is no name is a place in the teacher's list, from 0; `7-24` are the places 7 to 24.
 
     Raises:
         DataError: it cannot be read; it names a class that there is not; one of theirs stands under two of ours; one of
             ours has none.
     """
     try:
-        stated = parse_yaml(path.read_text(encoding="utf-8"))
+        stated = parse_yaml(_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"class map {path} cannot be read: {error}") from error
     if not isinstance(stated, dict):
@@ -45,6 +49,7 @@ def class_map(stated: Mapping[str, Sequence[str]], theirs: Sequence[str], ours: 
     places = {canonical(name): place for place, name in enumerate(ours)}
     known = {canonical(name): place for place, name in enumerate(theirs)}
     _require_known([name for name in stated if canonical(name) not in places], "your classes", ours, where)
+    stated = {name: [one for text in names for one in _spelled(text, theirs, known)] for name, names in stated.items()}
     named = [name for names in stated.values() for name in names]
     _require_known([name for name in named if canonical(name) not in known], "the teacher's classes", theirs, where)
     result = np.full(len(theirs), UNMAPPED, np.int64)
@@ -62,6 +67,23 @@ def class_map(stated: Mapping[str, Sequence[str]], theirs: Sequence[str], ours: 
             "for it. Name one, or leave the map out and let a correction be fitted: --correction fit"
         )
     return result
+
+
+def _text(path: Path) -> str:
+    """Of a file; or of an embedded map of that name."""
+    embedded = importlib.resources.files("pipeline.correction") / "maps" / f"{path}.yaml"
+    if not path.exists() and path.name == str(path) and embedded.is_file():
+        return embedded.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _spelled(text: str, theirs: Sequence[str], known: Mapping[str, int]) -> Sequence[str]:
+    """The classes that an entry stands for: itself, or those at a place or a range of places."""
+    first, _, last = text.partition("-")
+    if canonical(text) in known or not is_number(first.strip()) or (last and not is_number(last.strip())):
+        return [text]
+    begin, end = int(first), int(last or first)
+    return theirs[begin : end + 1] if begin <= end < len(theirs) else [text]
 
 
 def _require_known(unknown: Sequence[str], what: str, known: Sequence[str], where: str) -> None:
