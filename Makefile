@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.select
 	$(BIN)/python -m benchmarks.score
+	$(BIN)/python -m benchmarks.predictions
 	$(BIN)/python -m benchmarks.readers
 	$(BIN)/python -m benchmarks.targets
 	$(BIN)/python -m benchmarks.loader

@@ -175,6 +175,13 @@ class PretrainSettings(TrainSettings):
 
     model: ModelSettings
     label_noise: LabelNoise = 0.0  # for experiments: a teacher that is wrong in a systematic way
+    folds: Annotated[int, Field(ge=0, le=100)] = 0  # cross-fitting: networks that answer for labelled images held out
+
+    @model_validator(mode="after")
+    def _folds_are_several(self) -> "PretrainSettings":
+        if self.folds == 1:
+            raise ValueError("folds (=1) leaves nothing to train on: 0 for none, or at least 2")
+        return self
 
 
 class FinetuneSettings(TrainSettings):

@@ -190,7 +190,15 @@ class Judge:
     ranks: Ranks = ALONE
 
     def __call__(self, model: nn.Module) -> Evaluation:
-        logits = predict_logits(
+        return evaluate_logits(self.logits(model), self.images.labels, self.settings.bins)
+
+    def probabilities(self, model: nn.Module) -> Tensor:
+        """Of each image, float32 (N, C)."""
+        return self.logits(model).softmax(dim=1)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Of each image, (N, C)."""
+        return predict_logits(
             model,
             self.images.images,
             self.network.mean,
@@ -200,4 +208,3 @@ class Judge:
             autocast=self.autocast,
             ranks=self.ranks,
         )
-        return evaluate_logits(logits, self.images.labels, self.settings.bins)

@@ -5,20 +5,25 @@ One loop (`pipeline.training`); what differs is the teacher, and what a batch co
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.answers.out_of_fold import OutOfFold, write_out_of_fold
 from pipeline.assembly import Assembly, Looks, Output
 from pipeline.batches import Batches, FeedbackImages, MethodAlone, MethodViews, Mixture, mixture
 from pipeline.calibration import FILE, SAMPLE, CalibrationLog
 from pipeline.config import Reading, Recipe, TrainMplSettings, TrainReducedSettings, TrainSettings
 from pipeline.correction import Correction, class_map_of, fit_correction
+from pipeline.correction.fit import deal_to_folds
 from pipeline.data.decoded import Images
 from pipeline.data.sets import LabelledSet, Pool, PoolSet
+from pipeline.distributed import ALONE
 from pipeline.distributed.layouts import bare, full_state, lay_out
 from pipeline.errors import DataError, RecipeError, TargetsError
 from pipeline.gradient.replay import log_probabilities
@@ -27,7 +32,8 @@ from pipeline.networks.folders import save_network
 from pipeline.networks.loading import load_network
 from pipeline.networks.network import Network, to_device
 from pipeline.optim import build_optimizer, learning_rate
-from pipeline.storage.files import whole_file
+from pipeline.storage.files import fingerprint, whole_file
+from pipeline.storage.ours import remove_ours
 from pipeline.targets import TargetsStore
 from pipeline.targets.stream import StreamedPool
 from pipeline.teacher_network import TeacherNetwork, TeacherRule
@@ -35,6 +41,7 @@ from pipeline.teachers import Calibrator, FixedTargets
 
 REDUCED_TITLES = {"calibrator": "Reduced MPL", "fixed": "NoisyStudent", "none": "Supervised"}
 CALIBRATOR = "calibrator.safetensors"
+FOLDS = "folds"  # folder of the networks of folds, while they are trained
 MOST_USES = 1 << 28  # of images in an epoch: the order of an epoch is in memory, 8 bytes each
 
 
@@ -44,9 +51,52 @@ def pretrain(assembly: Assembly, output: Output) -> dict[str, Any]:
     images = assembly.data.images(split)
     network = assembly.network(settings.model, split.class_names, "teacher")
     labelled = LabelledSet(images.images, images.labels, len(split.class_names))
+    held_out = cross_fit(assembly, output, images, labelled, split.class_names) if settings.folds else {}
     batches = assembly.batches(network, labelled, true_labels(settings), label_noise=settings.label_noise)
     figures = assembly.train(network, FixedTargets(), batches, settings, output)
-    return figures | {"labelled_images": len(images), "classes": len(split.class_names)}
+    return figures | {"labelled_images": len(images), "classes": len(split.class_names)} | held_out
+
+
+def cross_fit(
+    assembly: Assembly, output: Output, images: Images, labelled: LabelledSet, class_names: tuple[str, ...]
+) -> dict[str, Any]:
+    """A network for each fold, trained on the others as the teacher is; leaves out_of_fold.parquet.
+
+    Each trains in a folder of its own, so that a killed one goes on, and those that are done end at once.
+
+    Returns:
+        Figures for the record: how often the held-out answers are right, percent.
+
+    Raises:
+        DataError: there are fewer labelled images than folds.
+    """
+    settings, ranks = assembly.recipe.pretrain, assembly.placement.ranks
+    if len(labelled) < settings.folds:
+        raise DataError(
+            f"{len(labelled)} labelled images cannot be dealt to pretrain.folds = {settings.folds}"
+        ).on_all()
+    fold = deal_to_folds(labelled.labels.numpy(), settings.folds, assembly.seed)
+    q = torch.zeros(len(labelled), len(class_names))
+    for number in range(settings.folds):
+        inside, outside = (np.flatnonzero(chosen) for chosen in (fold != number, fold == number))
+        network = assembly.network(settings.model, class_names, "teacher")
+        part = labelled.rows(inside)
+        fewer = settings.model_copy(update={"batch": min(settings.batch, len(part)), "evaluate_every": 0})
+        batches = assembly.batches(network, part, true_labels(fewer), label_noise=settings.label_noise)
+        place = Output(output.folder / FOLDS / f"fold-{number}", fingerprint([output.identity, "fold", number]))
+        assembly.train(network, FixedTargets(), batches, fewer, place)
+        if ranks.first:
+            trained = to_device(load_network(place.folder), assembly.placement.device)
+            trained.model.eval()
+            judge = assembly.judge(replace(images, images=images.images[torch.from_numpy(outside)]), trained)
+            q[torch.from_numpy(outside)] = replace(judge, ranks=ALONE).probabilities(trained.model)
+    if not ranks.first:
+        return {}
+    found = OutOfFold(list(images.shards), images.rows, labelled.labels.numpy(), fold, q.numpy())
+    write_out_of_fold(output.folder, found, class_names)
+    remove_ours(output.folder / FOLDS)
+    right = float((q.argmax(dim=1) == labelled.labels).float().mean())
+    return {"folds": settings.folds, "out_of_fold_top1": round(100 * right, 4)}
 
 
 def finetune(assembly: Assembly, output: Output, student: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.storage.ours import is_ours, remove_ours
 from stages.execution import Stage
 from stages.options import Context
 
-PARTS = {CHECKPOINTS, "tensorboard", "teacher"}  # folders of a trained network's folder
+PARTS = {CHECKPOINTS, "tensorboard", "teacher", "folds"}  # folders of a trained network's folder
 INTERVALS = {"log_every", "evaluate_every", "checkpoint_every", "checkpoint_seconds"}  # change no result
 
 

@@ -47,7 +47,7 @@ def plan(context: Context, seen_labels: bool = False) -> Stage:
         raise UsageError(f"{context.data_set.manifest.name} has no validation split, on which a correction is judged")
     filtered = require_fresh_selection(context.run)
     teacher = teacher_of(context, None, assume_class_order=True)
-    seen = seen_labels or (isinstance(teacher, NetworkTeacher) and teacher.is_own)
+    seen = seen_labels or (isinstance(teacher, NetworkTeacher) and teacher.saw_the_labelled_images)
     basis = {
         "selection": filtered["result"]["fingerprint"],
         "teacher": teacher.basis,

@@ -35,6 +35,7 @@ from stages.teachers import (
     class_map,
     class_names,
     correction_of,
+    require_evidence,
     teacher_of,
     tell_fit,
 )
@@ -154,7 +155,8 @@ def correction_basis(context: Context, teacher: Teacher) -> dict[str, Any]:
     settings = context.recipe.filter
     if settings.correction in ("auto", "identity") and settings.class_map is None:
         return {}
-    fitted = settings.correction == "fit"
+    if fitted := settings.correction == "fit":
+        require_evidence(teacher)
     mapped = class_map(context, teacher)
     return {
         "correction": {

@@ -14,7 +14,8 @@ from stages.options import Context, stage_options
 def command(context: Context) -> None:
     """Train the large teacher on the labelled images.
 
-    Reads: the labelled split. Writes: teacher/model.safetensors, config.json, metrics.csv.
+    Reads: the labelled split. Writes: teacher/model.safetensors, config.json, metrics.csv; with pretrain.folds also
+    out_of_fold.parquet, what networks that did not see an image say of it.
     """
     execute(context, plan)
 
@@ -23,7 +24,8 @@ def plan(context: Context) -> Stage:
     """Plan the stage."""
     folder = context.run / "teacher"
     labelled = context.data_set.split("labelled").fingerprint()
-    basis = training_basis(context, context.recipe.pretrain, labelled=labelled)
+    irrelevant = frozenset[str]() if context.recipe.pretrain.folds else {"folds"}
+    basis = training_basis(context, context.recipe.pretrain, irrelevant, labelled=labelled)
     return training_stage(
         context,
         context.recipe.pretrain,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.answers.importing import Predictions, describe, import_predictions
+from pipeline.answers.out_of_fold import OutOfFold, read_out_of_fold
 from pipeline.answers.reading import find_predictions, names_of
 from pipeline.answers.store import FOLDER, answers_of_split, read_answers_manifest
 from pipeline.classes import canonical
@@ -181,7 +182,19 @@ class NetworkTeacher:
         return scorer(self.context, self.network, engine, batch)
 
     def answers(self, split: SplitName, samples: list[tuple[str, Sample]]) -> Answered:
+        if split == "labelled" and (held_out := self.held_out) is not None:
+            return held_out.of([(shard, sample.row) for shard, sample in samples])
         return infer_distributions([sample for _, sample in samples], self.source())
+
+    @cached_property
+    def held_out(self) -> OutOfFold | None:
+        """What networks that were not trained on the labelled images say of them; None unless there are such."""
+        return read_out_of_fold(self.folder) if self.is_own else None
+
+    @property
+    def saw_the_labelled_images(self) -> bool:
+        """Whether what it says of them is no evidence."""
+        return self.is_own and self.held_out is None
 
 
 def scorer(
@@ -398,6 +411,19 @@ def correction_of(context: Context, teacher: Teacher) -> Correction | Fit:
         return Correction.mapped(theirs, ours, mapped)
     q, labels = labelled_answers(context, teacher, "labelled")
     return fit_correction(q, labels, theirs, ours, mapped, seed=context.seed)
+
+
+def require_evidence(teacher: Teacher) -> None:
+    """Refuse a fit to what a teacher says of images that it knows by heart.
+
+    Raises:
+        UsageError: it is the run's own, without held-out answers.
+    """
+    if isinstance(teacher, NetworkTeacher) and teacher.saw_the_labelled_images:
+        raise UsageError(
+            "the run's own teacher was trained on the labelled images: certain and right on them, it gives a fit "
+            "nothing to correct. Train it with held-out answers: mpl pretrain --force --set pretrain.folds=5"
+        )
 
 
 def class_map(context: Context, teacher: Teacher) -> ClassMap | None:

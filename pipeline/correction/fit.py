@@ -111,7 +111,7 @@ def _search(
     x: Floats, z: Floats, labels: NDArray[np.int64], strengths: Sequence[float], seed: int
 ) -> tuple[list[float], list[float]]:
     """Strengths tried, and the mean loss of left-out images at each."""
-    fold = folds(labels, seed)
+    fold = deal_to_folds(labels, FOLDS, seed)
     parts = [(fold != number, fold == number) for number in range(FOLDS) if (fold == number).any()]
     states: list[Solution | None] = [None] * len(parts)
     tried: list[float] = []
@@ -130,13 +130,13 @@ def _search(
     return tried, losses
 
 
-def folds(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+def deal_to_folds(labels: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
     """The fold of each image, (n,): those of a class are dealt out, to every fold as many, give or take one."""
     fold = np.empty(len(labels), np.int64)
     dealt = 0
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        fold[members[permutation(len(members), seed, "folds", int(label))]] = (dealt + np.arange(len(members))) % FOLDS
+        fold[members[permutation(len(members), seed, "folds", int(label))]] = (dealt + np.arange(len(members))) % folds
         dealt += len(members)
     return fold
 

@@ -15,7 +15,7 @@ NAMES = re.compile(  # of files that have no header
     r"|labelled-\d+\.parquet|record\.json|started\.json|shard-\d+\.arrow|.+-[0-9a-f]{16}\.(pixels|parquet)"
     r"|evaluation(-.*)?\.json|\.lock"
 )
-FOLDERS = frozenset({"checkpoints", "tensorboard", "teacher", "spill"})  # within a folder of ours
+FOLDERS = frozenset({"checkpoints", "tensorboard", "teacher", "spill", "folds"})  # within a folder of ours
 
 
 def is_ours(place: Location) -> bool:
@@ -59,4 +59,6 @@ def _emptied(folder: Location) -> list[str]:
 
 
 def _is_own_folder(name: str) -> bool:
-    return name in FOLDERS or re.fullmatch(r"step-\d+", name) is not None or TEMPORARY.fullmatch(name) is not None
+    return (
+        name in FOLDERS or re.fullmatch(r"(step|fold)-\d+", name) is not None or TEMPORARY.fullmatch(name) is not None
+    )

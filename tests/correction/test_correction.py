@@ -10,10 +10,12 @@ from sklearn.linear_model import LogisticRegression
 from pipeline.correction import Correction, class_map_of, equal_names, fit_correction, load_correction, read_class_map
 from pipeline.correction import fit as module
 from pipeline.correction.correction import features
-from pipeline.correction.fit import folds
+from pipeline.correction.fit import deal_to_folds
 from pipeline.errors import DataError
 from pipeline.log_odds import distributions, log_odds_of_logits, log_odds_of_shares
+from pipeline.networks.packaged import imagenet_names
 
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OURS = ("cat", "dog", "owl")
 THEIRS = ("tabby", "lynx", "beagle", "barn owl", "car")
 STATED = "cat: [tabby, lynx]\ndog: beagle\nowl: [barn owl]\n"
@@ -97,7 +99,7 @@ def test_the_strength_is_chosen_by_what_is_left_out(monkeypatch) -> None:
     found = fit_correction(q, labels, tuple("abcdef"), OURS, strengths=strengths, seed=3)
     order = module.permutation(len(labels), 3, "fit")
     x, y = features(q)[order], labels[order]
-    fold = folds(y, 3)
+    fold = deal_to_folds(y, 5, 3)
     expected = []
     for strength in strengths:
         total = 0.0
@@ -115,7 +117,7 @@ def test_the_strength_is_chosen_by_what_is_left_out(monkeypatch) -> None:
 
 def test_folds_have_every_class_and_one_size() -> None:
     labels = np.repeat(np.arange(7), [9, 1, 5, 2, 30, 3, 4])
-    fold = folds(labels, 0)
+    fold = deal_to_folds(labels, 5, 0)
     sizes = np.bincount(fold, minlength=5)
     assert sizes.max() - sizes.min() <= 1
     for label in range(7):
@@ -170,6 +172,28 @@ def test_what_a_class_map_cannot_say(tmp_path: Path, text: str, words: str) -> N
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(DataError, match=words):
         read_class_map(tmp_path / "map.yaml", THEIRS, OURS)
+
+
+def test_places_stand_for_the_classes_there(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text("cat: [0-1]\ndog: 2\nowl: barn owl\n")
+    assert read_class_map(tmp_path / "map.yaml", THEIRS, OURS).tolist() == [0, 0, 1, 2, -1]
+    (tmp_path / "map.yaml").write_text("cat: [0-9]\ndog: 2\nowl: barn owl\n")
+    with pytest.raises(DataError, match="'0-9' is none of the teacher's classes"):
+        read_class_map(tmp_path / "map.yaml", THEIRS, OURS)
+    (tmp_path / "map.yaml").write_text("'0': '1'\n'1': '0'\n")  # where classes are called by numbers, these are names
+    assert read_class_map(tmp_path / "map.yaml", ("0", "1"), ("0", "1")).tolist() == [1, 0]
+
+
+def test_the_embedded_map_of_imagenet() -> None:
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    found = read_class_map(Path("imagenet-cifar10"), names, CIFAR)
+    kinds = {name: [names[t].split(",")[0] for t in np.flatnonzero(found == c)] for c, name in enumerate(CIFAR)}
+    assert kinds["airplane"] == ["airliner", "warplane"]
+    assert kinds["cat"] == ["tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat"]
+    assert kinds["frog"] == ["bullfrog", "tree frog", "tailed frog"]
+    assert (len(kinds["dog"]), len(kinds["bird"])) == (118, 59)
+    assert "fire engine" in kinds["truck"]
 
 
 def test_equal_names_are_a_map_where_they_are_enough() -> None:

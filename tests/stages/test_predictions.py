@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.ensemble import RandomForestClassifier
 
 from pipeline import load_data_set
+from pipeline.answers.out_of_fold import read_out_of_fold
 from pipeline.targets import TargetsStore
-from tests.stages.commands import start
+from tests.stages.commands import start, wait_for_step
 from tests.stages.conftest import Outcome
 
 PAGE = Path(__file__).parents[2] / "docs/teachers.md"
@@ -156,6 +158,8 @@ def test_a_teacher_with_classes_of_its_own(mpl: Mpl, recipe: Path, own: Path, tm
     judged = json.loads((run / "calibrate/calibration.json").read_text())["candidates"]
     assert judged[-1]["top1"] > 50
     assert (run / "calibrate/reliability.png").read_bytes().startswith(b"\x89PNG")
+    page = mpl("report", *options)
+    assert page.status == 0, page.err
     other = "fit" if correction == "map" else "identity"
     again = mpl("train-reduced", *options, "--name", "other", "--set", f"train_reduced.correction={other}")
     assert again.status == (0 if other == "fit" else 2), again.err
@@ -213,6 +217,44 @@ def test_answers_that_change_are_scored_again_and_go_with_another_teacher(
     assert mpl("filter", "--run", run, "--force").status == 0
     assert mpl("filter", "--run", run, "--teacher", run / "teacher", "--force").status == 0
     assert json.loads((run / "filter/record.json").read_text())["result"]["teacher"] == "teacher"
+
+
+def test_answers_to_images_that_were_held_out(mpl: Mpl, recipe: Path, run: Path, tmp_path: Path) -> None:
+    """The run's own teacher has nothing to be fitted to until it is cross-fitted."""
+    refused = mpl("filter", "--run", run, "--correction", "fit")
+    assert refused.status == 2
+    assert "pretrain.folds=5" in refused.err
+    told = mpl("calibrate", "--run", run)
+    assert "is no evidence, and nothing is fitted" in told.err
+    options = ["--run", tmp_path / "crossed", "--recipe", recipe, "--set", "pretrain.folds=3"]
+    assert mpl("pretrain", *options).status == 0
+    record = json.loads((tmp_path / "crossed/pretrain/record.json").read_text())["result"]
+    found = read_out_of_fold(tmp_path / "crossed/teacher")
+    assert found is not None
+    assert np.bincount(found.folds).tolist() == [17, 17, 16]
+    assert record["out_of_fold_top1"] == pytest.approx(100 * (found.distributions.argmax(1) == found.labels).mean())
+    assert not (tmp_path / "crossed/teacher/folds").exists()
+    with_folds, without = (load_file(path / "teacher/model.safetensors") for path in (tmp_path / "crossed", run))
+    assert all(with_folds[name].equal(without[name]) for name in without)  # the teacher is the same
+    outcome = mpl("filter", *options[:2], "--correction", "fit")
+    assert outcome.status == 0, outcome.err
+    assert "fitted to 50 labelled images" in outcome.err
+    assert mpl("precompute", *options[:2]).status == 0
+    stored = TargetsStore.open(tmp_path / "crossed/targets").labelled()
+    q, places = found.of(list(zip(stored.shard, stored.row.tolist(), strict=True)))
+    assert len(places) == 50
+    np.testing.assert_allclose(stored.distributions, q, atol=1e-3)
+
+
+def test_killed_while_folds_are_trained(recipe: Path, tmp_path: Path) -> None:
+    options = ["--recipe", recipe, "--set", "pretrain.folds=2", "--set", "pretrain.steps=40"]
+    process = start("pretrain", "--run", tmp_path / "killed", *options)
+    wait_for_step(tmp_path / "killed/teacher/folds/fold-1", 10, process)
+    process.kill()
+    runs = [start("pretrain", "--run", tmp_path / name, *options) for name in ("killed", "whole")]
+    assert [one.wait() for one in runs] == [0, 0], runs[0].err + runs[1].err
+    for name in ("out_of_fold.parquet", "model.safetensors"):
+        assert (tmp_path / "killed/teacher" / name).read_bytes() == (tmp_path / "whole/teacher" / name).read_bytes()
 
 
 def test_killed_at_any_moment_the_answers_are_the_same(recipe: Path, own: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ MEANING = {
     "empty": "there are no bytes",
     "too_large": "more pixels than it is safe to decode",
     "nonfinite": "the teacher's answer was not finite",
+    "no_prediction": "the predictions have no answer for it",
     "eval_copy": "a copy of a validation or test image",
     "repeat_of": "the pixels of an earlier image of the pool",
     "below_probability": "less probable than the floor that was set",
