@@ -46,7 +46,7 @@ def plan(context: Context, seen_labels: bool = False) -> Stage:
     if "validation" not in context.data_set.manifest.splits:
         raise UsageError(f"{context.data_set.manifest.name} has no validation split, on which a correction is judged")
     filtered = require_fresh_selection(context.run)
-    teacher = teacher_of(context, None, assume_class_order=True)
+    teacher = teacher_of(context, None, assume_class_order=True, recorded=filtered["result"])
     seen = seen_labels or (isinstance(teacher, NetworkTeacher) and teacher.saw_the_labelled_images)
     basis = {
         "selection": filtered["result"]["fingerprint"],

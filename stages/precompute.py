@@ -47,7 +47,7 @@ def command(context: Context, teacher: Path | None, check: int | None, engine: E
 def plan(context: Context, teacher: Path | None = None, engine: EngineSettings | None = None) -> Stage:
     """Plan the stage."""
     filtered = require_fresh_selection(context.run)
-    chosen = teacher_of(context, teacher, engine, assume_class_order=True)  # mpl filter has asked
+    chosen = teacher_of(context, teacher, engine, assume_class_order=True, recorded=filtered["result"])  # it has asked
     settings = context.recipe.precompute
     scored_by = filtered["result"]["teacher_sha256"]
     used = chosen.digest if teacher is not None else scored_by

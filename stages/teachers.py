@@ -231,9 +231,15 @@ def device_of(context: Context, engine: EngineSettings | None) -> str:
 
 @dataclass(frozen=True)
 class PredictionsTeacher:
-    """Predictions in files, as the recipe's `filter` section names them."""
+    """Predictions in files, as the recipe's `filter` section names them.
+
+    Attributes:
+        context: of the stage.
+        recorded: the record of the `mpl filter` that imported them: the files themselves are not needed any more.
+    """
 
     context: Context
+    recorded: dict[str, Any] | None = None
 
     @cached_property
     def predictions(self) -> Predictions:
@@ -260,6 +266,8 @@ class PredictionsTeacher:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
+        if self.recorded is not None:
+            return tuple(self._manifest["class_names"])
         found = describe(self.predictions)
         if found != class_names(self.context) and not others_are_expected(self.context):
             ours = class_names(self.context)
@@ -269,8 +277,22 @@ class PredictionsTeacher:
             )
         return found
 
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        """Of the answers that were imported.
+
+        Raises:
+            RunError: they are gone.
+        """
+        found = read_answers_manifest(self.context.store / FOLDER)
+        if found is None:
+            raise RunError(f"{self.context.store / FOLDER} does not hold the answers any more; run mpl filter --force")
+        return found
+
     @cached_property
     def digest(self) -> str:
+        if self.recorded is not None:
+            return str(self.recorded["teacher_sha256"])
         settings = self.context.recipe.filter
         files = [[file.fingerprint() for file in files] for files in self.predictions.teachers]
         return fingerprint(["predictions", 1, files, list(self.names), settings.predictions_as])
@@ -294,6 +316,8 @@ class PredictionsTeacher:
         self.digest  # noqa: B018  (looks at every file)
 
     def begin(self) -> None:
+        if self.recorded is not None:
+            return
         data = self.context.data_set
         present: tuple[SplitName, ...] = ("unlabelled", "labelled", "validation", "test")
         shards = {str(name): data.split(name).shards for name in present if name in data.manifest.splits}
@@ -319,9 +343,10 @@ class PredictionsTeacher:
     @property
     def counts(self) -> dict[str, Any]:
         """What became of the rows, for the record."""
-        manifest = read_answers_manifest(self.context.store / FOLDER) or {}
         return {
-            name: value for name, value in manifest.items() if name not in ("shards", "class_names", "content_sha256")
+            name: value
+            for name, value in self._manifest.items()
+            if name not in ("shards", "class_names", "content_sha256")
         }
 
 
@@ -331,7 +356,7 @@ def tell_import(context: Context, found: dict[str, Any]) -> None:
     context.console.note(f"{found['rows']:,} answers read ({', '.join(found['forms'])}); they answer {splits} images")
     lost = {
         "of no image": found["unmatched"],
-        "whose key is that of several images (join them by shard and row)": found["ambiguous"],
+        "whose key is that of several images (a column `split`, or shard and row, tell them apart)": found["ambiguous"],
         "without an answer": found["empty"],
         "said twice": found["doubled"],
     }
@@ -379,10 +404,19 @@ def teacher_folder(context: Context, teacher: Path | None) -> Path:
 
 
 def teacher_of(
-    context: Context, teacher: Path | None, engine: EngineSettings | None = None, assume_class_order: bool = False
+    context: Context,
+    teacher: Path | None,
+    engine: EngineSettings | None = None,
+    assume_class_order: bool = False,
+    recorded: dict[str, Any] | None = None,
 ) -> Teacher:
-    """The predictions that the recipe names, unless a network is given; else a network."""
-    if teacher is None and context.recipe.filter.predictions:
+    """The predictions that the recipe names, unless a network is given; else a network.
+
+    `recorded` is what `mpl filter` recorded, for stages after it.
+    """
+    if teacher is None and recorded is not None and recorded["teacher"] is None:
+        return PredictionsTeacher(context, recorded)
+    if teacher is None and recorded is None and context.recipe.filter.predictions:
         return PredictionsTeacher(context)
     folder = teacher_folder(context, teacher)
     if folder == (context.run / "teacher").resolve():

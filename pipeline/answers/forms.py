@@ -48,6 +48,7 @@ class Columns:
         form: of the answers.
         key: column of the images' keys, or None.
         place: columns of shard and row, or None.
+        split: column of the split that an image is in, or None.
         answer: columns of the answer: one for each class, a list, labels, or (labels, their probabilities).
         names: of the classes.
     """
@@ -55,6 +56,7 @@ class Columns:
     form: Form
     key: str | None
     place: tuple[str, str] | None
+    split: str | None
     answer: tuple[str, ...]
     names: tuple[str, ...]
 
@@ -66,6 +68,7 @@ class Answers:
     Attributes:
         keys: of n images, or None.
         shards, rows: identity of each, or None.
+        splits: name of the split that each is in, or None.
         p: distributions, (n, C_T), float32, rows sum to 1 where `given`.
         given: whether there is an answer, (n,).
         unknown: names of no class that were answered, with how often.
@@ -74,6 +77,7 @@ class Answers:
     keys: pa.Array | None
     shards: pa.Array | None
     rows: NDArray[np.int64] | None
+    splits: pa.Array | None
     p: NDArray[np.float32]
     given: NDArray[np.bool_]
     unknown: dict[str, int]
@@ -126,7 +130,7 @@ def recognise(schema: pa.Schema, names: Names, form: Form | None, where: str, *,
                 "would be wrong. Write them into its metadata as class_names (JSON), or give --classes FILE; or, if "
                 f"they are the data set's, in its order ({_some(names.names)}): --assume-class-order"
             )
-    return Columns(kind, key, place, columns, stated.names)
+    return Columns(kind, key, place, lower.get("split"), columns, stated.names)
 
 
 def _same_columns(found: Form, wanted: Form) -> bool:
@@ -205,7 +209,8 @@ def _answers_of(part: pa.RecordBatch, columns: Columns, first: int, where: str) 
     else:
         p, given = _shares(part, columns, where, unknown)
     assert p.shape == (n, classes)
-    return Answers(keys, shards, rows, p, given, unknown)
+    splits = None if columns.split is None else part.column(columns.split).cast(pa.string())
+    return Answers(keys, shards, rows, splits, p, given, unknown)
 
 
 def _keys(column: pa.Array) -> pa.Array:
@@ -357,8 +362,10 @@ def _labels(column: pa.Array, names: Sequence[str], where: str, unknown: dict[st
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
         column = pc.cast(column, pa.int64())  # raises for 0.5
-    encoded = column.cast(pa.string()).dictionary_encode()
     known = ClassNames(tuple(names), where)
+    if pa.types.is_integer(column.type):
+        known.require_one_reading(where)
+    encoded = column.cast(pa.string()).dictionary_encode()
     texts = encoded.dictionary.to_pylist()
     labels = [known.label(text) if text.strip() else None for text in texts]
     labels = [None if label is None or not 0 <= label < len(names) else label for label in labels]

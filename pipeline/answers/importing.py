@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -34,6 +35,7 @@ from pipeline.answers.store import (
     read_answers_manifest,
 )
 from pipeline.classes import ClassNames, canonical
+from pipeline.data.get.layout import SPLIT_WORDS
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
 from pipeline.storage.files import Location, discard, whole_file, write_sealed
@@ -44,6 +46,7 @@ WAITING_BYTES = 64 << 20  # of rows that wait to be written to buckets
 SAME = 1e-4  # two answers whose probabilities differ by less agree
 SOURCE_BITS = 40  # of a row's number in its file; above them the file's number
 SHOWN = 3  # keys in a message
+WORDS = SPLIT_WORDS | {"pool": "unlabelled"}  # that a column `split` may have
 T = TypeVar("T")
 
 
@@ -74,7 +77,7 @@ class Tally:
         rows: read.
         empty: without an answer in them.
         unmatched: with an answer, of no image of any split.
-        ambiguous: whose key is that of several images.
+        ambiguous: whose key is that of several images, of one split or of two.
         doubled: that repeat what was said of an image.
         answered: images with an answer, by split.
         images: by split.
@@ -280,18 +283,33 @@ def _matched(
         tally.empty += int((~answers.given).sum())
         tally.unknown.update(answers.unknown)
         p = answers.p if order is None else answers.p[:, order]
-        matched = np.zeros(part.num_rows, bool)
-        for split, index in indices.items():
-            found = _images(answers, index)
-            tally.ambiguous += int((found == SEVERAL).sum())
-            matched |= found != NOBODY
-            mine = np.flatnonzero((found >= 0) & answers.given)
+        found = {split: _images(answers, index) for split, index in indices.items()}
+        doubtful = np.sum([places != NOBODY for places in found.values()], axis=0) > 1
+        if doubtful.any() and answers.splits is not None:
+            found = {split: _in_split(answers.splits, split, doubtful, places) for split, places in found.items()}
+        several = np.sum([places >= 0 for places in found.values()], axis=0) > 1
+        several |= np.any([places == SEVERAL for places in found.values()], axis=0)
+        tally.ambiguous += int((several & answers.given).sum())
+        matched = several.copy()
+        for split, places in found.items():
+            matched |= places >= 0
+            mine = np.flatnonzero((places >= 0) & ~several & answers.given)
             if len(mine):
-                yield split, found[mine], source + mine, p if len(mine) == len(p) else p[mine]
+                yield split, places[mine], source + mine, p if len(mine) == len(p) else p[mine]
         strays = np.flatnonzero(~matched & answers.given)
         tally.unmatched += len(strays)
         for place in strays[: SHOWN - len(tally.strays)].tolist():
             tally.strays.append(_told(answers, place))
+
+
+def _in_split(
+    splits: pa.Array, split: str, doubtful: NDArray[np.bool_], places: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Places of images, (n,), but not of those doubtful rows that are said to be of another split."""
+    encoded = splits.dictionary_encode()
+    named = [WORDS.get((word or "").strip().lower()) for word in encoded.dictionary.to_pylist()]
+    mine = np.array([*(name in (None, split) for name in named), True])[np.asarray(pc.fill_null(encoded.indices, -1))]
+    return np.where(mine | ~doubtful, places, NOBODY)
 
 
 def _images(answers: Answers, index: SplitIndex) -> NDArray[np.int64]:

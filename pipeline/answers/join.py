@@ -1,5 +1,6 @@
 """Which image an answer is of: the key, with or without suffix, or shard and row."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,10 +10,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Shard
+from pipeline.data.readers.suffixes import IMAGE_SUFFIXES
 from pipeline.storage.texts import hash_texts
 
 NOBODY, SEVERAL = -1, -2  # in the place of an image: it is of none; its key is that of more than one
-SUFFIX = r"\.[A-Za-z0-9]{1,5}$"
+SUFFIX = rf"(?i)({'|'.join(re.escape(suffix) for suffix in sorted(IMAGE_SUFFIXES))})$"
 BATCH = 1 << 16  # images whose keys are gathered at a time
 Places = NDArray[np.int64]
 
@@ -111,7 +113,7 @@ class SplitIndex:
 
 
 def without_suffix(keys: pa.Array) -> pa.Array:
-    """Keys without what looks like a file's suffix."""
+    """Keys without the suffix of an image."""
     return pc.replace_substring_regex(keys.cast(pa.large_string()), SUFFIX, "")
 
 

@@ -50,8 +50,8 @@ SPLITS = {
 
 def test_keys_with_or_without_suffix() -> None:
     index = SplitIndex(SPLITS["unlabelled"])
-    keys = ["x/1.png", "x/1", "3", "3.jpg", "x/2.png", "nobody", "4.jpeg"]
-    assert index.by_key(pa.array(keys)).tolist() == [1, 1, 3, 3, NOBODY, NOBODY, 4]
+    keys = ["x/1.png", "x/1", "3", "3.jpg", "x/2.png", "nobody", "4.JPEG", "3.v2"]
+    assert index.by_key(pa.array(keys)).tolist() == [1, 1, 3, 3, NOBODY, NOBODY, 4, NOBODY]
     assert index.by_place(pa.array(["a", "b", "b", "c"]), np.array([2, 7, 9, 0])).tolist() == [2, 3, NOBODY, NOBODY]
     twice = SplitIndex([shard("a", ["k", "k", "m.png", "m.jpg"])])
     assert twice.by_key(pa.array(["k", "m", "m.png"])).tolist() == [SEVERAL, SEVERAL, 2]
@@ -74,6 +74,18 @@ def test_answers_are_dealt_to_shards_and_counted(tmp_path: Path) -> None:
     np.testing.assert_allclose(q[0], p[6], atol=1e-6)
     assert not (tmp_path / "scratch").exists()
     assert take(tmp_path, tmp_path / "p.parquet") == found  # and nothing is read again
+
+
+def test_a_key_of_two_splits_is_of_none_unless_the_split_is_said(tmp_path: Path) -> None:
+    """Photographs of one name in two folders: an answer about one must not be taken for the other's."""
+    splits = {"unlabelled": [shard("p", ["0.jpg", "1.jpg"])], "labelled": [shard("l", ["0.jpg", "2.jpg"])]}
+    p = rows(3)
+    found = take(tmp_path / "a", write(tmp_path / "a.parquet", ["0.jpg", "1.jpg", "2"], p), splits=splits)
+    assert (found["answered"], found["ambiguous"]) == ({"unlabelled": 1, "labelled": 1}, 1)
+    said = write(tmp_path / "b.parquet", ["0.jpg", "0.jpg", "1.jpg"], p, split=["pool", "train", "pool"])
+    found = take(tmp_path / "b", said, splits=splits)
+    assert (found["answered"], found["ambiguous"]) == ({"unlabelled": 2, "labelled": 1}, 0)
+    np.testing.assert_allclose(dict(stream_answers(tmp_path / "b/answers", "labelled", "l", 3))[0], p[1], atol=1e-6)
 
 
 def test_teachers_are_averaged_and_one_teacher_may_not_contradict_itself(tmp_path: Path) -> None:
