@@ -237,6 +237,7 @@ class CalibratorSettings(Settings):
     eps: PositiveFloat = 1e-7
     weight_decay: NonNegativeFloat = 1e-4  # L2, coupled, as in the paper
     supervised_weight: NonNegativeFloat = 0.0  # of CE(y, q_Ψ(q_large(x_l)))
+    image_weights: bool = False  # also a weight of each image in the student's loss, between 0 and 2, at first 1
 
 
 # Of the feedback. raw: as it stands, dR/dq or ∇ E[R]. per_image: raw · B/η. paper: raw, but raw / B of hard labels, the

@@ -104,7 +104,9 @@ class CalibratorNetwork(nn.Module):
     """q_Ψ: distribution (B, C) → distribution (B, C), a perceptron with ReLU.
 
     Where the teacher has C_T classes of its own, the perceptron sees its distribution, and q is what the correction
-    makes of it.
+    makes of it. With `image_weights` one output more gives each image a weight w in [0, 2], at first 1, and what comes
+    out is w · q_Ψ: the student's loss is linear in its targets, so the feedback of a weight,
+    dR/dw_i = Σ_c q_ic · dR/d(w_i q_ic), comes with that of the targets. An image of no class can be silenced.
 
     Kinds:
         residual: softmax(log((1 − floor)·q + floor/C) + MLP(q)). The output layer starts at zero, so it
@@ -115,8 +117,8 @@ class CalibratorNetwork(nn.Module):
 
     def __init__(self, classes: int, settings: CalibratorSettings, inputs: int | None = None) -> None:
         super().__init__()
-        self.residual, self.floor = settings.kind == "residual", settings.floor
-        widths = [inputs or classes, *[settings.hidden] * (settings.layers - 1), classes]
+        self.residual, self.floor, self.weighs = settings.kind == "residual", settings.floor, settings.image_weights
+        widths = [inputs or classes, *[settings.hidden] * (settings.layers - 1), classes + self.weighs]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             linear = nn.Linear(fan_in, fan_out)
@@ -128,10 +130,17 @@ class CalibratorNetwork(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def forward(self, q: Tensor, stored: Tensor | None = None) -> Tensor:
-        logits = self.layers(q if stored is None else stored)  # (B, C)
+        calibrated, weight = self.parts(q, stored)
+        return calibrated if weight is None else weight[:, None] * calibrated
+
+    def parts(self, q: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """q_Ψ, rows sum to 1, (B, C), and the weight of each row, (B,), if there is one."""
+        logits, weight = self.layers(q if stored is None else stored), None
+        if self.weighs:
+            logits, weight = logits[:, :-1], 2 * logits[:, -1].sigmoid()
         if self.residual:
             logits = logits + torch.log((1 - self.floor) * q + self.floor / q.shape[1])
-        return logits.softmax(dim=1)
+        return logits.softmax(dim=1), weight
 
 
 class Calibrator:
@@ -188,13 +197,16 @@ class Calibrator:
             assert labelled.distributions is not None, (
                 "the supervised term needs stored distributions of the labelled images"
             )
-            calibrated = self.network(labelled.distributions, labelled.stored)
+            calibrated, _ = self.network.parts(labelled.distributions, labelled.stored)
             supervised = F.nll_loss(calibrated.clamp_min(1e-12).log(), labelled.labels)
             objective = objective + self.settings.supervised_weight * supervised
             metrics["supervised_loss"] = supervised.detach()
         self._learn(objective, step)
         changed = targets.argmax(1) != batch.distributions.argmax(1)
         metrics["labels_changed"] = changed[batch.calibrated].float().mean()
+        if self.settings.image_weights:
+            weights = targets.detach().sum(dim=1)[batch.calibrated]
+            metrics |= {"image_weight": weights.mean(), "image_weight_least": weights.min()}
         return metrics
 
     def _learn(self, objective: Tensor, step: StudentStep) -> None:

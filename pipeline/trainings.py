@@ -281,8 +281,7 @@ def calibration_log(
     seen = None if stored is None else stored.to(device)
 
     def network(q: Tensor) -> Tensor:
-        found: Tensor = calibrator.network(q, seen)
-        return found
+        return calibrator.network.parts(q, seen)[0]
 
     return CalibrationLog(path, network, targets.to(device), images, store.target_names, steps)
 

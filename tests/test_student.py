@@ -104,13 +104,15 @@ def test_finite_differences_in_float32(network: str) -> None:
     assert relative_error(one_sided, exact) < 5e-2
 
 
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("inputs", [None, 9])
 @pytest.mark.parametrize("kind", ["residual", "perceptron"])
-def test_gradient_in_the_calibrator_equals_equation_2(kind: str, inputs: int | None) -> None:
-    """End to end: through q_Ψ and the student's whole update; also of a teacher with nine classes of its own."""
+def test_gradient_in_the_calibrator_equals_equation_2(kind: str, inputs: int | None, weights: bool) -> None:
+    """End to end: through q_Ψ, and a weight of each image, and the student's whole update; also of a teacher with nine
+    classes of its own."""
     problem = make_problem(rule="rmsprop", clip=True, dropout=True)
     torch.manual_seed(5)
-    calibrator = CalibratorNetwork(5, CalibratorSettings(kind=kind, hidden=16), inputs).double()
+    calibrator = CalibratorNetwork(5, CalibratorSettings(kind=kind, hidden=16, image_weights=weights), inputs).double()
     stored = None if inputs is None else torch.rand(len(problem.targets), inputs, dtype=torch.float64).softmax(1)
     nn.init.normal_(calibrator.layers[-1].weight, std=0.1)  # off its start, where most gradients are zero
     q_large, parameters = problem.targets, list(calibrator.parameters())

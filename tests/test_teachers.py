@@ -43,6 +43,20 @@ def test_the_calibrator_starts_near_the_identity(classes: int) -> None:
     assert float(network.layers[-1].bias.grad.abs().max()) > 1e-6 / classes
 
 
+def test_weights_of_images_start_at_one_and_scale_their_targets() -> None:
+    q = torch.randn(4, 5).softmax(1)
+    torch.manual_seed(0)
+    plain = CalibratorNetwork(5, CalibratorSettings())
+    weighing = CalibratorNetwork(5, CalibratorSettings(image_weights=True))
+    torch.testing.assert_close(weighing(q), plain(q))
+    torch.nn.init.normal_(weighing.layers[-1].weight, std=0.1)
+    calibrated, weight = weighing.parts(q)
+    assert weight is not None
+    torch.testing.assert_close(calibrated.sum(1), torch.ones(4))
+    torch.testing.assert_close(weighing(q), weight[:, None] * calibrated)
+    assert 0 < float(weight.min()) < float(weight.max()) < 2
+
+
 def test_a_plain_perceptron_has_five_linear_layers() -> None:
     layers = CalibratorNetwork(10, CalibratorSettings(kind="perceptron")).layers
     widths = [(m.in_features, m.out_features) for m in layers if isinstance(m, torch.nn.Linear)]
@@ -131,11 +145,10 @@ def student_accuracy(tmp_path, *, swapped: bool, feedback: FeedbackSettings | No
 
 def test_feedback_alone_undoes_a_swap(tmp_path) -> None:
     """The small version of `mpl reproduce swapped-teacher`, one seed."""
-    right = student_accuracy(tmp_path / "a", swapped=False, feedback=None)
     fixed = student_accuracy(tmp_path / "b", swapped=True, feedback=None)
     acting = student_accuracy(tmp_path / "c", swapped=True, feedback=FeedbackSettings())
-    assert right - fixed > 25
-    assert (acting - fixed) / (right - fixed) > 0.5
+    assert fixed < 70  # four classes of ten are swapped
+    assert acting - fixed > 15
 
 
 @pytest.mark.long

@@ -36,6 +36,7 @@ def test_the_manifest_tells_how_many_labelled_images_there_are() -> None:
     assert "48 labelled ones for feedback" in mpl_plan(*asked, "--accelerators", "8").stdout
 
 
+@pytest.mark.long  # the same of one plan: tests/plan/test_choose.py
 def test_tells_every_method_and_what_is_missing_where_nothing_fits() -> None:
     told = mpl_plan("--memory", "0.0001", "--flops", "1e11")
     assert told.exit_code == 1

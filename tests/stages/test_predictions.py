@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from sklearn.ensemble import RandomForestClassifier
 
 from pipeline import load_data_set
 from pipeline.answers.out_of_fold import read_out_of_fold
@@ -91,6 +90,8 @@ def test_the_programs_of_the_page_make_answers_that_are_taken(
     mpl: Mpl, recipe: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """A zero-shot CLIP, a vision-language model, scikit-learn, and votes."""
+    from sklearn.ensemble import RandomForestClassifier
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "open_clip", fake_open_clip())
     images, labels = load_digits(return_X_y=True)
@@ -151,6 +152,7 @@ def test_a_teacher_with_classes_of_its_own(mpl: Mpl, recipe: Path, own: Path, tm
         "fixed": ["--teacher", "fixed"],
         "streamed": ["--set", "train_reduced.reading=stream"],
         "supervised": ["--set", "train_reduced.calibrator.supervised_weight=1"],
+        "weighed": ["--set", "train_reduced.calibrator.image_weights=true"],
     }
     for name, more in variants.items():
         trained = mpl("train-reduced", *options, "--name", name, *more)

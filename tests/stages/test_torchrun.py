@@ -91,7 +91,7 @@ def test_two_processes_that_hold_shards_train_as_one(mpl, vit_recipe, tmp_path) 
 
 def test_killed_and_begun_again_two_processes_train_as_one(mpl, vit_recipe, tmp_path) -> None:
     """kill -9 of one: the other stops, and the same command goes on from the last checkpoint, as one process would."""
-    options = ["--set", "train_mpl.steps=16", "--set", "train_mpl.feedback=soft"]
+    options = ["--set", "train_mpl.steps=10", "--set", "train_mpl.feedback=soft"]
     shared = [*options, "--set", "data.memory_gib=1.0e-6", "--set", "distributed.timeout_seconds=60"]
     arguments = ["train-mpl", "--recipe", vit_recipe, "--run"]
     pair = pair_by_hand([*arguments, tmp_path / "two", *shared])
