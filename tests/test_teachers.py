@@ -54,7 +54,7 @@ def test_weights_of_images_start_at_one_and_scale_their_targets() -> None:
     assert weight is not None
     torch.testing.assert_close(calibrated.sum(1), torch.ones(4))
     torch.testing.assert_close(weighing(q), weight[:, None] * calibrated)
-    assert 0 < float(weight.min()) < float(weight.max()) < 2
+    assert 0 < weight.min() < weight.max() < 2
 
 
 def test_a_plain_perceptron_has_five_linear_layers() -> None:

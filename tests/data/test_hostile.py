@@ -229,6 +229,39 @@ def test_parquet_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         list(ParquetShard("a", path, label=None).read())
 
 
+def test_a_row_group_that_unpacks_to_hundreds_of_times_its_size(tmp_path: Path, monkeypatch) -> None:
+    """Pages are unpacked whole, so it is refused by its footer; images do not compress, and honest files pass."""
+    monkeypatch.setattr(parquet, "UNPACKED", 1 << 20)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [bytes(1 << 20)] * 4}), path, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"row group 0 has 4,\d+,\d+ bytes of .*, 200 from each"):
+        list(ParquetShard("a", path, label=None).read())
+    honest = np.random.RandomState(0).bytes(1 << 20)
+    pq.write_table(pa.table({"image": [honest] * 4}), path, compression="zstd", use_dictionary=False)
+    assert sum(1 for _ in ParquetShard("a", path, label=None).read()) == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({"glob": ""}, "names no file"),
+        ({"glob": "a**b"}, "stands between slashes"),
+        ({"glob": "x\0y"}, "names no file"),
+        ({"path": ""}, "names no file"),
+        ({"path": "x" * 5000}, "cannot be looked up"),
+        ({"glob": "x" * 5000}, "there is nothing of that name|cannot be looked up"),
+    ],
+)
+def test_names_that_are_none(data_set: Callable[..., Path], place: dict, words: str) -> None:
+    path = data_set(files={"train": place | {"reader": "parquet"}}, splits={"unlabelled": {"from": "train"}})
+
+    def opened() -> object:
+        return open_split(load_manifest(path), "unlabelled")
+
+    with pytest.raises(DataError, match=words):
+        opened()
+
+
 def test_zero_rows(data_set: Callable[..., Path]) -> None:
     """A file without rows among others is passed over; alone it is an empty split."""
     path = data_set(

@@ -62,3 +62,25 @@ def test_a_broken_pipe_to_a_process_of_ours_is_told(mpl, run, monkeypatch) -> No
     assert outcome.status == 1
     assert "a process that this one had started has ended" in outcome.err
     assert "Resume with: mpl status" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", "--run", "x" * 5000),
+        ("pretrain", "--run", "x" * 5000),
+        ("pretrain", "--recipe", "y" * 5000),
+        ("pretrain", "--data", "z" * 5000),
+        ("filter", "--predictions", "p" * 5000),
+        ("filter", "--k", str(10**30)),
+        ("filter", "--k", str(10**12), "--upsample"),
+        ("data", "import", "q" * 5000, "out"),
+        ("predict", "r" * 5000),
+    ],
+)
+def test_names_and_numbers_beyond_all_bounds(mpl, tmp_path, monkeypatch, arguments) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = mpl(*arguments)
+    assert outcome.status in (1, 2)
+    assert "Error" in outcome.err
+    assert "Traceback" not in outcome.err
