@@ -8,7 +8,16 @@ from pipeline.config import load_recipe, parse_recipe, recipe_names
 from pipeline.errors import RecipeError
 
 RECIPES = [
-    *("cifar10", "cifar10-4k", "cifar10-4k-google", "cifar10-small", "digits", "imagenet", "imagenet-10pct"),
+    *(
+        "cifar10",
+        "cifar10-4k",
+        "cifar10-4k-google",
+        "cifar10-foreign-teacher",
+        "cifar10-small",
+        "digits",
+        "imagenet",
+        "imagenet-10pct",
+    ),
     *("imagenet-10pct-google", "imagenet-jft", "svhn", "svhn-1k"),
 ]
 
@@ -45,7 +54,9 @@ def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
     assert optimizer.lr == pytest.approx(0.256 * recipe.train_reduced.batch / 4096)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("cifar10-small", "digits")])
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name not in ("cifar10-foreign-teacher", "cifar10-small", "digits")]
+)
 def test_the_papers_finetuning_has_a_fixed_rate(name: str) -> None:
     """arXiv:2003.10580v4, sections 3.2 (1e-5) and 3.3 (1e-4)."""
     finetune = load_recipe(name).finetune

@@ -142,7 +142,8 @@ def test_no_code_is_unpickled(tmp_path: Path) -> None:
         stored_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long  # begun again by hand: tests/stages/test_torchrun.py
+@pytest.mark.parametrize("processes", [2, 4])
 def test_a_killed_worker_changes_nothing(tmp_path: Path, processes: int) -> None:
     """torchrun starts all again; they go on from the last checkpoint, and end where nobody was killed.
 
