@@ -34,6 +34,11 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(canonical(name)) if numbers else 0, canonical(name)))
 
 
+def same_names(some: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two lists name the same classes, in whatever order."""
+    return len(some) == len(others) and {*map(canonical, some)} == {*map(canonical, others)}
+
+
 def require_distinct(names: Sequence[str], where: str) -> None:
     """Two names that look alike are refused.
 

@@ -3,7 +3,11 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import DataError
 
 LIMIT = 104.0  # nats: the smallest positive float32 is e**-103.3, so further out a probability is 0 or 1
 
@@ -17,14 +21,24 @@ def distributions(values: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
-def log_odds_of_logits(logits: NDArray[Any]) -> NDArray[np.float32]:
-    """z_c − logsumexp of the other logits, nats: float32 (n, C), computed in float64; finite logits (n, C), C ≥ 2.
+def log_odds(logits: Tensor) -> Tensor:
+    """z_c - logsumexp of the other logits, nats: float32 (B, C), computed in float64.
 
-    Of the highest logit the others are summed by themselves: 1 − p would cancel.
+    Of the highest logit the others are summed by themselves: 1 - p would cancel. A row with a NaN or an
+    infinite logit becomes NaN as a whole.
     """
-    z = logits.astype(np.float64)
-    weights = np.exp(z - z.max(axis=1, keepdims=True))
-    return _log_odds(weights)
+    if logits.shape[1] < 2:
+        raise DataError(f"log-odds need at least 2 classes, found {logits.shape[1]}")
+    logits = logits.detach()
+    z = (logits.cpu() if logits.device.type == "mps" else logits).double()  # (B, C)
+    finite = torch.isfinite(z).all(dim=1, keepdim=True)
+    z = torch.where(finite, z, 0.0)
+    top, at = z.max(dim=1, keepdim=True)  # (B, 1)
+    weights = torch.exp(z - top)
+    others = top + torch.log(weights.sum(dim=1, keepdim=True) - weights)  # right except for the highest
+    rest = z.scatter(1, at, -torch.inf).logsumexp(dim=1, keepdim=True)
+    result = z - others.scatter(1, at, rest)
+    return torch.where(finite, result, torch.nan).float()
 
 
 def log_odds_of_shares(p: NDArray[Any]) -> NDArray[np.float32]:
@@ -32,10 +46,7 @@ def log_odds_of_shares(p: NDArray[Any]) -> NDArray[np.float32]:
 
     A last column that is no class, such as what belongs to none, counts with the rest. Certainty is ±104 nats.
     """
-    return _log_odds(p.astype(np.float64))
-
-
-def _log_odds(weights: NDArray[np.float64]) -> NDArray[np.float32]:
+    weights = p.astype(np.float64)
     rows, top = np.arange(len(weights)), weights.argmax(axis=1)
     highest = weights[rows, top]
     weights[rows, top] = 0.0

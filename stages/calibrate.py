@@ -71,26 +71,24 @@ def work(context: Context, teacher: Teacher, filtered: dict[str, Any], seen: boo
     """Judge all candidates."""
     teacher.begin()
     ours = class_names(context)
-    held = {name: _answered(context, teacher, name) for name in SPLITS if name in context.data_set.manifest.splits}
-    labelled, validation = held["labelled"], held["validation"]
+    validation = _answered(context, teacher, "validation")
     if seen:
         context.console.note(
             "the teacher was trained on the labelled images: what it says of them is no evidence, and nothing is fitted"
         )
-        labelled = Answered(labelled.q[:0], labelled.labels[:0])
+        labelled = Answered(validation.q[:0], validation.labels[:0])
+    else:
+        labelled = _answered(context, teacher, "labelled")
     selected = selected_correction(context, filtered) or Correction.identity(ours)
     found = candidates(labelled, teacher.names, ours, class_map_or_none(context, teacher), selected, seed=context.seed)
     rows = [_judged(candidate, validation, ours) for candidate in found]
-    panels = {row["name"]: row["reliability"] for row in (rows[0], rows[-1]) if row is not None}
+    panels = {row["name"]: row["reliability"] for row in (rows[0], rows[-1])}
     folder = context.run / "calibrate"
     folder.mkdir(parents=True, exist_ok=True)
     draw_reliability(panels, folder / FIGURE)
     result = {"images": len(validation.labels), "labelled": len(labelled.labels), "candidates": rows}
     write_json(folder / FILE, {"format": 1, **result})
     return result
-
-
-SPLITS: tuple[SplitName, ...] = ("labelled", "validation")
 
 
 def class_map_or_none(context: Context, teacher: Teacher) -> Any:
@@ -107,8 +105,7 @@ def _judged(candidate: Candidate, validation: Answered, names: tuple[str, ...]) 
     p = candidate.correction.targets(validation.q)
     labels = validation.labels
     evaluation = evaluate_logits(torch.from_numpy(np.log(np.maximum(p, 1e-12))), torch.from_numpy(labels))
-    predicted = p.argmax(axis=1)
-    right = predicted == labels
+    right = p.argmax(axis=1) == labels
     return {
         "name": candidate.name,
         "kind": candidate.correction.kind,
@@ -117,7 +114,7 @@ def _judged(candidate: Candidate, validation: Answered, names: tuple[str, ...]) 
         "top1_interval": interval(int(right.sum()), len(labels)),
         "nll": round(evaluation.nll, 4),
         "ece": round(evaluation.ece, 2),
-        "confusions": confusions(predicted, labels, names),
+        "confusions": confusions(evaluation.confusion.numpy(), names),
         "reliability": reliability(p.max(axis=1), right),
     }
 

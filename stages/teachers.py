@@ -13,7 +13,7 @@ from pipeline.answers.importing import Predictions, describe, import_predictions
 from pipeline.answers.out_of_fold import OutOfFold, read_out_of_fold
 from pipeline.answers.reading import find_predictions, names_of
 from pipeline.answers.store import FOLDER, answers_of_split, read_answers_manifest
-from pipeline.classes import canonical
+from pipeline.classes import same_names
 from pipeline.correction import ClassMap, Correction, Fit, class_map_of, fit_correction
 from pipeline.data.decode import WHOLE
 from pipeline.data.manifest import SplitName
@@ -388,9 +388,7 @@ def others_are_expected(context: Context) -> bool:
 
 def same_classes(stated: list[str] | tuple[str, ...] | None, outputs: int, ours: tuple[str, ...]) -> bool:
     """Whether a network's classes can be the data set's: by name, or where it names none by their number."""
-    if stated is None:
-        return outputs == len(ours)
-    return len(stated) == len(ours) and {*map(canonical, stated)} == {*map(canonical, ours)}
+    return outputs == len(ours) if stated is None else same_names(stated, ours)
 
 
 def teacher_folder(context: Context, teacher: Path | None) -> Path:

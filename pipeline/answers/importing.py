@@ -34,7 +34,7 @@ from pipeline.answers.store import (
     is_imported,
     read_answers_manifest,
 )
-from pipeline.classes import ClassNames, canonical
+from pipeline.classes import ClassNames, same_names
 from pipeline.data.get.layout import SPLIT_WORDS
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
@@ -238,14 +238,13 @@ def _one_list(
     """
     first = understood[0][0]
     names = first[1].names
-    ours = {canonical(name) for name in predictions.class_names}
     for file, columns in (entry for files in understood for entry in files):
-        if {*map(canonical, columns.names)} != {*map(canonical, names)}:
+        if not same_names(columns.names, names):
             raise DataError(f"{file.place} has other classes than {first[0].place}; give each its own run")
         ClassNames(columns.names, str(file.place))  # refuses two of one name
     if len(names) < 2:
         raise DataError(f"{first[0].place} has {len(names)} class; an answer chooses among at least two")
-    return predictions.class_names if {*map(canonical, names)} == ours else names
+    return predictions.class_names if same_names(names, predictions.class_names) else names
 
 
 Rows = tuple[str, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
@@ -264,7 +263,8 @@ def _rows(
         places = ClassNames(names, where).places(columns.names, where)
         order = None if places == tuple(range(len(names))) else np.argsort(places)
         for first, part in ahead(file.parts()):
-            yield from _matched(part, columns, (number << SOURCE_BITS) + first, order, where, indices, tally)
+            if part.num_rows:
+                yield from _matched(part, columns, (number << SOURCE_BITS) + first, order, where, indices, tally)
 
 
 def _matched(
@@ -276,30 +276,29 @@ def _matched(
     indices: Mapping[str, SplitIndex],
     tally: Tally,
 ) -> Iterator[Rows]:
-    if part.num_rows:
-        first = source & ((1 << SOURCE_BITS) - 1)
-        answers = answers_of(part, columns, first, where)
-        tally.rows += part.num_rows
-        tally.empty += int((~answers.given).sum())
-        tally.unknown.update(answers.unknown)
-        p = answers.p if order is None else answers.p[:, order]
-        found = {split: _images(answers, index) for split, index in indices.items()}
-        doubtful = np.sum([places != NOBODY for places in found.values()], axis=0) > 1
-        if doubtful.any() and answers.splits is not None:
-            found = {split: _in_split(answers.splits, split, doubtful, places) for split, places in found.items()}
-        several = np.sum([places >= 0 for places in found.values()], axis=0) > 1
-        several |= np.any([places == SEVERAL for places in found.values()], axis=0)
-        tally.ambiguous += int((several & answers.given).sum())
-        matched = several.copy()
-        for split, places in found.items():
-            matched |= places >= 0
-            mine = np.flatnonzero((places >= 0) & ~several & answers.given)
-            if len(mine):
-                yield split, places[mine], source + mine, p if len(mine) == len(p) else p[mine]
-        strays = np.flatnonzero(~matched & answers.given)
-        tally.unmatched += len(strays)
-        for place in strays[: SHOWN - len(tally.strays)].tolist():
-            tally.strays.append(_told(answers, place))
+    first = source & ((1 << SOURCE_BITS) - 1)
+    answers = answers_of(part, columns, first, where)
+    tally.rows += part.num_rows
+    tally.empty += int((~answers.given).sum())
+    tally.unknown.update(answers.unknown)
+    p = answers.p if order is None else answers.p[:, order]
+    found = {split: _images(answers, index) for split, index in indices.items()}
+    doubtful = np.sum([places != NOBODY for places in found.values()], axis=0) > 1
+    if doubtful.any() and answers.splits is not None:
+        found = {split: _in_split(answers.splits, split, doubtful, places) for split, places in found.items()}
+    several = np.sum([places >= 0 for places in found.values()], axis=0) > 1
+    several |= np.any([places == SEVERAL for places in found.values()], axis=0)
+    tally.ambiguous += int((several & answers.given).sum())
+    matched = several.copy()
+    for split, places in found.items():
+        matched |= places >= 0
+        mine = np.flatnonzero((places >= 0) & ~several & answers.given)
+        if len(mine):
+            yield split, places[mine], source + mine, p if len(mine) == len(p) else p[mine]
+    strays = np.flatnonzero(~matched & answers.given)
+    tally.unmatched += len(strays)
+    for place in strays[: SHOWN - len(tally.strays)].tolist():
+        tally.strays.append(_told(answers, place))
 
 
 def _in_split(

@@ -25,6 +25,7 @@ from pipeline.storage.files import Location, location, names_in, opened, quick_f
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".npz")
 PART_BYTES = 32 << 20  # of numbers in a part, about
 LINES = 4096  # JSON lines of a part
+MALFORMED = (OSError, pa.ArrowException, ValueError, KeyError, zipfile.BadZipFile, RecursionError)  # what it raises
 TEXT = ("key", "__key__", "file_name", "filename", "path", "file", "image", "image_path", "image_file", "shard")
 """CSV columns that are read as text whatever they look like: `0012` is not 12."""
 
@@ -61,7 +62,7 @@ class PredictionFile:
                     row += part.num_rows
         except DataError:
             raise
-        except (OSError, pa.ArrowException, ValueError, KeyError, zipfile.BadZipFile, RecursionError) as error:
+        except MALFORMED as error:
             raise DataError(f"{self.place} cannot be read as predictions, after row {row:,}: {error}") from error
 
 
@@ -103,7 +104,7 @@ def _described(place: Location) -> PredictionFile:
     try:
         with storage_errors():
             names = STATED.get(kind, lambda _: ())(place)
-    except (OSError, pa.ArrowException, ValueError, KeyError, zipfile.BadZipFile, RecursionError) as error:
+    except MALFORMED as error:
         raise DataError(f"{place} cannot be read as {kind}: {error}") from error
     return PredictionFile(place, tuple(str(name) for name in names), kind)
 

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
 from pipeline.correction.class_map import UNMAPPED, ClassMap
 from pipeline.errors import DataError
-from pipeline.log_odds import distributions, log_odds_of_logits, log_odds_of_shares
+from pipeline.log_odds import distributions, log_odds, log_odds_of_shares
 from pipeline.storage.files import Location, fingerprint, opened, whole_file
 
 Kind = Literal["identity", "map", "fit"]
@@ -82,7 +83,7 @@ class Correction:
         if self.kind == "map":
             shares, rest = self._shares(q)
             return log_odds_of_shares(np.concatenate([shares, rest], axis=1))[:, : len(self.class_names)]
-        return log_odds_of_logits(self._logits(q))
+        return log_odds(torch.from_numpy(self._logits(q))).numpy()
 
     def fingerprint(self) -> str | None:
         """Of all that it does; None for the identity, which does nothing."""

@@ -91,12 +91,9 @@ def reliability(
     return rows
 
 
-def confusions(
-    predicted: NDArray[np.int64], labels: NDArray[np.int64], names: Sequence[str], most: int = 5
-) -> list[dict[str, Any]]:
-    """The pairs of classes that are taken for each other most often."""
-    pairs = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(pairs, (labels, predicted), 1)
+def confusions(counts: NDArray[np.int64], names: Sequence[str], most: int = 5) -> list[dict[str, Any]]:
+    """The pairs of classes that are taken for each other most often, from images of each (rows) taken for each."""
+    pairs = counts.copy()
     np.fill_diagonal(pairs, 0)
     order = np.argsort(-pairs, axis=None, kind="stable")[:most]
     rows = [(names[int(at) // len(names)], names[int(at) % len(names)], int(pairs.flat[at])) for at in order]

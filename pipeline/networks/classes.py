@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pipeline.classes import ClassNames, canonical
+from pipeline.classes import ClassNames, canonical, same_names
 from pipeline.errors import DataError
 from pipeline.networks.network import Network
 
@@ -34,7 +34,7 @@ def order_of(network_names: Sequence[str], names: Sequence[str], where: str) -> 
     Raises:
         DataError: the classes are not the same, whatever their order.
     """
-    if len(network_names) != len(names) or {*map(canonical, network_names)} != {*map(canonical, names)}:
+    if not same_names(network_names, names):
         lacks = [name for name in names if canonical(name) not in map(canonical, network_names)]
         more = [name for name in network_names if canonical(name) not in map(canonical, names)]
         raise DataError(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.data.decode import WHOLE, Framing, decode
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError, UsageError
-from pipeline.log_odds import distributions
+from pipeline.log_odds import distributions, log_odds
 from pipeline.networks.network import Network
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -225,26 +225,6 @@ class Scorer:
     def log_odds(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Log-odds of decoded images, (B, C), nats; NaN rows where a logit is not finite."""
         return log_odds(self.logits(pixels)).cpu().numpy()
-
-
-def log_odds(logits: Tensor) -> Tensor:
-    """z_c - logsumexp of the other logits, nats: float32 (B, C), computed in float64.
-
-    Of the highest logit the others are summed by themselves: 1 - p would cancel. A row with a NaN or an
-    infinite logit becomes NaN as a whole.
-    """
-    if logits.shape[1] < 2:
-        raise DataError(f"log-odds need at least 2 classes, found {logits.shape[1]}")
-    logits = logits.detach()
-    z = (logits.cpu() if logits.device.type == "mps" else logits).double()  # (B, C)
-    finite = torch.isfinite(z).all(dim=1, keepdim=True)
-    z = torch.where(finite, z, 0.0)
-    top, at = z.max(dim=1, keepdim=True)  # (B, 1)
-    weights = torch.exp(z - top)
-    others = top + torch.log(weights.sum(dim=1, keepdim=True) - weights)  # right except for the highest
-    rest = z.scatter(1, at, -torch.inf).logsumexp(dim=1, keepdim=True)
-    result = z - others.scatter(1, at, rest)
-    return torch.where(finite, result, torch.nan).float()
 
 
 def infer_batches(

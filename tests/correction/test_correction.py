@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.correction import Correction, class_map_of, equal_names, fit_correction, load_correction, read_class_map
@@ -12,7 +13,7 @@ from pipeline.correction import fit as module
 from pipeline.correction.correction import features
 from pipeline.correction.fit import deal_to_folds
 from pipeline.errors import DataError
-from pipeline.log_odds import distributions, log_odds_of_logits, log_odds_of_shares
+from pipeline.log_odds import distributions, log_odds, log_odds_of_shares
 from pipeline.networks.packaged import imagenet_names
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -51,7 +52,7 @@ def test_log_odds_of_shares_are_those_of_logits() -> None:
     logits = np.random.default_rng(0).normal(scale=8, size=(50, 7))
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     found = log_odds_of_shares(p / p.sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(found, log_odds_of_logits(logits), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, log_odds(torch.from_numpy(logits)).numpy(), rtol=1e-5, atol=1e-5)
     certain = log_odds_of_shares(np.array([[0.0, 1.0, 0.0]], np.float32))
     assert certain.tolist() == [[-104.0, 104.0, -104.0]]
     np.testing.assert_allclose(distributions(certain), [[0, 1, 0]], atol=1e-12)

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError, UsageError
+from pipeline.log_odds import log_odds
 from pipeline.pool.copies.index import CopyIndex
 from pipeline.pool.filter import filter_pool, is_filtered
-from pipeline.pool.infer import log_odds
 from pipeline.pool.repeats import find_repeats
 from pipeline.pool.score import score_shard
 from pipeline.pool.scores import open_scored, shard_file

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, UsageError
-from pipeline.log_odds import distributions
-from pipeline.pool.infer import infer_batches, log_odds
+from pipeline.log_odds import distributions, log_odds
+from pipeline.pool.infer import infer_batches
 
 
 def exact_log_odds(row):

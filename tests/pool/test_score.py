@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.errors import DataError, RunError
+from pipeline.log_odds import log_odds
 from pipeline.pool.copies.index import CopyIndex, default_threshold
-from pipeline.pool.infer import log_odds
 from pipeline.pool.score import score_shard
 from pipeline.pool.scores import is_scored, read_scores, read_shard_scores, score_schema, shard_file
 from pipeline.storage.tables import fixed_numbers
