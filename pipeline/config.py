@@ -197,6 +197,9 @@ class CopySettings(Settings):
     keep: bool = False  # count copies, and leave them in the pool
 
 
+CorrectionKind = Literal["auto", "identity", "map", "scaling", "fit"]
+
+
 class FilterSettings(Settings):
     """Which pool images are kept."""
 
@@ -211,7 +214,7 @@ class FilterSettings(Settings):
     predictions_as: Literal["probabilities", "logits", "labels", "top-k", "votes"] | None = None  # none: as recognised
     predictions_classes: str | None = None  # a file of their class names, where they do not state them
     predictions_in_order: bool = False  # numbers that nobody names are the data set's classes, in its order
-    correction: Literal["auto", "identity", "map", "fit"] = "auto"  # of a teacher with classes of its own
+    correction: CorrectionKind = "auto"  # of a teacher with classes of its own
     class_map: str | None = None  # a file, or one that is embedded: for each class of the data set the teacher's
 
 
@@ -268,7 +271,7 @@ class TrainReducedSettings(TrainSettings):
     labelled_share: float = Field(default=0.25, gt=0.0, lt=1.0)  # of the batch, with pool+labelled
     reading: Literal["auto"] | Reading = "auto"  # of the pool; auto: memory up to data.memory_gib
     workers: NonNegativeInt | None = None  # threads that decode a streamed pool; none: as suits the image size
-    correction: Literal["auto", "identity", "map", "fit"] = "auto"  # of the stored targets; auto: as they were selected
+    correction: CorrectionKind = "auto"  # of the stored targets; auto: as they were selected
     calibrator: CalibratorSettings = CalibratorSettings()
     feedback: FeedbackSettings = FeedbackSettings()
 

@@ -6,13 +6,14 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
 
 from pipeline.answers.forms import FORMS
 from pipeline.answers.store import FOLDER as ANSWERS_FOLDER
+from pipeline.config import CorrectionKind
 from pipeline.correction import CORRECTION_FILE, Correction, Fit
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
@@ -77,8 +78,9 @@ SCORED_BY = {
 )
 @click.option("--classes", "predictions_classes", metavar="FILE",
               help="Names of the predictions' classes, in order: one to a line, or a JSON list.")  # fmt: skip
-@click.option("--correction", type=click.Choice(["auto", "identity", "map", "fit"]),
-              help="How a teacher's own classes become yours: by a map, or fitted to labelled images.")  # fmt: skip
+@click.option("--correction", type=click.Choice(get_args(CorrectionKind)),
+              help="How a teacher's own classes become yours: by a map, or fitted to labelled images (scaling: by a "
+                   "few numbers).")  # fmt: skip
 @click.option("--class-map", metavar="FILE", help="YAML: for each of your classes the teacher's, one or a list.")
 def command(
     context: Context,
@@ -155,7 +157,7 @@ def correction_basis(context: Context, teacher: Teacher) -> dict[str, Any]:
     settings = context.recipe.filter
     if settings.correction in ("auto", "identity") and settings.class_map is None:
         return {}
-    if fitted := settings.correction == "fit":
+    if fitted := settings.correction in ("scaling", "fit"):
         require_evidence(teacher)
     mapped = class_map(context, teacher)
     return {

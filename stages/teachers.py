@@ -14,7 +14,7 @@ from pipeline.answers.out_of_fold import OutOfFold, read_out_of_fold
 from pipeline.answers.reading import find_predictions, names_of
 from pipeline.answers.store import FOLDER, answers_of_split, read_answers_manifest
 from pipeline.classes import same_names
-from pipeline.correction import ClassMap, Correction, Fit, class_map_of, fit_correction
+from pipeline.correction import ClassMap, Correction, Fit, class_map_of, fit_correction, fit_scaling
 from pipeline.data.decode import WHOLE
 from pipeline.data.manifest import SplitName
 from pipeline.data.readers.shard import Sample
@@ -383,7 +383,7 @@ def class_names(context: Context) -> tuple[str, ...]:
 def others_are_expected(context: Context) -> bool:
     """Whether somebody said how other classes become the data set's."""
     settings = context.recipe.filter
-    return settings.correction in ("map", "fit") or settings.class_map is not None
+    return settings.correction in ("map", "scaling", "fit") or settings.class_map is not None
 
 
 def same_classes(stated: list[str] | tuple[str, ...] | None, outputs: int, ours: tuple[str, ...]) -> bool:
@@ -442,6 +442,8 @@ def correction_of(context: Context, teacher: Teacher) -> Correction | Fit:
         assert mapped is not None
         return Correction.mapped(theirs, ours, mapped)
     q, labels = labelled_answers(context, teacher, "labelled")
+    if kind == "scaling":
+        return fit_scaling(q, labels, theirs, ours, mapped)
     return fit_correction(q, labels, theirs, ours, mapped, seed=context.seed)
 
 
@@ -462,7 +464,7 @@ def class_map(context: Context, teacher: Teacher) -> ClassMap | None:
     """The map of the teacher's classes that the recipe names, or of equal names; see `class_map_of`."""
     settings = context.recipe.filter
     path = None if settings.class_map is None else Path(settings.class_map)
-    if settings.correction == "fit" and path is None and teacher.names == class_names(context):
+    if settings.correction in ("scaling", "fit") and path is None and teacher.names == class_names(context):
         return None  # it starts at the identity
     return class_map_of(path, teacher.names, class_names(context), complete=settings.correction != "fit")
 

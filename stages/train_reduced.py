@@ -13,6 +13,7 @@ from stages.execution import Stage, execute
 from stages.options import Context, stage_options, with_changes
 from stages.precompute import open_targets, require_fresh_targets
 from stages.students import NAME_HELP, name_option, own_student, stage_name, student_folder
+from stages.teachers import require_evidence, teacher_of
 
 IRRELEVANT = {  # settings that change nothing, by teacher
     "none": {"calibrator", "feedback", "student_data", "labelled_target", "labelled_share"},
@@ -46,6 +47,9 @@ def plan(context: Context, name: str | None = None) -> Stage:
     inputs: dict[str, Any] = {"labelled": labelled.fingerprint()}
     if settings.teacher != "none":
         precomputed = require_fresh_targets(context.run)["result"]
+        if settings.correction in ("scaling", "fit"):
+            filtered = context.run.record("filter")
+            require_evidence(teacher_of(context, None, recorded=None if filtered is None else filtered["result"]))
         inputs["targets"] = precomputed["fingerprint"]
         if pool_reading(context.recipe, precomputed["pool"], len(labelled.class_names)) == "stream":
             inputs["reading"] = "stream"

@@ -12,6 +12,7 @@ RECIPES = [
         "cifar10",
         "cifar10-4k",
         "cifar10-4k-google",
+        "cifar10-correction",
         "cifar10-foreign-teacher",
         "cifar10-small",
         "digits",

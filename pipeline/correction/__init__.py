@@ -6,7 +6,7 @@ distributions over the data set's C classes of them: the identity, a map of clas
 
 from pipeline.correction.class_map import UNMAPPED, ClassMap, class_map_of, equal_names, read_class_map
 from pipeline.correction.correction import CORRECTION_FILE, Correction, Kind, load_correction
-from pipeline.correction.fit import Fit, fit_correction
+from pipeline.correction.fit import Fit, fit_correction, fit_scaling
 
 __all__ = [
     "CORRECTION_FILE",
@@ -18,6 +18,7 @@ __all__ = [
     "class_map_of",
     "equal_names",
     "fit_correction",
+    "fit_scaling",
     "load_correction",
     "read_class_map",
 ]

@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.log_odds import distributions, log_odds, log_odds_of_shares
 from pipeline.storage.files import Location, fingerprint, opened, whole_file
 
-Kind = Literal["identity", "map", "fit"]
+Kind = Literal["identity", "map", "scaling", "fit"]
 CORRECTION_FILE = "correction.safetensors"
 FLOOR = 1e-5  # of a probability of which the logarithm is taken, over C_T; below it a teacher's numbers are noise
 START_FLOOR = 0.1  # share of the start that is uniform, as the calibrator's
@@ -30,15 +30,16 @@ class Correction:
 
     A map sums what it maps; what is mapped to nothing is told of no class: in `log_odds` it counts against all of
     them, in `targets` it is spread evenly. A fit is softmax(a·log(0.9·q₀ + 0.1/C) + log(q)·W + b), with q₀ the targets
-    of the map or the identity, or uniform where there is neither.
+    of the map or the identity, or uniform where there is neither; a scaling is the same without W.
 
     Attributes:
         kind: see above.
         teacher_names: of the C_T classes.
         class_names: of the C.
         class_map: (C_T,), see `ClassMap`; None: there is none, and unless the classes are equal none is a start.
-        weight, bias: of a fit, (C_T, C) and (C,), float64.
-        scale: of a fit, a.
+        weight: of a fit, (C_T, C), float64.
+        bias: of a fit or a scaling, (C,), float64.
+        scale: likewise, a.
     """
 
     kind: Kind
@@ -119,9 +120,9 @@ class Correction:
         return q.astype(np.float64) if self.classes_are_equal else np.full((len(q), classes), 1.0 / classes)
 
     def _logits(self, q: Floats) -> NDArray[np.float64]:
-        assert self.weight is not None
         assert self.bias is not None
-        return self.scale * start_logits(self._start(q)) + features(q) @ self.weight + self.bias
+        scaled = self.scale * start_logits(self._start(q)) + self.bias
+        return scaled if self.weight is None else scaled + features(q) @ self.weight
 
 
 def features(q: Floats) -> NDArray[np.float64]:
@@ -160,7 +161,7 @@ def _load(path: Location) -> Correction:
     held = {name: arrays[name] for name in PARTS if name in arrays}
     found = Correction(header["kind"], theirs, ours, **held, scale=float(header["scale"]))
     shapes = {"class_map": (len(theirs),), "weight": (len(theirs), len(ours)), "bias": (len(ours),)}
-    needed = {"identity": set(), "map": {"class_map"}, "fit": {"weight", "bias"}}[found.kind]
+    needed = {"identity": set(), "map": {"class_map"}, "scaling": {"bias"}, "fit": {"weight", "bias"}}[found.kind]
     if needed - arrays.keys() or any(arrays[name].shape != shapes[name] for name in arrays):
         raise ValueError("its arrays do not fit its classes")
     if found.class_map is not None and not ((found.class_map >= UNMAPPED) & (found.class_map < len(ours))).all():

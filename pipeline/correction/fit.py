@@ -11,7 +11,7 @@ many of them as there are images.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -82,10 +82,7 @@ def fit_correction(
     Raises:
         DataError: fewer than two images.
     """
-    if len(labels) < 2:
-        raise DataError(
-            f"a correction is fitted to labelled images that the teacher answered, and there are {len(labels)}"
-        )
+    _require_images(labels)
     start = Correction("fit", teacher_names, class_names, class_map)
     z = start_logits(start._start(q))
     x = features(q)
@@ -105,6 +102,34 @@ def fit_correction(
     )
     absent = tuple(name for place, name in enumerate(class_names) if place not in present)
     return Fit(corrected, best, tuple(tried), tuple(losses), len(labels), absent)
+
+
+def fit_scaling(
+    q: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    teacher_names: tuple[str, ...],
+    class_names: tuple[str, ...],
+    class_map: ClassMap | None = None,
+) -> Correction:
+    """Fit a and b alone, C + 1 numbers: where too few images are labelled for more, or the teacher's priors are wrong.
+
+    Args: see `fit_correction`; there is a start, a map or equal classes.
+
+    Raises:
+        DataError: fewer than two images.
+    """
+    _require_images(labels)
+    start = Correction("scaling", teacher_names, class_names, class_map)
+    z = start_logits(start._start(q))
+    _, bias, scale = _solve(np.empty((len(z), 0)), z, labels, 0.0)
+    return replace(start, bias=bias, scale=scale)
+
+
+def _require_images(labels: NDArray[np.int64]) -> None:
+    if len(labels) < 2:
+        raise DataError(
+            f"a correction is fitted to labelled images that the teacher answered, and there are {len(labels)}"
+        )
 
 
 def _search(

@@ -57,7 +57,9 @@ def candidates(
         found.append(Candidate(f"fit to {len(chosen):,} images", fit.correction, len(chosen)))
     known = {candidate.correction.fingerprint() for candidate in found}
     if selected.fingerprint() not in known:
-        found.append(Candidate(f"as selected ({selected.kind})", selected, len(order) if selected.kind == "fit" else 0))
+        found.append(
+            Candidate(f"as selected ({selected.kind})", selected, len(order) if selected.bias is not None else 0)
+        )
     return found
 
 

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from pipeline.errors import UsageError
+from pipeline.errors import RunError, UsageError
 from pipeline.storage.runs import Action
 from stages.cli import silence_torch
 from stages.console import Console
@@ -91,9 +92,16 @@ def run_chains(context: Context, chains: Mapping[K, Chain], jobs: int | None) ->
         futures: dict[Future[Records], K] = {watchers.submit(run_chain, chain): key for key, chain in chains.items()}
         try:
             records = {futures[future]: future.result() for future in as_completed(futures)}
-        except BaseException:
+        except BaseException as error:
             for future in futures:
                 future.cancel()
+            if isinstance(error, BrokenProcessPool):
+                if context.console.stop_requested():
+                    raise KeyboardInterrupt from error
+                raise RunError(
+                    "the process of a stage was ended from outside: by a signal, or for lack of memory. Run the same "
+                    "command again: what is done stays; with fewer --jobs it takes less memory"
+                ) from error
             raise
     return {key: records[key] for key in chains}
 

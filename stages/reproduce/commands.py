@@ -111,6 +111,23 @@ def labels(context: Context, seeds: int | None, jobs: int | None, shares: tuple[
 
 @group.command()
 @stage_options
+@seeds_option("the recipe's", "draws")
+@click.option("--teacher", "cells", type=click.Choice(["zero-shot", "long-tailed", "clean"]), multiple=True,
+              help="Which teachers; repeatable. [default: all three]")  # fmt: skip
+@click.option("--rivals/--no-rivals", default=True, show_default=True, help="UDA and FixMatch, without a teacher.")
+def correction(context: Context, seeds: int | None, jobs: int | None, cells: tuple[str, ...], rivals: bool) -> None:
+    """What a few labels make of a teacher that is wrong: by a fit, by feedback, by both; draws of the labels.
+
+    For recipes with a foreign teacher (filter.teacher, filter.predictions), such as cifar10-correction. Writes
+    correction.md, .csv, .json and .png into the run. [default run: runs/correction-RECIPE]
+    """
+    from stages.reproduce.correction import plan
+
+    _reproduce(context, "correction", seeds, jobs, lambda runs: plan(runs, cells, rivals))
+
+
+@group.command()
+@stage_options
 @seeds_option("10")
 @click.option("--feedback", type=click.Choice(["soft", "hard"]), default="soft", show_default=True,
               help="Kind of pseudo labels and of feedback.")  # fmt: skip
