@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from pipeline.correction.class_map import ClassMap
 from pipeline.correction.correction import Correction, features, start_logits
@@ -27,6 +28,8 @@ STRENGTHS = tuple(10.0 ** (power / 2) for power in range(4, -11, -1))  # λ, fro
 FOLDS = 5
 MOST = 10_000  # labelled images that λ is chosen on; all of them are fitted to
 PRIOR = 0.5  # of the mean loss of one image, times (a − 1)² / 2 and ‖b‖² / 2
+ROUGH = {"maxiter": 2000, "gtol": 1e-5, "ftol": 1e-9}  # of L-BFGS
+EXACT = {"maxiter": 2000, "gtol": 1e-7, "ftol": 1e-13}
 PATIENCE = 3  # strengths in a row that are worse than the best before the search ends
 Floats = NDArray[np.float64]
 
@@ -83,7 +86,13 @@ def fit_correction(
         DataError: fewer than two images.
     """
     _require_images(labels)
-    start = Correction("fit", teacher_names, class_names, class_map)
+    with threadpool_limits(1, "blas"):  # NumPy's threads and SciPy's wait for each other: twelve times as long on two
+        return _fit(q, labels, Correction("fit", teacher_names, class_names, class_map), strengths, seed)
+
+
+def _fit(
+    q: NDArray[np.floating], labels: NDArray[np.int64], start: Correction, strengths: Sequence[float], seed: int
+) -> Fit:
     z = start_logits(start._start(q))
     x = features(q)
     center = x.mean(axis=0)
@@ -97,10 +106,8 @@ def fit_correction(
     best = tried[int(np.nanargmin(losses))] if len(tried) > 1 else tried[0]
     weight, bias, scale = _solve(rotated, z, labels, best)
     whole = directions.T @ weight
-    corrected = Correction(
-        "fit", teacher_names, class_names, class_map, weight=whole, bias=bias - center @ whole, scale=scale
-    )
-    absent = tuple(name for place, name in enumerate(class_names) if place not in present)
+    corrected = replace(start, weight=whole, bias=bias - center @ whole, scale=scale)
+    absent = tuple(name for place, name in enumerate(start.class_names) if place not in present)
     return Fit(corrected, best, tuple(tried), tuple(losses), len(labels), absent)
 
 
@@ -144,7 +151,7 @@ def _search(
     for strength in strengths:
         total = 0.0
         for number, (inside, outside) in enumerate(parts):
-            state = _solve(x[inside], z[inside], labels[inside], strength, states[number])
+            state = _solve(x[inside], z[inside], labels[inside], strength, states[number], roughly=True)
             states[number] = state
             logits = x[outside] @ state.weight + state.scale * z[outside] + state.bias
             total += float(_losses(logits, labels[outside]).sum())
@@ -172,17 +179,33 @@ def _losses(logits: Floats, labels: NDArray[np.int64]) -> Floats:
     return result
 
 
-def _solve(x: Floats, z: Floats, labels: NDArray[np.int64], strength: float, state: Solution | None = None) -> Solution:
-    """The minimum; zero weight and bias for classes without an image. `state`: where to begin."""
+def _solve(
+    x: Floats,
+    z: Floats,
+    labels: NDArray[np.int64],
+    strength: float,
+    state: Solution | None = None,
+    *,
+    roughly: bool = False,
+) -> Solution:
+    """The minimum; zero weight and bias for classes without an image.
+
+    Args:
+        x, z, labels, strength: see above.
+        state: where to begin.
+        roughly: as near as a choice of λ needs.
+    """
     present = np.unique(labels)
     n, r, classes = len(labels), x.shape[1], z.shape[1]
     prior = PRIOR / n
     has_start = bool(np.ptp(z, axis=1).max() > 0)  # else a scale of it would change nothing
     one = np.zeros((n, classes))
     one[np.arange(n), labels] = 1.0
+    # The directions are principal, so the curvature is near diagonal: in units of its root the problem is round
+    unit = 1 / np.sqrt(np.square(x).mean(axis=0) / classes + strength)[:, None]  # (r, 1)
 
     def value(flat: Floats) -> tuple[float, Floats]:
-        w, b = flat[: r * len(present)].reshape(r, len(present)), flat[r * len(present) : -1]
+        w, b = flat[: r * len(present)].reshape(r, len(present)) * unit, flat[r * len(present) : -1]
         logits = flat[-1] * z
         logits[:, present] += x @ w + b
         top = logits.max(axis=1, keepdims=True)
@@ -195,14 +218,14 @@ def _solve(x: Floats, z: Floats, labels: NDArray[np.int64], strength: float, sta
         of_scale = float((difference * z).sum()) + prior * shift if has_start else 0.0
         difference = difference[:, present]
         gradient = np.concatenate(
-            [(x.T @ difference + strength * w).ravel(), difference.sum(axis=0) + prior * b, [of_scale]]
+            [((x.T @ difference + strength * w) * unit).ravel(), difference.sum(axis=0) + prior * b, [of_scale]]
         )
         return float(loss), gradient
 
     state = state or Solution(np.zeros((r, classes)), np.zeros(classes), 1.0)
-    begin = np.concatenate([state.weight[:, present].ravel(), state.bias[present], [state.scale]])
-    found = minimize(value, begin, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "gtol": 1e-7, "ftol": 1e-13})
+    begin = np.concatenate([(state.weight[:, present] / unit).ravel(), state.bias[present], [state.scale]])
+    found = minimize(value, begin, jac=True, method="L-BFGS-B", options=ROUGH if roughly else EXACT)
     weight, bias = np.zeros((r, classes)), np.zeros(classes)
-    weight[:, present] = found.x[: r * len(present)].reshape(r, len(present))
+    weight[:, present] = found.x[: r * len(present)].reshape(r, len(present)) * unit
     bias[present] = found.x[r * len(present) : -1]
     return Solution(weight, bias, float(found.x[-1]))

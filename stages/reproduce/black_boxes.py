@@ -124,6 +124,8 @@ def ask(context: Context, folder: Path) -> BlackBox:
             samples = list(islice(stream, PART))
             if not samples:
                 break
+            if context.console.stop_requested():
+                raise KeyboardInterrupt
             if not box.path(split, number).exists():
                 q, good = teacher.answers(split, samples)
                 places = [Place(samples[at][0], samples[at][1].row) for at in good.tolist()]
