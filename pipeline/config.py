@@ -216,6 +216,7 @@ class FilterSettings(Settings):
     predictions_in_order: bool = False  # numbers that nobody names are the data set's classes, in its order
     correction: CorrectionKind = "auto"  # of a teacher with classes of its own
     class_map: str | None = None  # a file, or one that is embedded: for each class of the data set the teacher's
+    seen_labels: bool = False  # the teacher was trained on the labelled images: its answers there are no evidence
 
 
 class PrecomputeSettings(Settings):

@@ -16,7 +16,7 @@ from pipeline.storage.files import write_json
 from stages.execution import Stage, execute
 from stages.options import Context, stage_options
 from stages.precompute import require_fresh_selection, selected_correction
-from stages.teachers import NetworkTeacher, Teacher, class_map, class_names, labelled_answers, teacher_of
+from stages.teachers import Teacher, class_map, class_names, labelled_answers, teacher_of
 
 FILE, FIGURE = "calibration.json", "reliability.png"
 
@@ -47,7 +47,7 @@ def plan(context: Context, seen_labels: bool = False) -> Stage:
         raise UsageError(f"{context.data_set.manifest.name} has no validation split, on which a correction is judged")
     filtered = require_fresh_selection(context.run)
     teacher = teacher_of(context, None, assume_class_order=True, recorded=filtered["result"])
-    seen = seen_labels or (isinstance(teacher, NetworkTeacher) and teacher.saw_the_labelled_images)
+    seen = seen_labels or teacher.saw_the_labelled_images
     basis = {
         "selection": filtered["result"]["fingerprint"],
         "teacher": teacher.basis,

@@ -46,6 +46,7 @@ class Teacher(Protocol):
         basis: what scores depend on, for a record.
         compared: how images are looked at for copies.
         told: for the record: where it is.
+        saw_the_labelled_images: whether it was trained on them, so that what it says of them is no evidence.
     """
 
     @property
@@ -58,6 +59,8 @@ class Teacher(Protocol):
     def compared(self) -> Compared: ...
     @property
     def told(self) -> dict[str, Any]: ...
+    @property
+    def saw_the_labelled_images(self) -> bool: ...
 
     def at(self, context: Context) -> "Teacher":
         """The same in another context: of another precision."""
@@ -193,8 +196,7 @@ class NetworkTeacher:
 
     @property
     def saw_the_labelled_images(self) -> bool:
-        """Whether what it says of them is no evidence."""
-        return self.is_own and self.held_out is None
+        return self.held_out is None if self.is_own else self.context.recipe.filter.seen_labels
 
 
 def scorer(
@@ -308,6 +310,10 @@ class PredictionsTeacher:
     @property
     def told(self) -> dict[str, Any]:
         return {"teacher": None, "predictions": list(self.context.recipe.filter.predictions)}
+
+    @property
+    def saw_the_labelled_images(self) -> bool:
+        return self.context.recipe.filter.seen_labels
 
     def at(self, context: Context) -> "PredictionsTeacher":
         return replace(self, context=context)
@@ -451,13 +457,19 @@ def require_evidence(teacher: Teacher) -> None:
     """Refuse a fit to what a teacher says of images that it knows by heart.
 
     Raises:
-        UsageError: it is the run's own, without held-out answers.
+        UsageError: it was trained on them: says so, or is the run's own without held-out answers.
     """
-    if isinstance(teacher, NetworkTeacher) and teacher.saw_the_labelled_images:
+    if not teacher.saw_the_labelled_images:
+        return
+    if isinstance(teacher, NetworkTeacher) and teacher.is_own:
         raise UsageError(
             "the run's own teacher was trained on the labelled images: certain and right on them, it gives a fit "
             "nothing to correct. Train it with held-out answers: mpl pretrain --force --set pretrain.folds=5"
         )
+    raise UsageError(
+        "the teacher was trained on the labelled images (--seen-labels): certain and right on them, it gives a fit "
+        "nothing to correct. Use a map of classes, or answers of a teacher that has not seen them (--held-out-labels)"
+    )
 
 
 def class_map(context: Context, teacher: Teacher) -> ClassMap | None:

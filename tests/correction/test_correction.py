@@ -8,7 +8,15 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.correction import Correction, class_map_of, equal_names, fit_correction, load_correction, read_class_map
+from pipeline.correction import (
+    Correction,
+    class_map_of,
+    equal_names,
+    fit_correction,
+    fit_scaling,
+    load_correction,
+    read_class_map,
+)
 from pipeline.correction import fit as module
 from pipeline.correction.correction import features
 from pipeline.correction.fit import deal_to_folds
@@ -90,6 +98,20 @@ def test_a_strong_fit_is_its_start_and_a_weak_one_is_not(mapped: Correction) -> 
     assert np.abs(weak.weight).max() > 0.1
     order = strong.targets(q).argmax(axis=1) == mapped.targets(q).argmax(axis=1)
     assert order.mean() > 0.7  # a scale and a bias change few orders
+
+
+def test_a_scaling_is_a_fit_without_weights(tmp_path: Path, mapped: Correction) -> None:
+    """The same minimum as a fit whose weights are held at zero; kept in a file."""
+    q, labels = teacher(60, 5)
+    scaled = fit_scaling(q, labels, THEIRS, OURS, mapped.class_map)
+    held = fit_correction(q, labels, THEIRS, OURS, mapped.class_map, strengths=[1e9]).correction
+    test = teacher(50, 5, seed=1)[0]
+    np.testing.assert_allclose(scaled.targets(test), held.targets(test), atol=1e-5)
+    assert scaled.scale == pytest.approx(held.scale, rel=1e-4)
+    scaled.save(tmp_path / "c")
+    assert load_correction(tmp_path / "c").fingerprint() == scaled.fingerprint()
+    with pytest.raises(DataError, match="there are 1"):
+        fit_scaling(q[:1], labels[:1], THEIRS, OURS, mapped.class_map)
 
 
 def test_the_strength_is_chosen_by_what_is_left_out(monkeypatch) -> None:

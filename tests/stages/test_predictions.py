@@ -321,3 +321,53 @@ def test_bad_input_is_one_sentence(
     assert words in outcome.err
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "run/selection.parquet").exists()
+
+
+def test_answers_on_images_that_a_teacher_has_seen_are_no_evidence(
+    mpl: Mpl, recipe: Path, own: Path, tmp_path: Path
+) -> None:
+    """Said once, of answers or of a network of somebody's: nothing is fitted to them, at no stage."""
+    run = tmp_path / "run"
+    answers = ["--predictions", own / "own.parquet", "--class-map", own / "map.yaml"]
+    line = ["filter", "--run", run, "--recipe", recipe, *answers, "--seen-labels"]
+    for kind in ("fit", "scaling"):
+        refused = mpl(*line, "--correction", kind)
+        assert refused.status == 2
+        assert "was trained on the labelled images (--seen-labels)" in refused.err
+    assert mpl(*line, "--correction", "map").status == 0
+    assert mpl("precompute", "--run", run).status == 0
+    refused = mpl("train-reduced", "--run", run, "--teacher", "fixed", "--set", "train_reduced.correction=fit")
+    assert refused.status == 2
+    assert "--held-out-labels" in refused.err
+    outcome = mpl("calibrate", "--run", run)
+    assert outcome.status == 0
+    assert "nothing is fitted" in outcome.err
+    assert mpl("filter", "--run", run, "--correction", "fit", "--held-out-labels").status == 0
+
+
+def test_the_own_teachers_seen_labels_are_not_fitted_to_by_a_student(mpl: Mpl, run: Path) -> None:
+    for kind in ("fit", "scaling"):
+        refused = mpl("train-reduced", "--run", run, "--force", "--set", f"train_reduced.correction={kind}")
+        assert refused.status == 2
+        assert "pretrain.folds=5" in refused.err
+
+
+def test_a_scaling_from_the_pool_to_the_student(mpl: Mpl, recipe: Path, own: Path, tmp_path: Path) -> None:
+    """Selected with, stored, and read again; of the same targets a fit is another correction."""
+    run = tmp_path / "run"
+    answers = ["--predictions", own / "own.parquet", "--class-map", own / "map.yaml"]
+    assert mpl("filter", "--run", run, "--recipe", recipe, *answers, "--correction", "scaling").status == 0
+    assert mpl("precompute", "--run", run).status == 0
+    store = TargetsStore.open(run / "targets")
+    correction = store.correction()
+    assert correction.kind == "scaling"
+    assert correction.weight is None
+    assert correction.bias is not None
+    stored = store.labelled()
+    right = (correction.targets(stored.distributions).argmax(axis=1) == stored.labels).mean()
+    assert right > 0.9
+    short = ["--set", "train_reduced.steps=2", "--set", "train_reduced.schedule.warmup_steps=0"]
+    for kind in ("auto", "fit"):
+        changes = ["--set", f"train_reduced.correction={kind}", *short]
+        outcome = mpl("train-reduced", "--run", run, "--name", kind, *changes)
+        assert outcome.status == 0, outcome.err
