@@ -83,8 +83,8 @@ SCORED_BY = {
                    "few numbers).")  # fmt: skip
 @click.option("--class-map", metavar="FILE", help="YAML: for each of your classes the teacher's, one or a list.")
 @click.option("--seen-labels/--held-out-labels", default=None,
-              help="Whether a teacher of your own was trained on the labelled images: then nothing is fitted to what it "
-                   "says of them.")  # fmt: skip
+              help="Whether a teacher of your own was trained on the labelled images: then nothing is fitted to what "
+                   "it says of them.")  # fmt: skip
 def command(
     context: Context,
     teacher: Path | None,

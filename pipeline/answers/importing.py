@@ -18,33 +18,20 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.answers.buckets import SOURCE_BITS, Buckets
+from pipeline.answers.deal import Deal, OutOfOrder
 from pipeline.answers.forms import Answers, Columns, Form, Names, answers_of, recognise
 from pipeline.answers.join import NOBODY, SEVERAL, SplitIndex
 from pipeline.answers.reading import PredictionFile
-from pipeline.answers.store import (
-    ANSWERS,
-    MANIFEST,
-    answers_fingerprint,
-    answers_path,
-    answers_schema,
-    group_rows,
-    is_imported,
-    read_answers_manifest,
-)
+from pipeline.answers.store import ANSWERS, MANIFEST, answers_fingerprint, is_imported, read_answers_manifest
 from pipeline.classes import ClassNames, same_names
 from pipeline.data.get.layout import SPLIT_WORDS
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
-from pipeline.storage.files import Location, discard, whole_file, write_sealed
-from pipeline.storage.tables import fixed_binary, table_writer
+from pipeline.storage.files import Location, discard, write_sealed
 
-BUCKET_BYTES = 64 << 20  # of the distributions of a bucket
-WAITING_BYTES = 64 << 20  # of rows that wait to be written to buckets
-SAME = 1e-4  # two answers whose probabilities differ by less agree
-SOURCE_BITS = 40  # of a row's number in its file; above them the file's number
 SHOWN = 3  # keys in a message
 WORDS = SPLIT_WORDS | {"pool": "unlabelled"}  # that a column `split` may have
 T = TypeVar("T")
@@ -165,15 +152,11 @@ def import_predictions(
     return manifest | tally.as_json()
 
 
-class OutOfOrder(Exception):
-    """Answers do not come in the order of the images."""
-
-
 def _in_order(
     understood: Sequence[Sequence[tuple[PredictionFile, Columns]]],
     names: tuple[str, ...],
     indices: Mapping[str, SplitIndex],
-    deals: "Mapping[str, Deal]",
+    deals: Mapping[str, Deal],
 ) -> Tally:
     """Deal answers as they come, while a thread reads ahead.
 
@@ -195,7 +178,7 @@ def _by_buckets(
     understood: Sequence[Sequence[tuple[PredictionFile, Columns]]],
     names: tuple[str, ...],
     indices: Mapping[str, SplitIndex],
-    deals: "Mapping[str, Deal]",
+    deals: Mapping[str, Deal],
     scratch: Path,
 ) -> Tally:
     """Deal answers that come in any order, of any number of teachers."""
@@ -206,8 +189,9 @@ def _by_buckets(
             buckets[split].add(images, np.full(len(images), teacher, np.int32), sources, p)
     for split, deal in deals.items():
         deal.restart()
-        for ordinals, p in ahead(buckets[split].merged(partial(_named, indices[split]), tally)):
+        for ordinals, p in ahead(buckets[split].merged(partial(_named, indices[split]))):
             deal.add(ordinals, p)
+        tally.doubled += buckets[split].doubled
     return tally
 
 
@@ -351,184 +335,6 @@ def _require_matches(predictions: Predictions, tally: Tally, indices: Mapping[st
             f"{first}: no key is that of an image. Keys there: {', '.join(tally.strays)}; "
             f"of the images: {', '.join(ours)}"
         )
-
-
-class Buckets:
-    """Rows on disk, by runs of images; see the module.
-
-    Args:
-        folder: that holds them.
-        split: their name.
-        images: of the split, N.
-        classes: C_T.
-    """
-
-    def __init__(self, folder: Path, split: str, images: int, classes: int) -> None:
-        self.folder, self.split, self.images = folder, split, images
-        self.kind = np.dtype([("image", "<i8"), ("source", "<i8"), ("teacher", "<i4"), ("p", "<f4", (classes,))])
-        self.span = max(1, BUCKET_BYTES // self.kind.itemsize)  # images of a bucket
-        self._waiting: list[NDArray[Any]] = []
-        self._bytes = 0
-
-    def add(
-        self, images: NDArray[np.int64], teachers: NDArray[np.int32], sources: NDArray[np.int64], p: NDArray[np.float32]
-    ) -> None:
-        """Take in n rows: the ordinal of each one's image, whose answer it is, from where, and the distribution."""
-        if not len(images):
-            return
-        rows = np.empty(len(images), self.kind)
-        rows["image"], rows["source"], rows["teacher"], rows["p"] = images, sources, teachers, p
-        self._waiting.append(rows)
-        self._bytes += rows.nbytes
-        if self._bytes >= WAITING_BYTES:
-            self._flush()
-
-    def merged(
-        self, name: Callable[[int], str], tally: Tally
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """(ordinals (m,), increasing; distributions (m, C_T)) of the answered images, by buckets.
-
-        Raises:
-            DataError: two answers of one teacher about one image differ.
-        """
-        self._flush()
-        for number in range(-(-self.images // self.span)):
-            path = self._path(number)
-            if path.exists():
-                yield self._one(np.fromfile(path, self.kind), name, tally)
-                path.unlink()
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.split}-{number:05d}.rows"
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        rows = np.concatenate(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
-        self._waiting, self._bytes = [], 0
-        bucket = rows["image"] // self.span
-        if (np.diff(bucket) < 0).any():
-            order = np.argsort(bucket, kind="stable")
-            rows, bucket = rows[order], bucket[order]
-        numbers, begins = np.unique(bucket, return_index=True)
-        for number, begin, end in zip(numbers.tolist(), begins, [*begins[1:], len(rows)], strict=True):
-            with self._path(number).open("ab") as file:
-                rows[begin:end].tofile(file)
-
-    def _one(
-        self, rows: NDArray[Any], name: Callable[[int], str], tally: Tally
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        if not (np.diff(rows["image"]) > 0).all():
-            rows = rows[np.lexsort((rows["source"], rows["teacher"], rows["image"]))]
-            again = (np.diff(rows["image"]) == 0) & (np.diff(rows["teacher"]) == 0)
-            if again.any():
-                later = np.flatnonzero(again) + 1
-                apart = np.abs(rows["p"][later] - rows["p"][later - 1]).max(axis=1)
-                if len(differ := np.flatnonzero(~(apart <= SAME))):
-                    a, b = rows[later[differ[0]] - 1], rows[later[differ[0]]]
-                    raise DataError(
-                        f"two answers about {name(int(a['image']))} disagree, by {apart[differ[0]]:.3g} in a "
-                        f"probability: rows {_row(a):,} and {_row(b):,} of its "
-                        "predictions. If they are two teachers': --predictions once for each"
-                    )
-                tally.doubled += len(later)
-                rows = np.delete(rows, later)
-        begins = np.flatnonzero(np.diff(rows["image"], prepend=-1))
-        if len(begins) == len(rows):
-            return rows["image"], rows["p"]
-        counts = np.diff(np.append(begins, len(rows)))
-        mean = np.add.reduceat(rows["p"], begins, axis=0) / counts[:, None].astype(np.float32)
-        return rows["image"][begins], mean.astype(np.float32)
-
-
-def _row(row: Any) -> int:
-    """Its number in its file."""
-    return int(row["source"]) & ((1 << SOURCE_BITS) - 1)
-
-
-class Deal:
-    """Writes answers, which come in the order of the split, to the files of its shards."""
-
-    def __init__(
-        self,
-        folder: Location,
-        split: str,
-        shards: Sequence[Shard],
-        index: SplitIndex,
-        names: tuple[str, ...],
-        fingerprint: str,
-    ) -> None:
-        self.folder, self.split, self.shards, self.index = folder, split, shards, index
-        self.names, self.fingerprint = names, fingerprint
-        self._anew = False
-        self._begin()
-
-    def restart(self) -> None:
-        """Begin again with the first shard, and write all anew: of what was written, rows may be missing."""
-        self._anew = True
-        self.abandon()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._next = 0  # shard
-        self._answered = 0
-        self._open = ExitStack()
-        self._writer: pq.ParquetWriter | None = None
-
-    def add(self, ordinals: NDArray[np.int64], p: NDArray[np.float32]) -> None:
-        """Take in the answers of images (m,), increasing, after all before."""
-        self._answered += len(ordinals)
-        while len(ordinals):
-            end = int(self.index.offsets[self._next + 1])
-            mine = int(np.searchsorted(ordinals, end))
-            if mine:
-                self._write(ordinals[:mine], p[:mine])
-            ordinals, p = ordinals[mine:], p[mine:]
-            if len(ordinals):
-                self._finish()
-
-    def close(self) -> int:
-        """Finish the last file, and those of shards without an answer; how many images have one."""
-        while self._next < len(self.shards):
-            self._finish()
-        return self._answered
-
-    def abandon(self) -> None:
-        """Leave no half-written file."""
-        self._open.pop_all().__exit__(OutOfOrder, OutOfOrder(), None)
-
-    @property
-    def _is_done(self) -> bool:
-        shard = self.shards[self._next]
-        return not self._anew and is_imported(self.folder, self.split, shard, self.fingerprint)
-
-    def _write(self, ordinals: NDArray[np.int64], p: NDArray[np.float32]) -> None:
-        """Append to the file of the present shard, which begins with its first answer."""
-        if self._writer is None:
-            if self._is_done:
-                return
-            self._start()
-        if self._writer is not None:
-            table = pa.table([self.index.rows[ordinals], fixed_binary(p)], schema=self._writer.schema)
-            self._writer.write_table(table, row_group_size=group_rows(len(self.names)))
-
-    def _start(self) -> None:
-        shard = self.shards[self._next]
-        notes = {
-            "shard": shard.name,
-            "fingerprint": answers_fingerprint(shard, self.fingerprint),
-            "class_names": list(self.names),
-        }
-        temporary = self._open.enter_context(whole_file(answers_path(self.folder, self.split, shard.name)))
-        writer = table_writer(temporary, ANSWERS, answers_schema(len(self.names)), notes)
-        self._writer = self._open.enter_context(writer)
-
-    def _finish(self) -> None:
-        """The file of the present shard is whole; the next one's turn."""
-        if self._writer is None and not self._is_done:
-            self._start()  # without a row
-        self._open.close()
-        self._writer, self._next = None, self._next + 1
 
 
 def describe(predictions: Predictions) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.answers import importing
+from pipeline.answers import buckets
+from pipeline.answers.deal import Deal
 from pipeline.answers.importing import Predictions, import_predictions
 from pipeline.answers.join import NOBODY, SEVERAL, SplitIndex
 from pipeline.answers.reading import find_predictions
@@ -123,8 +124,8 @@ def test_order_and_buckets_change_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     splits = {"unlabelled": [shard(f"s{i}", keys[100 * i : 100 * i + 100]) for i in range(5)]}
     p, order = rows(500), np.random.default_rng(1).permutation(500)
     take(tmp_path / "one", write(tmp_path / "a.parquet", keys, p), splits=splits)
-    monkeypatch.setattr(importing, "BUCKET_BYTES", 2000)
-    monkeypatch.setattr(importing, "WAITING_BYTES", 3000)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 2000)
+    monkeypatch.setattr(buckets, "WAITING_BYTES", 3000)
     parts = [
         write(tmp_path / f"{i}.parquet", [keys[j] for j in some], p[some]) for i, some in enumerate(np.split(order, 4))
     ]
@@ -153,7 +154,7 @@ def test_an_answer_that_comes_late_is_not_lost(tmp_path: Path) -> None:
 def test_killed_it_begins_again_and_leaves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "p.parquet", ["x/0", "3", "4", "y/0"], rows(4))
     whole = take(tmp_path / "whole", path)
-    original, calls = importing.Deal._finish, []
+    original, calls = Deal._finish, []
 
     def dies(deal) -> None:
         calls.append(1)
@@ -161,11 +162,11 @@ def test_killed_it_begins_again_and_leaves_what_is_done(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         original(deal)
 
-    monkeypatch.setattr(importing.Deal, "_finish", dies)
+    monkeypatch.setattr(Deal, "_finish", dies)
     with pytest.raises(KeyboardInterrupt):
         take(tmp_path / "killed", path)
     (done,) = (tmp_path / "killed/answers").iterdir()
     before = done.stat().st_mtime_ns
-    monkeypatch.setattr(importing.Deal, "_finish", original)
+    monkeypatch.setattr(Deal, "_finish", original)
     assert take(tmp_path / "killed", path) == whole
     assert done.stat().st_mtime_ns == before

@@ -1,0 +1,163 @@
+"""Predictions that somebody made already, in the place of a network."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from pipeline.answers.importing import Predictions, describe, import_predictions
+from pipeline.answers.reading import find_predictions, names_of
+from pipeline.answers.store import FOLDER, answers_of_split, read_answers_manifest
+from pipeline.data.decode import WHOLE
+from pipeline.data.manifest import SplitName
+from pipeline.data.readers.shard import Sample
+from pipeline.errors import DataError, RunError
+from pipeline.pool.answered import StoredAnswers
+from pipeline.pool.infer import Source
+from pipeline.storage.files import fingerprint, location, opened
+from pipeline.storage.workers import EngineSettings
+from stages.copies import Compared
+from stages.options import Context
+from stages.teachers.classes import OTHER_CLASSES, class_names, others_are_expected
+from stages.teachers.teacher import Answered
+
+
+@dataclass(frozen=True)
+class PredictionsTeacher:
+    """Predictions in files, as the recipe's `filter` section names them.
+
+    Attributes:
+        context: of the stage.
+        recorded: the record of the `mpl filter` that imported them: the files themselves are not needed any more.
+    """
+
+    context: Context
+    recorded: dict[str, Any] | None = None
+
+    @cached_property
+    def predictions(self) -> Predictions:
+        """The files, looked up now.
+
+        Raises:
+            DataError: there is none, or the list of classes cannot be read.
+        """
+        settings = self.context.recipe.filter
+        names = None
+        if settings.predictions_classes is not None:
+            try:
+                with opened(location(settings.predictions_classes)) as file:
+                    names = tuple(names_of(file.read()))
+            except (OSError, ValueError) as error:
+                raise DataError(f"--classes {settings.predictions_classes} cannot be read: {error}") from error
+        return Predictions(
+            teachers=tuple(tuple(find_predictions(stated)) for stated in settings.predictions),
+            form=settings.predictions_as,
+            names=names,
+            class_names=class_names(self.context),
+            in_order=settings.predictions_in_order,
+        )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        if self.recorded is not None:
+            return tuple(self._manifest["class_names"])
+        found = describe(self.predictions)
+        if found != class_names(self.context) and not others_are_expected(self.context):
+            ours = class_names(self.context)
+            raise DataError(
+                f"the predictions have {len(found):,} classes ({', '.join(found[:5])}, …), and the data set "
+                f"{len(ours):,} ({', '.join(ours[:5])}, …). {OTHER_CLASSES}"
+            )
+        return found
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        """Of the answers that were imported.
+
+        Raises:
+            RunError: they are gone.
+        """
+        found = read_answers_manifest(self.context.store / FOLDER)
+        if found is None:
+            raise RunError(f"{self.context.store / FOLDER} does not hold the answers any more; run mpl filter --force")
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        if self.recorded is not None:
+            return str(self.recorded["teacher_sha256"])
+        settings = self.context.recipe.filter
+        files = [[file.fingerprint() for file in files] for files in self.predictions.teachers]
+        return fingerprint(["predictions", 1, files, list(self.names), settings.predictions_as])
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        return {"teacher": self.digest, "preprocessing": {"image_size": self.context.recipe.data.image_size}}
+
+    @property
+    def compared(self) -> Compared:
+        return Compared(min(64, self.context.recipe.data.image_size), WHOLE)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        return {"teacher": None, "predictions": list(self.context.recipe.filter.predictions)}
+
+    @property
+    def saw_the_labelled_images(self) -> bool:
+        return self.context.recipe.filter.seen_labels
+
+    def at(self, context: Context) -> "PredictionsTeacher":
+        return replace(self, context=context)
+
+    def check(self) -> None:
+        self.digest  # noqa: B018  (looks at every file)
+
+    def begin(self) -> None:
+        if self.recorded is not None:
+            return
+        data = self.context.data_set
+        present: tuple[SplitName, ...] = ("unlabelled", "labelled", "validation", "test")
+        shards = {str(name): data.split(name).shards for name in present if name in data.manifest.splits}
+        folder = self.context.store / FOLDER
+        manifest = import_predictions(
+            folder,
+            self.context.run / ".answers.spill",
+            self.predictions,
+            shards,
+            self.digest,
+            self.context.console.note,
+        )
+        tell_import(self.context, manifest)
+
+    def source(self, engine: EngineSettings | None = None, batch: int | None = None) -> Source:
+        size = self.context.recipe.data.image_size
+        return StoredAnswers(self.context.store / FOLDER, self.names, size, batch or self.context.recipe.filter.batch)
+
+    def answers(self, split: SplitName, samples: list[tuple[str, Sample]]) -> Answered:
+        identities = [(shard, sample.row) for shard, sample in samples]
+        return answers_of_split(self.context.store / FOLDER, split, identities, len(self.names))
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What became of the rows, for the record."""
+        return {
+            name: value
+            for name, value in self._manifest.items()
+            if name not in ("shards", "class_names", "content_sha256")
+        }
+
+
+def tell_import(context: Context, found: dict[str, Any]) -> None:
+    """What became of the rows, for a person."""
+    splits = ", ".join(f"{found['answered'][name]:,} of {count:,} {name}" for name, count in found["images"].items())
+    context.console.note(f"{found['rows']:,} answers read ({', '.join(found['forms'])}); they answer {splits} images")
+    lost = {
+        "of no image": found["unmatched"],
+        "whose key is that of several images (a column `split`, or shard and row, tell them apart)": found["ambiguous"],
+        "without an answer": found["empty"],
+        "said twice": found["doubled"],
+    }
+    if any(lost.values()):
+        context.console.note("; ".join(f"{count:,} {what}" for what, count in lost.items() if count))
+    if found["unknown_answers"]:
+        named = ", ".join(f"{name!r} {count:,} times" for name, count in list(found["unknown"].items())[:5])
+        context.console.note(f"{found['unknown_answers']:,} answers name no class ({named}), and count as none")
