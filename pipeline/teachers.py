@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from pipeline.batches import Batch, Labelled, TargetBatch
 from pipeline.checkpoints import Networks
 from pipeline.config import CalibratorSettings, FeedbackSettings
+from pipeline.correction.correction import FLOOR
 from pipeline.distributed.placement import Placement
 from pipeline.distributed.ranks import Ranks
 from pipeline.distributed.sharded import clip_gradients
 from pipeline.optim import set_learning_rate
 from pipeline.student import StudentStep
 
+SPREAD = 4.0  # nats
 Metrics = dict[str, Tensor]
 Wish = Literal["nothing", "gradient", "losses"]  # what a teacher wants to know of the student's coming step
 
@@ -103,9 +105,9 @@ class FixedTargets:
 class CalibratorNetwork(nn.Module):
     """q_Ψ: distribution (B, C) → distribution (B, C), a perceptron with ReLU.
 
-    Where the teacher has C_T classes of its own, the perceptron sees its distribution, and q is what the correction
-    makes of it. With `image_weights` one output more gives each image a weight w in [0, 2], at first 1, and what comes
-    out is w · q_Ψ: the student's loss is linear in its targets, so the feedback of a weight,
+    Where the teacher has C_T classes of its own, the perceptron sees its distribution, as log-ratios, and q is what
+    the correction makes of it. With `image_weights` one output more gives each image a weight w in [0, 2], at first 1,
+    and what comes out is w · q_Ψ: the student's loss is linear in its targets, so the feedback of a weight,
     dR/dw_i = Σ_c q_ic · dR/d(w_i q_ic), comes with that of the targets. An image of no class can be silenced.
 
     Kinds:
@@ -135,12 +137,23 @@ class CalibratorNetwork(nn.Module):
 
     def parts(self, q: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """q_Ψ, rows sum to 1, (B, C), and the weight of each row, (B,), if there is one."""
-        logits, weight = self.layers(q if stored is None else stored), None
+        logits, weight = self.layers(q if stored is None else log_ratios(stored)), None
         if self.weighs:
             logits, weight = logits[:, :-1], 2 * logits[:, -1].sigmoid()
         if self.residual:
             logits = logits + torch.log((1 - self.floor) * q + self.floor / q.shape[1])
         return logits.softmax(dim=1), weight
+
+
+def log_ratios(q: Tensor) -> Tensor:
+    """What the perceptron sees of distributions over foreign classes (B, C_T): (log q − its mean over classes) / 4.
+
+    Most of a thousand probabilities are so small that as they stand they would move nothing, and what tells our
+    classes apart are ratios between them. Bounded below as a fit's features are; 4 nats are about their spread in an
+    ImageNet network.
+    """
+    x = q.clamp_min(FLOOR / q.shape[1]).log()
+    return (x - x.mean(dim=1, keepdim=True)) / SPREAD
 
 
 class Calibrator:

@@ -47,9 +47,11 @@ def plan(context: Context, name: str | None = None) -> Stage:
     inputs: dict[str, Any] = {"labelled": labelled.fingerprint()}
     if settings.teacher != "none":
         precomputed = require_fresh_targets(context.run)["result"]
+        filtered = (context.run.record("filter") or {}).get("result")
         if settings.correction in ("scaling", "fit"):
-            filtered = context.run.record("filter")
-            require_evidence(teacher_of(context, None, recorded=None if filtered is None else filtered["result"]))
+            require_evidence(teacher_of(context, None, recorded=filtered))
+        if settings.teacher == "calibrator" and (filtered or {}).get("correction") is not None:
+            inputs["perceptron"] = "log-ratios"  # it saw the distribution as it stands once
         inputs["targets"] = precomputed["fingerprint"]
         if pool_reading(context.recipe, precomputed["pool"], len(labelled.class_names)) == "stream":
             inputs["reading"] = "stream"
