@@ -202,7 +202,8 @@ def _answers_of(part: pa.RecordBatch, columns: Columns, first: int, where: str) 
         rows = np.asarray(pc.fill_null(part.column(columns.place[1]), -1)).astype(np.int64)
     unknown: dict[str, int] = {}
     if columns.form in ("probabilities", "logits"):
-        values, given = _numbers(part, columns, first, where)
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 is not finite, and told below
+            values, given = _numbers(part, columns, first, where)
         p = _softmax(values, given) if columns.form == "logits" else _normal(values, given, first, where)
     elif columns.form == "top-k":
         p, given = _top_k(part, columns, first, where, unknown)

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +26,17 @@ from pipeline.storage.files import Location, location, names_in, opened, quick_f
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".npz")
 PART_BYTES = 32 << 20  # of numbers in a part, about
 LINES = 4096  # JSON lines of a part
-MALFORMED = (OSError, pa.ArrowException, ValueError, KeyError, zipfile.BadZipFile, RecursionError)  # what it raises
+MALFORMED = (
+    OSError,
+    EOFError,
+    pa.ArrowException,
+    ValueError,
+    KeyError,
+    OverflowError,
+    zlib.error,
+    zipfile.BadZipFile,
+    RuntimeError,
+)  # what a damaged file raises; RuntimeError: recursion, an archive that is encrypted, or compressed in an unknown way
 TEXT = ("key", "__key__", "file_name", "filename", "path", "file", "image", "image_path", "image_file", "shard")
 """CSV columns that are read as text whatever they look like: `0012` is not 12."""
 
