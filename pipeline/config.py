@@ -432,6 +432,8 @@ def _read(name_or_file: str) -> tuple[str, str]:
     path = Path(name_or_file)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is no plain file")  # a pipe would be waited for
             return path.read_text(encoding="utf-8"), str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read recipe {path}: {error}") from error

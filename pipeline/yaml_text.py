@@ -8,14 +8,34 @@ NODES = 1_000_000
 """Values in a text, aliases counted as often as they stand in it."""
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+class _Once:
+    """Of a loader: a key stands once in a mapping; YAML's own loaders let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.YAMLError(f"{twice!r} stands twice, in a mapping that begins in line {node.start_mark.line + 1}")
+        result: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[misc]
+        return result
+
+
+class _Values(_Once, yaml.SafeLoader):
+    """Plain values."""
+
+
+class _Texts(_Once, yaml.BaseLoader):
+    """Every value as it is written: `010` is no octal number, `no` is no truth."""
+
+
+def parse_yaml(text: str, *, as_texts: bool = False) -> Any:
+    """The value of a YAML text; `as_texts`: numbers and truths in it as they are written.
 
     Raises:
-        ValueError: it is no YAML, too deep, or its aliases (`*name`) make it larger than `NODES`.
+        ValueError: it is no YAML, too deep, a key stands twice, or its aliases (`*name`) make it larger than `NODES`.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Texts if as_texts else _Values)  # both make plain values alone
         if _nodes(value, {}) > NODES:
             raise ValueError(f"its aliases make it larger than {NODES:,} values")
     except yaml.YAMLError as error:

@@ -141,6 +141,7 @@ def plan(
         "calibration": calibration_mark(context) if copies else None,
         "rejected_format": REJECTED.version,
         **correction_basis(context, chosen),
+        **({"seen_labels": True} if context.recipe.filter.seen_labels else {}),
     }
     return Stage(
         name="filter",
@@ -150,8 +151,11 @@ def plan(
         summary=summary,
         replaces=[context.store / name for name in (SELECTION_FILE, "scores", REJECTED_FOLDER, ANSWERS_FOLDER)],
         ready=chosen.check,
-        trouble=lambda result: selection_trouble(context.store, result) or _scores_trouble(context, result),
-        cheap=frozenset(basis) - SCORED_BY,  # only shards that are new or changed are scored again
+        trouble=lambda result: (
+            selection_trouble(context.store, result) or _scores_trouble(context, result) or _answers_trouble(chosen)
+        ),
+        cheap=(frozenset(basis) | {"seen_labels", "correction"})
+        - SCORED_BY,  # only shards that are new or changed are scored again
     )
 
 
@@ -180,6 +184,10 @@ def selection_trouble(store: Location, result: dict[str, Any]) -> str:
     except DataError as error:
         return str(error)
     return ""
+
+
+def _answers_trouble(teacher: Teacher) -> str:
+    return teacher.trouble() if isinstance(teacher, PredictionsTeacher) else ""
 
 
 def _scores_trouble(context: Context, result: dict[str, Any]) -> str:
@@ -249,7 +257,7 @@ def work(context: Context, teacher: Teacher, basis: dict[str, Any], engine: Engi
     mark = fingerprint({key: value for key, value in basis.items() if key in SCORED_BY})
     left = not_scored(shards, scores, mark)
     scoring = None
-    if left or "correction" in basis:
+    if left or "correction" in basis or isinstance(teacher, PredictionsTeacher):
         teacher.begin()
     if left:
         if len(left) < len(shards):

@@ -1,5 +1,6 @@
 """`mpl predict`: a network + any images → a table with a row for each."""
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from stages.options import Context, stage_options
 SUFFIXES = {".csv", ".parquet"}
 NONFINITE = "nonfinite"
 HARMLESS = {"ok", "no_image", "hidden", "another_view"}  # states of what can be read, or need not be
+HEAD = ("key", "status", "detail", "prediction")  # the first columns of a table
 PREFIX = "p:"  # of a column of probabilities: no class can have the name of another column
 
 
@@ -73,6 +75,7 @@ def command(
     for path in inputs:
         if not path.exists():
             raise DataError(f"{path} does not exist")
+    require_replaceable(output, inputs)
     if context.dry_run:
         context.console.note(f"predict: would classify {', '.join(map(str, inputs))} into {output}")
         return
@@ -83,6 +86,29 @@ def command(
         click.echo(json.dumps(result))
     if result["unreadable"]:
         raise click.exceptions.Exit(1)
+
+
+def require_replaceable(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse to write over what is no table of ours, or is to be classified.
+
+    Raises:
+        UsageError: says what is there.
+    """
+    if not output.exists():
+        return
+    for path in inputs:
+        if path.samefile(output):
+            raise UsageError(f"--output {output} is one of the inputs; give it another name")
+    try:
+        if output.suffix == ".csv":
+            with output.open(newline="", encoding="utf-8") as file:
+                head = next(csv.reader(file), [])
+        else:
+            head = pyarrow.parquet.read_schema(output).names
+    except (OSError, ValueError, csv.Error, pa.ArrowException):
+        head = []
+    if tuple(head[: len(HEAD)]) != HEAD:
+        raise UsageError(f"--output {output} is there, and is no table that mpl predict wrote; give another name")
 
 
 def entries(inputs: Iterable[Path]) -> Iterator[Entry]:

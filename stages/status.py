@@ -53,6 +53,7 @@ def _show(title: str, rows: list[dict[str, Any]], problems: list[str], verified:
 
 def damage(run: Run) -> Iterator[str]:
     """What is not as it was made, of all that finished stages made; everything is read."""
+    from pipeline.answers.store import FOLDER, answers_trouble
     from pipeline.pool.scores import SCORES
     from pipeline.storage.tables import open_table
     from stages.basis import require_unchanged
@@ -68,8 +69,11 @@ def damage(run: Run) -> Iterator[str]:
                     pass
         return ""
 
+    def answers(result: dict[str, Any]) -> str:
+        return answers_trouble(store / FOLDER) if "answers" in result else ""
+
     of_pool: dict[str, list[Callable[[dict[str, Any]], str]]] = {
-        "filter": [scores, partial(selection_trouble, store)],
+        "filter": [scores, answers, partial(selection_trouble, store)],
         "precompute": [partial(targets_trouble, store, full=True)],
     }
     for stage in stage_names(run):

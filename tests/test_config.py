@@ -1,5 +1,8 @@
 """Recipes: every shipped one, and every way to get one wrong."""
 
+import os
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
@@ -141,3 +144,13 @@ def test_bad_files_are_explained(text: str, words: str, tmp_path) -> None:
         load_recipe(str(path))
     with pytest.raises(RecipeError, match="cannot read"):
         load_recipe(str(tmp_path / "absent.yaml"))
+
+
+def test_a_setting_stands_once_and_a_recipe_is_a_plain_file(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: a\nfilter: {k: 5, k: 6}\n")
+    with pytest.raises(RecipeError, match="'k' stands twice"):
+        load_recipe(str(path))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RecipeError, match="no plain file"):
+        load_recipe(str(tmp_path / "pipe.yaml"))

@@ -1,6 +1,7 @@
 """Answers in any order, of any number of teachers, put in the images' order: by way of buckets on disk."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from pipeline.errors import DataError
 BUCKET_BYTES = 64 << 20  # of the distributions of a bucket
 WAITING_BYTES = 64 << 20  # of rows that wait to be written to buckets
 SAME = 1e-4  # two answers whose probabilities differ by less agree
+SUFFIX = ".rows"
 SOURCE_BITS = 40  # of a row's number in its file; above them the file's number
+
+
+def remove_buckets(folder: Path) -> None:
+    """Remove the buckets in a folder, and the folder if nothing else is in it."""
+    for path in folder.glob(f"*{SUFFIX}"):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or holds what is not ours
+        folder.rmdir()
 
 
 class Buckets:
@@ -66,7 +76,7 @@ class Buckets:
                 path.unlink()
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"{self.split}-{number:05d}.rows"
+        return self.folder / f"{self.split}-{number:05d}{SUFFIX}"
 
     def _flush(self) -> None:
         if not self._waiting:

@@ -5,6 +5,7 @@ name or number. `top-k`: a few classes with their probabilities; the rest of the
 `votes`: what several annotators said; their shares.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -23,6 +24,13 @@ KEYS = ("key", "__key__", "file_name", "filename", "path", "file", "image_path",
 LABELS = ("label", "prediction", "predicted", "class", "class_name", "category", "answer")
 VOTES = ("votes", "annotations", "labels", "answers")
 EMBEDDING = "embedding"
+NUMBERS = ("prob", "logit", "softmax", "distribution")  # in the name of a list of whole numbers: not classes
+CLASSES = ("label", "class", "categor", "vote", "annotation", "answer", "prediction")  # and these: classes
+ANNOTATOR = re.compile(
+    r"(annotator|annotation|rater|labell?er|worker|voter?|judge|coder|reviewer|person|expert)[ _-]?\w*"
+)
+DECIMAL = re.compile(r"[+-]?\d*\.\d*")  # a name that a program may have made a number of
+OURS = "p:"  # before a class's name, in what `mpl predict` writes
 TOLERANCE = 0.02  # of a sum of probabilities: what rounding to two decimals or to float16 leaves
 OTHER = ("split", EMBEDDING)  # columns that are no answer
 
@@ -107,23 +115,24 @@ def recognise(schema: pa.Schema, names: Names, form: Form | None, where: str, *,
         )
     taken = {key, *(place or ()), *(lower[name] for name in (*OTHER, *KEYS) if name in lower)}
     left = [field for field in schema if field.name not in taken]
-    found = _candidates(left, names)
-    if form is not None:
-        found = {kind: columns for kind, columns in found.items() if kind == form or _same_columns(kind, form)}
-        found = {form: next(iter(found.values()))} if found else {}
-    if not found:
+    options = _options(left, names, form, where)
+    if not options:
         wanted = f"as {form}" if form else "as an answer"
         raise DataError(
             f"{where}: no column can be read {wanted}; it has {_some(schema.names)}. A column for each class "
             f"({_some(names.names)}), one list of probabilities or logits, `label`, `votes`, or `labels` with `scores`"
         )
-    if len(found) > 1:
-        raise DataError(f"{where} can be read as {' or as '.join(found)}; say which: --as {next(iter(found))}")
-    kind, columns = next(iter(found.items()))
+    if len(options) > 1:
+        ways = " or as ".join(f"{kind} in {', '.join(map(repr, columns[:SHOWN]))}" for kind, columns in options)
+        kinds = list(dict.fromkeys(kind for kind, _ in options))
+        more = f"say which: --as {kinds[0]}" if len(kinds) > 1 else "leave one of them in the file"
+        raise DataError(f"{where} can be read as {ways}; {more}")
+    kind, columns = options[0]
     stated = names
     if kind in ("probabilities", "logits"):
         if len(columns) > 1:
-            stated = Names(columns, True)
+            own = all(name.startswith(OURS) for name in columns)
+            stated = Names(tuple(name.removeprefix(OURS) for name in columns) if own else columns, True)
         elif not names.stated and not in_order:
             raise DataError(
                 f"{where} does not say which classes the numbers in {columns[0]!r} are: in a wrong order every answer "
@@ -133,44 +142,101 @@ def recognise(schema: pa.Schema, names: Names, form: Form | None, where: str, *,
     return Columns(kind, key, place, lower.get("split"), columns, stated.names)
 
 
+Option = tuple[Form, tuple[str, ...]]
+"""A way to read a file: a form, and the columns of its answers."""
+
+
+def _options(fields: Sequence[pa.Field], names: Names, form: Form | None, where: str) -> list[Option]:
+    """All ways to read these columns, or those that a person's word leaves."""
+    lists = {field.name: field.type.value_type for field in fields if _is_list(field.type)}
+    singles = {field.name: field.type for field in fields if not _is_list(field.type)}
+    found = _of_lists(lists)
+    found += _of_singles(singles, names, form, where, alone=not found)
+    if form is None:
+        return found
+    kept = [columns for kind, columns in found if kind == form or _same_columns(kind, form)]
+    said = kept or [columns for columns in _as_said(lists, singles, form) if columns]
+    return [(form, columns) for columns in dict.fromkeys(said)]
+
+
 def _same_columns(found: Form, wanted: Form) -> bool:
     """Whether a form that was recognised has the columns of another one that a person names."""
     return {found, wanted} == {"probabilities", "logits"} or (found == "labels" and wanted == "votes")
 
 
-def _candidates(fields: Sequence[pa.Field], names: Names) -> dict[Form, tuple[str, ...]]:
-    """All ways to read these columns."""
-    found: dict[Form, tuple[str, ...]] = {}
-    lists = {field.name: field.type.value_type for field in fields if _is_list(field.type)}
-    numbers = [name for name, kind in lists.items() if pa.types.is_floating(kind)]
-    texts = [name for name, kind in lists.items() if _is_text(kind) or pa.types.is_integer(kind)]
-    pairs = [name for name, kind in lists.items() if pa.types.is_struct(kind)]
-    if pairs:
-        found["top-k"] = (pairs[0],)
-    elif texts and numbers:
-        found["top-k"] = (texts[0], numbers[0])
-    elif len(numbers) == 1:
-        found["logits" if "logit" in numbers[0].lower() else "probabilities"] = (numbers[0],)
-    elif len(numbers) > 1:
-        named = [name for name in numbers if "prob" in name.lower()]
-        if len(named) == 1:
-            found["probabilities"] = (named[0],)
-    elif texts:
-        found["votes"] = (texts[0],)
-    singles = {field.name: field.type for field in fields if field.name not in lists}
-    known = {canonical(name) for name in names.names}
-    scalar = [name for name, kind in singles.items() if pa.types.is_floating(kind) or pa.types.is_integer(kind)]
-    per_class = [name for name in scalar if canonical(name) in known]
-    if len(per_class) >= 2 and len(per_class) >= len(known) - 1:
-        found["probabilities"] = tuple(name for name in scalar if name.strip().lower() not in LABELS)
-    elif labels := [name for name in singles if name.strip().lower() in LABELS]:
-        found["labels"] = (labels[0],)
-    voted = [name for name, kind in singles.items() if _is_text(kind) or pa.types.is_integer(kind)]
-    if not found and len(voted) > 1:
-        found["votes"] = tuple(voted)
-    elif not found and len(scalar) > 1 and all(pa.types.is_floating(singles[name]) for name in scalar):
-        found["probabilities"] = tuple(scalar)  # classes of the teacher's own
+def _of_lists(lists: dict[str, pa.DataType]) -> list[Option]:
+    """Ways to read the lists: whole numbers are probabilities or classes as the column's name says, else either."""
+    numbers = [name for name, kind in lists.items() if pa.types.is_floating(kind) or _is_whole(kind, name, NUMBERS)]
+    classes = [
+        name
+        for name, kind in lists.items()
+        if _is_text(kind) or (name not in numbers and _is_whole(kind, name, CLASSES))
+    ]
+    known = {*numbers, *classes}
+    unclear = [name for name, kind in lists.items() if pa.types.is_integer(kind) and name not in known]
+    found: list[Option] = [("top-k", (name,)) for name, kind in lists.items() if pa.types.is_struct(kind)]
+    if len(numbers) > 1 and len(named := [name for name in numbers if "prob" in name.lower()]) == 1:
+        numbers = named
+    if classes and numbers:
+        return found + [("top-k", (one, beside)) for one in classes for beside in numbers]
+    found += [("logits" if "logit" in name.lower() else "probabilities", (name,)) for name in numbers]
+    found += [("votes", (name,)) for name in classes]
+    for name in unclear:
+        found += [("top-k", (name, beside)) for beside in numbers]
+        if not numbers:
+            found += [("probabilities", (name,)), ("votes", (name,))]
     return found
+
+
+def _of_singles(
+    singles: dict[str, pa.DataType], names: Names, form: Form | None, where: str, *, alone: bool
+) -> list[Option]:
+    """Ways to read columns of one value each; `alone`: there is no list beside them.
+
+    Raises:
+        DataError: beside the columns of the classes there are numbers that may be classes of the teacher's, or not.
+    """
+    scalar = {name: kind for name, kind in singles.items() if pa.types.is_floating(kind) or pa.types.is_integer(kind)}
+    if len(prefixed := [name for name in scalar if name.startswith(OURS)]) > 1:  # of `mpl predict`
+        return [("probabilities", tuple(prefixed))]
+    known = {canonical(name) for name in names.names}
+    per_class = [name for name in scalar if canonical(name) in known]
+    labels = [name for name in singles if name.strip().lower() in LABELS]
+    if len(per_class) >= 2 and len(per_class) >= len(known) - 1:
+        others = [name for name in scalar if name not in per_class and name not in labels]
+        kinds = {pa.types.is_floating(scalar[name]) for name in (*per_class, *others)}
+        if others and not names.stated and (form == "logits" or len(kinds) > 1):
+            raise DataError(
+                f"{where}: {_some(others)} hold numbers and name no class of the data set: are they classes of the "
+                "teacher's? Leave them out, or list the columns that are classes in a file, --classes FILE"
+            )
+        return [("probabilities", tuple(per_class if names.stated else [n for n in scalar if n not in labels]))]
+    if labels:
+        return [("labels", (name,)) for name in labels]
+    if not alone:
+        return []
+    people = [name for name, kind in singles.items() if ANNOTATOR.fullmatch(name.strip().lower()) and name not in known]
+    if len(people) > 1:
+        return [("votes", tuple(people))]
+    if len(scalar) > 1 and all(pa.types.is_floating(kind) for kind in scalar.values()):
+        return [("probabilities", tuple(scalar))]  # classes of the teacher's own
+    return []
+
+
+def _as_said(lists: dict[str, pa.DataType], singles: dict[str, pa.DataType], form: Form) -> list[tuple[str, ...]]:
+    """Columns that are answers only because a person says so."""
+    if form in ("probabilities", "logits"):
+        whole = [name for name, kind in lists.items() if pa.types.is_integer(kind)]
+        columns = [name for name, kind in singles.items() if pa.types.is_integer(kind)]
+        return [(name,) for name in whole] if whole else [tuple(columns) if len(columns) > 1 else ()]
+    if form == "votes":
+        return [tuple(name for name, kind in singles.items() if _is_text(kind) or pa.types.is_integer(kind))]
+    return []
+
+
+def _is_whole(kind: pa.DataType, name: str, words: Sequence[str]) -> bool:
+    """Whether these are whole numbers in a column whose name has one of the words."""
+    return pa.types.is_integer(kind) and any(word in name.lower() for word in words)
 
 
 def answers_of(part: pa.RecordBatch, columns: Columns, first: int, where: str) -> Answers:
@@ -361,9 +427,14 @@ def _labels(column: pa.Array, names: Sequence[str], where: str, unknown: dict[st
     """The class of each value, (n,), from 0; −1 where it is null, empty or the name of no class."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    known = ClassNames(tuple(names), where)
     if pa.types.is_floating(column.type):
         column = pc.cast(column, pa.int64())  # raises for 0.5
-    known = ClassNames(tuple(names), where)
+        if decimal := [name for name in names if DECIMAL.fullmatch(name.strip())]:
+            raise DataError(
+                f"{where}: the labels are decimal numbers, and so are names of classes ({_some(decimal)}): write the "
+                "labels as text"
+            )
     if pa.types.is_integer(column.type):
         known.require_one_reading(where)
     encoded = column.cast(pa.string()).dictionary_encode()

@@ -5,7 +5,6 @@ written into buckets on disk, each a run of images; then every bucket is read, p
 its shards. Killed, the same call begins again with reading, and leaves shards that are done where it comes to the same.
 """
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.answers.buckets import SOURCE_BITS, Buckets
+from pipeline.answers.buckets import SOURCE_BITS, Buckets, remove_buckets
 from pipeline.answers.deal import Deal, OutOfOrder
 from pipeline.answers.forms import Answers, Columns, Form, Names, answers_of, recognise
 from pipeline.answers.join import NOBODY, SEVERAL, SplitIndex
 from pipeline.answers.reading import PredictionFile
 from pipeline.answers.store import ANSWERS, MANIFEST, answers_fingerprint, is_imported, read_answers_manifest
-from pipeline.classes import ClassNames, same_names
+from pipeline.classes import ClassNames, canonical, same_names
 from pipeline.data.get.layout import SPLIT_WORDS
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
@@ -66,6 +65,7 @@ class Tally:
         unmatched: with an answer, of no image of any split.
         ambiguous: whose key is that of several images, of one split or of two.
         doubled: that repeat what was said of an image.
+        elsewhere: whose column `split` names another split than their image's.
         answered: images with an answer, by split.
         images: by split.
         unknown: answers that name no class, with how often.
@@ -77,6 +77,7 @@ class Tally:
     unmatched: int = 0
     ambiguous: int = 0
     doubled: int = 0
+    elsewhere: int = 0
     answered: dict[str, int] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
@@ -90,6 +91,7 @@ class Tally:
             "unmatched": self.unmatched,
             "ambiguous": self.ambiguous,
             "doubled": self.doubled,
+            "elsewhere": self.elsewhere,
             "answered": self.answered,
             "images": self.images,
             "unknown": dict(self.unknown.most_common(20)),
@@ -128,8 +130,8 @@ def import_predictions(
     ):
         return known
     discard(folder / MANIFEST)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    remove_buckets(scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
     tell("reading the keys of all images")
     indices = {split: SplitIndex(shards) for split, shards in splits.items()}
     understood = [[_understood(file, predictions) for file in files] for files in predictions.teachers]
@@ -145,7 +147,7 @@ def import_predictions(
         _require_matches(predictions, tally, indices)
         for split, deal in deals.items():
             tally.answered[split] = deal.close()
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_buckets(scratch)
     manifest = {"format": ANSWERS.name, "version": ANSWERS.version, "class_names": list(names), "shards": mark}
     manifest["forms"] = sorted({columns.form for files in understood for _, columns in files})
     write_sealed(folder / MANIFEST, manifest | tally.as_json())
@@ -205,7 +207,12 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _understood(file: PredictionFile, predictions: Predictions) -> tuple[PredictionFile, Columns]:
-    stated = predictions.names or file.class_names
+    stated, own = predictions.names or file.class_names, file.class_names
+    if predictions.names and own and [*map(canonical, own)] != [*map(canonical, predictions.names)]:
+        raise DataError(
+            f"{file.place} states its classes ({', '.join(own[:SHOWN])}, …), and --classes says others, or another "
+            f"order ({', '.join(predictions.names[:SHOWN])}, …): leave --classes out, or correct the file"
+        )
     names = Names(tuple(stated) or predictions.class_names, bool(stated))
     for _, part in file.parts():
         return file, recognise(part.schema, names, predictions.form, str(file.place), in_order=predictions.in_order)
@@ -278,6 +285,9 @@ def _matched(
         matched |= places >= 0
         mine = np.flatnonzero((places >= 0) & ~several & answers.given)
         if len(mine):
+            if answers.splits is not None:
+                said = _in_split(answers.splits, split, np.ones(len(places), bool), places)
+                tally.elsewhere += int((said[mine] == NOBODY).sum())
             yield split, places[mine], source + mine, p if len(mine) == len(p) else p[mine]
     strays = np.flatnonzero(~matched & answers.given)
     tally.unmatched += len(strays)

@@ -6,6 +6,8 @@ Nothing is unpickled. A part is a `pyarrow.RecordBatch`; numbers are given as th
 import csv
 import io
 import json
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,25 +22,33 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from pipeline.answers.forms import KEYS, LABELS, VOTES
+from pipeline.data.manifest import require_plain_name
 from pipeline.errors import DataError
-from pipeline.storage.files import Location, location, names_in, opened, quick_fingerprint, storage_errors
+from pipeline.storage.files import Location, location, names_in, opened, quick_fingerprint, read_at_most, storage_errors
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".npz")
 PART_BYTES = 32 << 20  # of numbers in a part, about
+STATE_BYTES = 64 << 20  # of a dataset's state.json
 LINES = 4096  # JSON lines of a part
 MALFORMED = (
     OSError,
     EOFError,
     pa.ArrowException,
     ValueError,
-    KeyError,
-    OverflowError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    csv.Error,
+    struct.error,
+    tokenize.TokenError,  # of a header of NumPy's
     zlib.error,
     zipfile.BadZipFile,
-    RuntimeError,
-)  # what a damaged file raises; RuntimeError: recursion, an archive that is encrypted, or compressed in an unknown way
-TEXT = ("key", "__key__", "file_name", "filename", "path", "file", "image", "image_path", "image_file", "shard")
-"""CSV columns that are read as text whatever they look like: `0012` is not 12."""
+    RuntimeError,  # recursion; an archive that is encrypted, or compressed in an unknown way
+    SystemError,  # text of NumPy's that is no Unicode
+)  # what a damaged or foreign file raises
+TEXT = {*KEYS, *LABELS, *VOTES, "shard", "split"}
+"""CSV columns that are read as text whatever they look like: `0012` is not 12, `1.0` no place, `NA` may be a class."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,12 @@ def find_predictions(stated: str) -> list[PredictionFile]:
     Raises:
         DataError: there is none, or one is of an unknown kind.
     """
-    place = location(stated)
+    if not stated.strip():
+        raise DataError(f"--predictions {stated!r} names no file")
     try:
         with storage_errors():
-            places = _places(place)
-    except (OSError, ValueError, NotImplementedError) as error:
+            places = _places(location(stated))
+    except MALFORMED as error:
         raise DataError(f"--predictions {stated} cannot be looked up: {error}") from error
     if not places:
         raise DataError(f"--predictions {stated}: there is no such file")
@@ -95,14 +106,22 @@ def find_predictions(stated: str) -> list[PredictionFile]:
 
 
 def _places(place: Location) -> list[Location]:
-    if set(place.name) & set("*?["):
-        return sorted(place.parent.glob(place.name), key=str)
+    """The plain files that a place stands for; a file of that very name comes before a glob."""
+    if place.is_file():
+        return [place]
     if place.is_dir():
         if (place / "state.json").is_file():  # the order of a dataset's files
-            state = json.loads((place / "state.json").read_text())
-            return [place / str(file["filename"]) for file in state["_data_files"]]
-        return [place / name for name in sorted(names_in(place)) if name.endswith(SUFFIXES)]
-    return [place] if place.is_file() else []
+            state = json.loads(read_at_most(place / "state.json", STATE_BYTES))
+            names = [str(file["filename"]) for file in state["_data_files"]]
+            for name in names:
+                require_plain_name(name)
+            return [place / name for name in names]
+        inside = [place / name for name in sorted(names_in(place)) if name.endswith(SUFFIXES)]
+        return [found for found in inside if found.is_file()]
+    found_by_glob: list[Location] = []
+    if set(place.name) & set("*?["):
+        found_by_glob = sorted(place.parent.glob(place.name), key=str)
+    return [found for found in found_by_glob if found.is_file()]
 
 
 def _described(place: Location) -> PredictionFile:
@@ -183,8 +202,6 @@ def _csv(place: Location) -> Iterator[pa.RecordBatch]:
             pyarrow.csv.ParseOptions(delimiter=delimiter),
             pyarrow.csv.ConvertOptions(
                 column_types={name: pa.string() for name in names if name.strip().lower() in TEXT},
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
             ),
         )
         with reader:
@@ -256,6 +273,8 @@ class _Member:
         if read is None:
             raise DataError(f"{place}: {name} has version {version} of NumPy's format, which is not read")
         self.shape, fortran, self.dtype = read(file, 1 << 16)
+        if self.dtype.kind not in "biufUSO":
+            raise DataError(f"{place}: {name} holds {self.dtype}, which is neither number nor text")
         if self.dtype.hasobject:
             raise DataError(
                 f"{place}: {name} holds Python objects, which only unpickling could read; save it as numbers or text"

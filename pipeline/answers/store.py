@@ -5,6 +5,7 @@ An image without an answer has no row. The header has shard, class names and fin
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -15,16 +16,17 @@ from numpy.typing import NDArray
 
 from pipeline.data.readers.shard import Shard
 from pipeline.errors import DataError
-from pipeline.storage.files import Location, opened, unsealed
+from pipeline.storage.files import Location, names_in, opened, unsealed
 from pipeline.storage.files import fingerprint as fingerprint_of
 from pipeline.storage.tables import TableFormat, fixed_numbers, header_if_whole, open_table
 
 FOLDER = "answers"
 MANIFEST = "_manifest.json"
+PART = "--part-"  # in a file's name
 ANSWERS = TableFormat(
     "mpl-answers",
     1,
-    remedy="run mpl filter again: they are made anew from the predictions",
+    remedy="run mpl filter --force: they are made anew from the predictions",
     plain=frozenset({"distribution"}),
     dictionary=False,
     statistics=False,
@@ -34,7 +36,7 @@ GROUP_BYTES = 16 << 20  # of a row group
 
 def answers_path(folder: Location, split: str, shard: str) -> Location:
     """Where the answers of a shard lie."""
-    return folder / f"{split}--part-{quote(shard, safe='')}.parquet"
+    return folder / f"{split}{PART}{quote(shard, safe='')}.parquet"
 
 
 def answers_schema(classes: int) -> pa.Schema:
@@ -86,6 +88,27 @@ def stream_answers(folder: Location, split: str, shard: str, classes: int) -> It
             if values.shape[1] != classes:
                 raise DataError(f"{table.path} has {values.shape[1]} classes, expected {classes}; {ANSWERS.remedy}")
             yield from zip(batch.column("row").to_pylist(), values, strict=True)
+
+
+def answers_trouble(folder: Location) -> str:
+    """What is not as it was imported, everything read; empty if all is.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    manifest = read_answers_manifest(folder)
+    if manifest is None:
+        return f"{folder} has no manifest; {ANSWERS.remedy}"
+    left = Counter(manifest["shards"])
+    for name in sorted(name for name in names_in(folder) if PART in name):
+        with open_table(folder / name, ANSWERS) as table:
+            for _ in table.batches(["row", "distribution"], 4096):
+                pass
+        header = header_if_whole(folder / name, ANSWERS)
+        left[None if header is None else header.fingerprint] -= 1
+    if any(left.values()):
+        return f"{folder} has other files than were imported; {ANSWERS.remedy}"
+    return ""
 
 
 def answers_of_split(

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from pipeline.classes import SHOWN, canonical, is_number
 from pipeline.errors import DataError
+from pipeline.storage.files import read_at_most
 from pipeline.yaml_text import parse_yaml
 
+MOST_BYTES = 64 << 20  # of a file
 UNMAPPED = -1  # a teacher's class that is none of the data set's
 ClassMap = NDArray[np.int64]
 """For each of the teacher's C_T classes the data set's, from 0, or UNMAPPED; (C_T,)."""
@@ -36,7 +38,7 @@ def read_class_map(path: Path, theirs: Sequence[str], ours: Sequence[str]) -> Cl
             ours has none.
     """
     try:
-        stated = parse_yaml(_text(path))
+        stated = parse_yaml(_text(path), as_texts=True)
     except (OSError, ValueError) as error:
         raise DataError(f"class map {path} cannot be read: {error}") from error
     if not isinstance(stated, dict):
@@ -74,7 +76,7 @@ def _text(path: Path) -> str:
     embedded = importlib.resources.files("pipeline.correction") / "maps" / f"{path}.yaml"
     if not path.exists() and path.name == str(path) and embedded.is_file():
         return embedded.read_text(encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    return read_at_most(path, MOST_BYTES).decode("utf-8-sig")
 
 
 def _spelled(text: str, theirs: Sequence[str], known: Mapping[str, int]) -> Sequence[str]:
@@ -94,7 +96,7 @@ def _require_known(unknown: Sequence[str], what: str, known: Sequence[str], wher
 
 
 def _listed(value: object) -> list[str]:
-    values = value if isinstance(value, list) else [] if value is None else [value]
+    values = value if isinstance(value, list) else [] if value in (None, "") else [value]
     return [str(name) for name in values]
 
 

@@ -29,7 +29,22 @@ CHUNK = 1 << 20  # bytes of either end of a file that `quick_fingerprint` is of
 TEMPORARY = re.compile(r"\..*\.mpl\.tmp|\.step-\d+(\.\w+)?\.tmp")  # of what is not whole yet
 UPLOAD = "mpl-upload-"  # of temporary files on their way to object storage
 UPLOADING = re.compile(UPLOAD + r"(\d{1,9})-\w+\.mpl\.tmp")
-REMOTE = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "adlfs", "s3fs", "urllib3"})
+REMOTE = frozenset(
+    {
+        "aiobotocore",
+        "aiohttp",
+        "botocore",
+        "fsspec",
+        "gcsfs",
+        "adlfs",
+        "s3fs",
+        "urllib3",
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "huggingface_hub",
+    }
+)
 
 
 def location(place: str | Location) -> Location:

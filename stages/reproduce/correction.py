@@ -192,6 +192,9 @@ def _steps(context: Context, cell: Cell, box: BlackBox, run: Path) -> list[Step]
         "filter.predictions": json.dumps([box.files]),
         "filter.teacher": "null",
         "filter.predictions_as": "probabilities",
+        "filter.predictions_classes": "null",  # the files name their own, and whatever was said is of other files
+        "filter.predictions_in_order": "false",
+        "filter.seen_labels": "false",
         "filter.correction": "identity" if own else "map",
         "filter.class_map": "null" if own else json.dumps(context.recipe.filter.class_map),
         "filter.k": context.data_set.split("unlabelled").count(),

@@ -6,19 +6,21 @@ from typing import Any
 
 from pipeline.answers.importing import Predictions, describe, import_predictions
 from pipeline.answers.reading import find_predictions, names_of
-from pipeline.answers.store import FOLDER, answers_of_split, read_answers_manifest
+from pipeline.answers.store import FOLDER, answers_of_split, is_imported, read_answers_manifest
 from pipeline.data.decode import WHOLE
-from pipeline.data.manifest import SplitName
+from pipeline.data.manifest import SPLITS, SplitName
 from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, RunError
 from pipeline.pool.answered import StoredAnswers
 from pipeline.pool.infer import Source
-from pipeline.storage.files import fingerprint, location, opened
+from pipeline.storage.files import fingerprint, location, read_at_most
 from pipeline.storage.workers import EngineSettings
 from stages.copies import Compared
 from stages.options import Context
 from stages.teachers.classes import OTHER_CLASSES, class_names, others_are_expected
 from stages.teachers.teacher import Answered
+
+MOST_BYTES = 64 << 20  # of a list of classes
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class PredictionsTeacher:
         names = None
         if settings.predictions_classes is not None:
             try:
-                with opened(location(settings.predictions_classes)) as file:
-                    names = tuple(names_of(file.read()))
-            except (OSError, ValueError) as error:
+                names = tuple(names_of(read_at_most(location(settings.predictions_classes), MOST_BYTES)))
+            except (OSError, ValueError, RecursionError) as error:
                 raise DataError(f"--classes {settings.predictions_classes} cannot be read: {error}") from error
         return Predictions(
             teachers=tuple(tuple(find_predictions(stated)) for stated in settings.predictions),
@@ -87,7 +88,26 @@ class PredictionsTeacher:
             return str(self.recorded["teacher_sha256"])
         settings = self.context.recipe.filter
         files = [[file.fingerprint() for file in files] for files in self.predictions.teachers]
-        return fingerprint(["predictions", 1, files, list(self.names), settings.predictions_as])
+        read = ["predictions", 1, files, list(self.names), settings.predictions_as]
+        if self.predictions.names is not None:
+            read.append(["classes", list(self.predictions.names)])
+        if settings.predictions_in_order:
+            read.append("in the data set's order")
+        return fingerprint(read)
+
+    def trouble(self) -> str:
+        """Why answers/ does not hold what these predictions say of the images; empty if it does."""
+        data, folder = self.context.data_set, self.context.store / FOLDER
+        try:
+            if read_answers_manifest(folder) is None:
+                return f"{folder} has no manifest"
+        except DataError as error:
+            return str(error)
+        for split in SPLITS:
+            for shard in data.split(split).shards if split in data.manifest.splits else ():
+                if not is_imported(folder, split, shard, self.digest):
+                    return f"{folder}: the answers about {split} images ({shard.name}) are missing, damaged or others"
+        return ""
 
     @property
     def basis(self) -> dict[str, Any]:
@@ -113,10 +133,11 @@ class PredictionsTeacher:
 
     def begin(self) -> None:
         if self.recorded is not None:
+            if trouble := self.trouble():
+                raise RunError(f"{trouble}; run mpl filter, which imports the predictions again")
             return
         data = self.context.data_set
-        present: tuple[SplitName, ...] = ("unlabelled", "labelled", "validation", "test")
-        shards = {str(name): data.split(name).shards for name in present if name in data.manifest.splits}
+        shards = {str(name): data.split(name).shards for name in SPLITS if name in data.manifest.splits}
         folder = self.context.store / FOLDER
         manifest = import_predictions(
             folder,
@@ -155,6 +176,7 @@ def tell_import(context: Context, found: dict[str, Any]) -> None:
         "whose key is that of several images (a column `split`, or shard and row, tell them apart)": found["ambiguous"],
         "without an answer": found["empty"],
         "said twice": found["doubled"],
+        "whose column `split` names another split than their image's": found.get("elsewhere", 0),
     }
     if any(lost.values()):
         context.console.note("; ".join(f"{count:,} {what}" for what, count in lost.items() if count))

@@ -1,6 +1,7 @@
 """Answers joined to images: by key with or without suffix, by shard and row; what is counted; memory and order."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,84 @@ def test_killed_it_begins_again_and_leaves_what_is_done(tmp_path: Path, monkeypa
     monkeypatch.setattr(Deal, "_finish", original)
     assert take(tmp_path / "killed", path) == whole
     assert done.stat().st_mtime_ns == before
+
+
+def test_a_split_that_is_said_and_is_another_is_counted(tmp_path: Path) -> None:
+    """The key is of one image alone: the answer is its, and the contradiction is told."""
+    path = write(tmp_path / "p.parquet", ["3", "4", "y/0"], rows(3), split=["test", "pool", "labelled"])
+    found = take(tmp_path, path)
+    assert found["answered"] == {"unlabelled": 2, "labelled": 1}
+    assert found["elsewhere"] == 1
+
+
+def test_classes_that_a_person_states_may_not_contradict_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.parquet", ["3", "4"], rows(2))
+    take(tmp_path, path, names=NAMES)
+    with pytest.raises(DataError, match=r"states its classes .*another order"):
+        take(tmp_path / "other", path, names=NAMES[::-1])
+
+
+def test_only_buckets_are_removed_from_the_folder_of_buckets(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch/mine.txt").write_text("mine")
+    (tmp_path / "scratch/unlabelled-00000.rows").write_bytes(b"old")
+    take(tmp_path, write(tmp_path / "p.parquet", ["4", "3"], rows(2)))
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["mine.txt"]
+
+
+def test_a_file_of_that_very_name_comes_before_a_glob(tmp_path: Path) -> None:
+    for name in ("ans1.parquet", "ans[1].parquet"):
+        write(tmp_path / name, ["3"], rows(1))
+    assert [file.place.name for file in find_predictions(str(tmp_path / "ans[1].parquet"))] == ["ans[1].parquet"]
+    assert [file.place.name for file in find_predictions(str(tmp_path / "ans*.parquet"))] == [
+        "ans1.parquet", "ans[1].parquet",
+    ]  # fmt: skip
+    (tmp_path / "ans[1].parquet").unlink()
+    assert [file.place.name for file in find_predictions(str(tmp_path / "ans[1].parquet"))] == ["ans1.parquet"]
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.csv")
+    for stated in (tmp_path / "a.csv", tmp_path / "*.csv"):
+        with pytest.raises(DataError, match="there is no such file"):
+            find_predictions(str(stated))
+    with pytest.raises(DataError, match="names no file"):
+        find_predictions(" ")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"_data_files": [{"filename": "/etc/passwd"}]},
+        {"_data_files": [{"filename": "../p.arrow"}]},
+        {},
+        {"_data_files": [{}]},
+        [],
+        "text",
+        {"_data_files": 3},
+    ],
+)
+def test_a_datasets_state_names_plain_files_in_its_folder(tmp_path: Path, state: object) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="cannot be looked up"):
+        find_predictions(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "expected"),
+    [
+        ("key,label\n3,1.0\n4,2.0\n", ("0.5", "1.0", "2.0"), [1, 2]),  # names, and no places
+        ("key,label\n3,NA\n4,dog\n", ("NA", "dog", "owl"), [0, 1]),
+        ("key,label\n3,true\n4,false\n", ("false", "true"), [1, 0]),
+        ("key,label\n3,010\n4,08\n", ("08", "010", "16"), [1, 0]),
+        ("key,votes\n3,1\n4,2\n", ("2", "1"), [1, 0]),
+    ],
+)
+def test_labels_in_a_csv_are_text(tmp_path: Path, text: str, names: tuple[str, ...], expected: list[int]) -> None:
+    """What a program would make of them – reals, nothing, truth values, whole numbers – they are not."""
+    (tmp_path / "p.csv").write_text(text)
+    teachers = (tuple(find_predictions(str(tmp_path / "p.csv"))),)
+    form = "labels" if "label" in text else "votes"
+    import_predictions(tmp_path / "a", tmp_path / "s", Predictions(teachers, form, None, names), SPLITS, "mark")
+    found = dict(stream_answers(tmp_path / "a", "unlabelled", "b", len(names)))
+    assert [int(found[row].argmax()) for row in (7, 8)] == expected

@@ -1,5 +1,6 @@
 """From a teacher's classes to the data set's: maps, fits against scikit-learn, files."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -224,3 +225,18 @@ def test_equal_names_are_a_map_where_they_are_enough() -> None:
     assert class_map_of(None, ("dog", "car"), OURS, complete=False) is None
     with pytest.raises(DataError, match="is called cat, owl"):
         class_map_of(None, ("dog", "car"), OURS, complete=True)
+
+
+def test_names_in_a_class_map_are_as_they_are_written(tmp_path: Path) -> None:
+    """`010` is no octal number, `no` no truth; and a class stands once."""
+    theirs = tuple(f"{c:03d}" for c in range(20))
+    path = tmp_path / "map.yaml"
+    path.write_text("no: [010]\nyes: [011, 012]\n")
+    assert np.flatnonzero(read_class_map(path, theirs, ("no", "yes")) >= 0).tolist() == [10, 11, 12]
+    path.write_text("no: [010]\nyes: 011\nno: 012\n")
+    with pytest.raises(DataError, match="'no' stands twice"):
+        read_class_map(path, theirs, ("no", "yes"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="no plain file"):
+        read_class_map(path, theirs, ("no", "yes"))

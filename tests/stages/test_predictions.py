@@ -371,3 +371,85 @@ def test_a_scaling_from_the_pool_to_the_student(mpl: Mpl, recipe: Path, own: Pat
         changes = ["--set", f"train_reduced.correction={kind}", *short]
         outcome = mpl("train-reduced", "--run", run, "--name", kind, *changes)
         assert outcome.status == 0, outcome.err
+
+
+def test_another_order_of_the_classes_is_another_teacher(
+    mpl: Mpl, recipe: Path, keys: list[str], tmp_path: Path
+) -> None:
+    """Said later, it is not "already done"; the files' own names may not be contradicted."""
+    p = np.full((len(keys), 10), 0.01, np.float32)
+    p[np.arange(len(keys)), np.minimum(truth(keys), 9)] = 0.91
+    np.savez(tmp_path / "p.npz", key=np.array(keys), probabilities=p[:, ::-1].copy())
+    (tmp_path / "names.txt").write_text("\n".join(DIGITS[::-1]))
+    line = ["filter", "--run", tmp_path / "run", "--recipe", recipe, "--predictions", tmp_path / "p.npz"]
+    assert mpl(*line, "--assume-class-order").status == 0
+    refused = mpl(*line, "--classes", tmp_path / "names.txt")
+    assert refused.status == 1
+    assert "--force" in refused.err
+    outcome = mpl(*line, "--classes", tmp_path / "names.txt", "--force")
+    assert "right about 50 of the 50" in outcome.err
+
+
+def test_seen_labels_said_of_a_finished_selection(mpl: Mpl, recipe: Path, own: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    answers = ["--predictions", own / "own.parquet", "--class-map", own / "map.yaml"]
+    assert mpl("filter", "--run", run, "--recipe", recipe, *answers).status == 0
+    assert mpl("precompute", "--run", run).status == 0
+    assert "already done" not in mpl("filter", "--run", run, "--seen-labels").err
+    refused = mpl("train-reduced", "--run", run, "--teacher", "fixed", "--set", "train_reduced.correction=fit")
+    assert "--held-out-labels" in refused.err
+    assert "nothing is fitted" in mpl("calibrate", "--run", run).err
+
+
+def test_answers_are_what_was_imported(mpl: Mpl, recipe: Path, own: Path, tmp_path: Path) -> None:
+    """Another teacher's file in their place, a damaged and a missing one: noticed, verified, and made again."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    table = pq.read_table(own / "own.parquet")
+    pq.write_table(table.slice(1), tmp_path / "fewer.parquet")
+    mapped = ["--recipe", recipe, "--class-map", own / "map.yaml"]
+    assert mpl("filter", "--run", run, *mapped, "--predictions", own / "own.parquet").status == 0
+    assert mpl("filter", "--run", other, *mapped, "--predictions", tmp_path / "fewer.parquet").status == 0
+    name = "answers/validation--part-validation.parquet"
+    whole = (run / name).read_bytes()
+
+    def is_noticed(advice: str) -> None:
+        refused = mpl("calibrate", "--run", run)
+        assert refused.status == 1
+        assert advice in refused.err
+        verified = mpl("status", "--run", run, "--verify")
+        assert verified.status == 1
+        assert "DAMAGED: filter" in verified.out
+
+    shutil.copy(other / name, run / name)
+    is_noticed("run mpl filter")
+    assert mpl("filter", "--run", run).status == 0
+    assert (run / name).read_bytes() == whole
+    (run / name).unlink()
+    is_noticed("run mpl filter")
+    assert mpl("filter", "--run", run).status == 0
+    place = whole.index(b"PAR1") + 400
+    (run / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    is_noticed("run mpl filter --force")
+    assert mpl("filter", "--run", run, "--force").status == 0
+    assert mpl("calibrate", "--run", run).status == 0
+    assert mpl("status", "--run", run, "--verify").status == 0
+
+
+def test_a_table_does_not_take_the_place_of_what_is_none(mpl: Mpl, run: Path, tmp_path: Path) -> None:
+    """`mpl predict --output`: of an input, of a file of somebody's, of a data set's; a table of ours is made again."""
+    from tests.data.made_images import encode, noise
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(encode(noise(8)))
+    line = ["predict", tmp_path / "photos", "--run", run, "--output"]
+    for name, content in (("notes.csv", b"my,notes\n1,2\n"), ("empty.csv", b""), ("other.parquet", b"PAR1")):
+        (tmp_path / name).write_bytes(content)
+        refused = mpl(*line, tmp_path / name)
+        assert refused.status == 2
+        assert "no table that mpl predict wrote" in refused.err
+        assert (tmp_path / name).read_bytes() == content
+    for name in ("ours.csv", "ours.parquet"):
+        assert mpl(*line, tmp_path / name).status == 0
+        assert mpl(*line, tmp_path / name).status == 0
+    refused = mpl("predict", tmp_path / "ours.parquet", "--run", run, "--output", tmp_path / "ours.parquet")
+    assert "one of the inputs" in refused.err

@@ -85,12 +85,16 @@ def test_the_teacher_itself_by_its_map(mpl, monkeypatch, tmp_path: Path, recipe_
     monkeypatch.setitem(CELLS, "zero-shot", CELLS["zero-shot"].__class__("zero-shot", "itself", METHODS[:3]))
     run = tmp_path / "run"
     line = ["reproduce", "correction", "--run", run, "--recipe", recipe_of_a_foreign_teacher, "--jobs", 1]
-    outcome = mpl(*line, "--seeds", 1, "--teacher", "zero-shot")
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(OWN))
+    outcome = mpl(*line, "--seeds", 1, "--teacher", "zero-shot", "--set", f"filter.predictions_classes={names}")
     assert outcome.status == 0, outcome.err
     chain = run / "zero-shot-seed-0"
     assert load_correction(chain / "correction.safetensors").kind == "map"
     kinds = json.loads((chain / "train-reduced-scaling/record.json").read_text())["basis"]["settings"]["correction"]
     assert kinds == "scaling"
+    recipe = json.loads((chain / "run.json").read_text())["recipe"]["filter"]
+    assert recipe["predictions_classes"] is None  # what was said of other files is not said of these
     (box,) = [path for path in run.glob("answers-*") if "tail" not in path.name]
     places, q = BlackBox(box, tuple(OWN)).read(box / "unlabelled-00000.parquet")
     assert q.shape == (len(places), 25)
