@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEEDS ?= 5
 
-.PHONY: help install reproduce-table1 reproduce-table2 reproduce-swapped-teacher test test-long lint format bench clean
+.PHONY: help install reproduce-table1 reproduce-table2 reproduce-swapped-teacher test test-long test-lowest lint format bench clean
 
 help:
 	@echo "make reproduce-table2           Supervised, NoisyStudent, Reduced MPL on digits, $(SEEDS) seeds"
 	@echo "make reproduce-table1           eight methods alone, six also with full MPL on top"
 	@echo "make reproduce-swapped-teacher  does the feedback act? with controls"
-	@echo "make test | test-long | lint | format | bench | clean"
+	@echo "make test | test-long | test-lowest | lint | format | bench | clean"
 
 install: $(STAMP)
 
@@ -32,6 +32,13 @@ reproduce-swapped-teacher: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# With the lowest version of every dependency that pyproject.toml allows, in a .venv-lowest of its own
+test-lowest: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long
@@ -61,5 +68,5 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.plan --rounds 3
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,8 +76,10 @@ def forward_mode(replay: Replay, direction: Tensors) -> tuple[Tensor, Tensor]:
         except RuntimeError as error:  # NotImplementedError is one, and custom functions raise it bare
             if "forward" not in str(error).lower():
                 raise
+            custom = "custom autograd.Function" in str(error)  # reentrant checkpoints are one
+            hint = "where it checkpoints activations, set use_reentrant=False; else " if custom else ""
             raise FeedbackError(
-                f"an operation of {type(replay.module).__name__} has no forward-mode derivative ({error}); "
+                f"an operation of {type(replay.module).__name__} has no forward-mode derivative ({error}); {hint}"
                 "set the feedback engine to 'central' (finite differences)"
             ) from error
     if tangent is None:
