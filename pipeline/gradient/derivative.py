@@ -76,8 +76,8 @@ def forward_mode(replay: Replay, direction: Tensors) -> tuple[Tensor, Tensor]:
         except RuntimeError as error:  # NotImplementedError is one, and custom functions raise it bare
             if "forward" not in str(error).lower():
                 raise
-            custom = "custom autograd.Function" in str(error)  # reentrant checkpoints are one
-            hint = "where it checkpoints activations, set use_reentrant=False; else " if custom else ""
+            custom = "custom autograd.Function" in str(error)  # checkpoints are such, without reentry up to torch 2.8
+            hint = "where it checkpoints activations: set use_reentrant=False, on torch 2.9 or newer; else " * custom
             raise FeedbackError(
                 f"an operation of {type(replay.module).__name__} has no forward-mode derivative ({error}); {hint}"
                 "set the feedback engine to 'central' (finite differences)"

@@ -296,7 +296,11 @@ def test_checkpointed_activations() -> None:
     """Oracle: double backward on the twin without checkpoints, which it cannot see through."""
     right = problem_of(lambda: Checkpointed(False), "sgd")
     exact = problem_of(lambda: Checkpointed(None), "sgd").oracle()
-    assert relative_error(right.learn().target_gradient(right.labelled, right.labels), exact) < 1e-9
+    if torch.__version__.startswith("2.8."):  # there it is a custom function without a derivative, and said
+        with pytest.raises(FeedbackError, match=r"on torch 2\.9 or newer"):
+            right.learn().target_gradient(right.labelled, right.labels)
+    else:
+        assert relative_error(right.learn().target_gradient(right.labelled, right.labels), exact) < 1e-9
     other = problem_of(lambda: Checkpointed(True), "sgd")
     step = other.learn()
     with pytest.raises(FeedbackError, match="set use_reentrant=False"):
