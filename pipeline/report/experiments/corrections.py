@@ -150,7 +150,7 @@ class Corrections(Report):
 
     def draw(self, path: Path) -> None:
         """A panel for each teacher: draws as dots, means as bars, before finetuning pale; lines: without it."""
-        height = 1.6 + 0.34 * max(len(panel.results.labels) for panel in self.panels)
+        height = 2.0 + 0.36 * max(len(panel.results.labels) for panel in self.panels)
         with new_figure(path, dpi=140, figsize=(2.4 + WIDE * len(self.panels), height), layout="constrained") as figure:
             axes = figure.subplots(1, len(self.panels), squeeze=False, sharex=True)[0]
             for axis, panel in zip(axes, self.panels, strict=True):
@@ -159,9 +159,8 @@ class Corrections(Report):
 
     def _draw(self, axis: Any, panel: Panel) -> None:
         labels = panel.results.labels
-        for place, variant in enumerate(labels):
-            ours = variant.startswith("feedback") or variant == "both"
-            colour = ORANGE if ours else PINK if variant == "flipped" else BLUE
+        for place, (variant, label) in enumerate(labels.items()):
+            colour = PINK if "flipped" in label else ORANGE if "eedback" in label else BLUE
             before, after = panel.results.values(variant, "trained_top1"), panel.results.values(variant)
             y = len(labels) - 1 - place
             mean = sum(after) / len(after)
@@ -177,5 +176,5 @@ class Corrections(Report):
         axis.set_yticks(range(len(labels)), [wrapped(label, 30) for label in reversed(labels.values())], fontsize=8)
         axis.set_xlabel("top-1 on the test split, %; pale: before finetuning", fontsize=8)
         axis.set_title(panel.label, fontsize=10.5, loc="left")
-        axis.legend(fontsize=6.5, frameon=False, loc="lower left")
+        axis.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
         plain(axis, "x")
