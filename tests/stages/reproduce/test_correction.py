@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import load_recipe
 from pipeline.correction import load_correction
 from pipeline.report.experiments.corrections import Corrections, Panel, TeacherRow
 from pipeline.report.experiments.report import About
 from pipeline.report.experiments.results import Contrast, Results
+from stages.options import changed
 from stages.reproduce.black_boxes import BlackBox, Place, long_tail
 from stages.reproduce.correction import CELLS, METHODS, OURS
-from tests.stages.reproduce.comparisons import run_here
+from tests.stages.reproduce.comparisons import different_keys, run_here
 from tests.stages.test_predictions import MAP, OWN, all_keys, truth
 
 RECIPE = """
@@ -49,8 +52,26 @@ def recipe_of_a_foreign_teacher(tmp_path: Path) -> Path:
     return recipe
 
 
+def test_every_method_is_a_recipe(recipe_of_a_foreign_teacher: Path) -> None:
+    """And differs from the others; those of a contrast in one thing alone where it says so."""
+    tree = load_recipe(str(recipe_of_a_foreign_teacher)).model_dump(mode="json")
+    recipes = {method.name: changed(tree, method.changes, "tiny") for method in METHODS}
+    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(METHODS)
+    for a, b, settings in (
+        ("fixed", "fit", {"train_reduced.correction"}),
+        ("feedback", "flipped", {"train_reduced.feedback.control"}),
+        ("feedback", "feedback-fit", {"train_reduced.correction"}),
+        ("feedback", "both", {"train_reduced.calibrator.supervised_weight"}),
+        ("feedback", "per-image", {"train_reduced.feedback.scale", "train_reduced.calibrator.weight_decay"}),
+    ):
+        assert different_keys(recipes[a], recipes[b]) == settings
+
+
 def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path, recipe_of_a_foreign_teacher: Path) -> None:
     run_here(monkeypatch)
+    asked = tuple(method for method in METHODS if method.name in ("fixed", "fit", OURS.name))
+    for name in ("long-tailed", "clean"):
+        monkeypatch.setitem(CELLS, name, replace(CELLS[name], methods=asked))
     run = tmp_path / "run"
     line = ["reproduce", "correction", "--run", run, "--recipe", recipe_of_a_foreign_teacher, "--jobs", 1]
     outcome = mpl(*line, "--seeds", 2, "--teacher", "long-tailed", "--teacher", "clean")
@@ -82,7 +103,7 @@ def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path, recipe_of
 
 def test_the_teacher_itself_by_its_map(mpl, monkeypatch, tmp_path: Path, recipe_of_a_foreign_teacher: Path) -> None:
     run_here(monkeypatch)
-    monkeypatch.setitem(CELLS, "zero-shot", CELLS["zero-shot"].__class__("zero-shot", "itself", METHODS[:3]))
+    monkeypatch.setitem(CELLS, "zero-shot", replace(CELLS["zero-shot"], methods=METHODS[:3]))
     run = tmp_path / "run"
     line = ["reproduce", "correction", "--run", run, "--recipe", recipe_of_a_foreign_teacher, "--jobs", 1]
     names = tmp_path / "names.json"
