@@ -44,9 +44,9 @@ def luminance(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     step = max(1, (1 << 20) // (size * size))
     for begin in range(0, len(images), step):
         part = images[begin : begin + step]
-        grey = part[..., 0] * np.uint16(LUMA[0])
-        grey += part[..., 1] * np.uint16(LUMA[1])
-        grey += part[..., 2] * np.uint16(LUMA[2])
+        grey = np.multiply(part[..., 0], LUMA[0], dtype=np.uint16)  # stated: NumPy 1 would multiply in uint8
+        grey += np.multiply(part[..., 1], LUMA[1], dtype=np.uint16)
+        grey += np.multiply(part[..., 2], LUMA[2], dtype=np.uint16)
         if size == SIDE:
             result[begin : begin + step] = (grey + np.uint16(128)) >> 8
         else:
