@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import torch
 
+from pipeline.answers.forms import OURS
 from pipeline.data.decode import MAX_BYTES, Status, decode_stream, default_workers
 from pipeline.data.get.archives import is_archive, list_members, read_members
 from pipeline.data.readers.folder import list_files, shown
@@ -33,7 +34,6 @@ SUFFIXES = {".csv", ".parquet"}
 NONFINITE = "nonfinite"
 HARMLESS = {"ok", "no_image", "hidden", "another_view"}  # states of what can be read, or need not be
 HEAD = ("key", "status", "detail", "prediction")  # the first columns of a table
-PREFIX = "p:"  # of a column of probabilities: no class can have the name of another column
 
 
 class Entry(NamedTuple):
@@ -220,7 +220,7 @@ def write(table: Table, class_names: list[str], output: Path) -> None:
         "prediction": pa.array([class_names[c] if c >= 0 else None for c in best], pa.string()),
     }
     for c, name in enumerate(class_names):
-        columns[PREFIX + name] = pa.array(p[:, c], pa.float64(), mask=~known)
+        columns[OURS + name] = pa.array(p[:, c], pa.float64(), mask=~known)
     with whole_file(output) as temporary:
         if output.suffix == ".csv":
             pyarrow.csv.write_csv(pa.table(columns), temporary)

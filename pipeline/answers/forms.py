@@ -30,7 +30,7 @@ ANNOTATOR = re.compile(
     r"(annotator|annotation|rater|labell?er|worker|voter?|judge|coder|reviewer|person|expert)[ _-]?\w*"
 )
 DECIMAL = re.compile(r"[+-]?\d*\.\d*")  # a name that a program may have made a number of
-OURS = "p:"  # before a class's name, in what `mpl predict` writes
+OURS = "p:"  # before a class's name, in what `mpl predict` writes: no class can have the name of another column
 TOLERANCE = 0.02  # of a sum of probabilities: what rounding to two decimals or to float16 leaves
 OTHER = ("split", EMBEDDING)  # columns that are no answer
 

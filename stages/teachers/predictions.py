@@ -9,7 +9,7 @@ from pipeline.answers.reading import find_predictions, names_of
 from pipeline.answers.store import FOLDER, answers_of_split, is_imported, read_answers_manifest
 from pipeline.data.decode import WHOLE
 from pipeline.data.manifest import SPLITS, SplitName
-from pipeline.data.readers.shard import Sample
+from pipeline.data.readers.shard import Sample, Shard
 from pipeline.errors import DataError, RunError
 from pipeline.pool.answered import StoredAnswers
 from pipeline.pool.infer import Source
@@ -97,17 +97,22 @@ class PredictionsTeacher:
 
     def trouble(self) -> str:
         """Why answers/ does not hold what these predictions say of the images; empty if it does."""
-        data, folder = self.context.data_set, self.context.store / FOLDER
+        folder = self.context.store / FOLDER
         try:
             if read_answers_manifest(folder) is None:
                 return f"{folder} has no manifest"
         except DataError as error:
             return str(error)
-        for split in SPLITS:
-            for shard in data.split(split).shards if split in data.manifest.splits else ():
+        for split, shards in self._shards().items():
+            for shard in shards:
                 if not is_imported(folder, split, shard, self.digest):
                     return f"{folder}: the answers about {split} images ({shard.name}) are missing, damaged or others"
         return ""
+
+    def _shards(self) -> dict[str, tuple[Shard, ...]]:
+        """Of each split that the data set has."""
+        data = self.context.data_set
+        return {name: data.split(name).shards for name in SPLITS if name in data.manifest.splits}
 
     @property
     def basis(self) -> dict[str, Any]:
@@ -136,14 +141,11 @@ class PredictionsTeacher:
             if trouble := self.trouble():
                 raise RunError(f"{trouble}; run mpl filter, which imports the predictions again")
             return
-        data = self.context.data_set
-        shards = {str(name): data.split(name).shards for name in SPLITS if name in data.manifest.splits}
-        folder = self.context.store / FOLDER
         manifest = import_predictions(
-            folder,
+            self.context.store / FOLDER,
             self.context.run / ".answers.spill",
             self.predictions,
-            shards,
+            self._shards(),
             self.digest,
             self.context.console.note,
         )
