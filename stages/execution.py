@@ -137,7 +137,7 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     if decision.action is Action.REFUSE:
         raise RunError(decision.reason)
     console.note(f"{stage.name}: {'starts' if decision.reason == NOT_DONE else decision.reason}")
-    restore = run.restorer()
+    restore, beside = run.restorer(), run.beside(stage.name)
     if context.first:
         _begin(context, stage)
     context.together.barrier("the start")
@@ -148,7 +148,7 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     except (UsageError, DataError) as error:
         error.resumable = isinstance(error, DataError)
         traces = stage.replaces if stage.kept() else (*stage.replaces, *stage.outputs)
-        if context.first and not any(place.exists() for place in traces):
+        if context.first and not any(place.exists() for place in traces) and run.beside(stage.name) <= beside:
             run.withdraw(stage.name)  # nothing was made of it: it may begin again with what the message advises
             restore()
         raise

@@ -13,6 +13,7 @@ from pipeline.errors import RecipeError
 RECIPES = [
     *(
         "cifar10",
+        "cifar10-4000",
         "cifar10-4k",
         "cifar10-4k-google",
         "cifar10-correction",
@@ -63,7 +64,7 @@ def test_the_papers_numbers(name: str, k: int, hidden: int) -> None:
     [
         name
         for name in RECIPES
-        if name not in ("cifar10-correction", "cifar10-foreign-teacher", "cifar10-small", "digits")
+        if name not in ("cifar10-4000", "cifar10-correction", "cifar10-foreign-teacher", "cifar10-small", "digits")
     ],
 )
 def test_the_papers_finetuning_has_a_fixed_rate(name: str) -> None:

@@ -8,7 +8,7 @@ from pipeline.classes import SHOWN
 from pipeline.config import DataSettings
 from pipeline.data.decode import WHOLE, Framing, default_workers
 from pipeline.data.decoded import Images, load_images
-from pipeline.data.draw import stratified
+from pipeline.data.draw import stratified, without
 from pipeline.data.manifest import Manifest, SplitName, load_manifest
 from pipeline.data.readers.shard import Sample
 from pipeline.data.sources import Split, open_split
@@ -40,8 +40,10 @@ class DataSet:
         return load_manifest(self.settings.manifest, self.folder)
 
     def split(self, name: SplitName) -> Split:
-        """A split; of the labelled one so many rows as the recipe says, drawn from every class."""
+        """A split; the labelled one as the recipe draws it, the pool without it where the manifest says so."""
         split = open_split(self.manifest, name, self.folder)
+        if name == "unlabelled" and self.manifest.splits["unlabelled"].without:
+            return without(split, self.split("labelled"))
         if name == "labelled" and self.settings.labelled is not None:
             return stratified(split, self.settings.labelled, self.seed)
         return split

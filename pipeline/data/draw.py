@@ -1,4 +1,4 @@
-"""Fewer labels: a draw at random from the labelled split, the same part of every class."""
+"""Fewer labels: a draw at random from the labelled split, the same part of every class; and the rest, for a pool."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +32,28 @@ def stratified(split: Split, count: int, seed: int) -> Split:
         rows = np.flatnonzero(labels == label)
         chosen.append(rows[permutation(len(rows), seed, "labelled", name)[:number]])
     return replace(split, shards=tuple(_cut(split.shards, np.sort(np.concatenate(chosen)))))
+
+
+def without(split: Split, other: Split) -> Split:
+    """A split but for the rows that another has of the same shards; shards that the other lacks stay as they are.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    taken = {shard.name: {row for row, _ in shard.identities()} for shard in other.shards}
+    kept: list[Shard] = []
+    for shard in split.shards:
+        if shard.name not in taken:
+            kept.append(shard)
+            continue
+        rows = [row for row, _ in shard.identities()]
+        if places := tuple(place for place, row in enumerate(rows) if row not in taken[shard.name]):
+            kept.append(shard if len(places) == len(rows) else Chosen(shard, places))
+    if not kept:
+        raise DataError(
+            f"the {split.name} split has no image that is not in the {other.name} one; set data.labelled to fewer"
+        )
+    return replace(split, shards=tuple(kept))
 
 
 def _parts(present: np.ndarray, count: int, names: Sequence[str]) -> np.ndarray:

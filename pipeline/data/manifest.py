@@ -88,19 +88,36 @@ class FileSpec(_Section):
 
 
 class SplitSpec(_Section):
-    """A run of rows of one entry of `files`: first the drops, then the first or the last so many."""
+    """A run of rows of one entry of `files`: first the drops, then the first or the last so many; then further runs."""
 
     source: str = Field(alias="from")
     first: Count | None = None
     last: Count | None = None
     drop_first: Count = 0
     drop_last: Count = 0
+    without: Literal["labelled"] | None = None
+    """Pool: but for the rows that are labelled, which a recipe's `data.labelled` draws."""
+    also: tuple["SplitSpec", ...] = ()
+    """Further runs of rows, from other files, that follow these."""
 
     @model_validator(mode="after")
     def _one_end(self) -> Self:
         if self.first is not None and self.last is not None:
             raise ValueError("give either `first` or `last`")
         return self
+
+    @model_validator(mode="after")
+    def _flat(self) -> Self:
+        if any(spec.also or spec.without for spec in self.also):
+            raise ValueError("`also` has plain runs of rows: no `also`, no `without`")
+        if len({spec.source for spec in self.runs}) < len(self.runs):
+            raise ValueError("`also` names files that the split has already; one run of rows of each")
+        return self
+
+    @property
+    def runs(self) -> tuple["SplitSpec", ...]:
+        """This run of rows, and those that follow."""
+        return (self, *self.also)
 
     @property
     def counts_from_the_end(self) -> bool:
@@ -171,13 +188,21 @@ class Manifest(_Section):
                 raise ValueError(f"class_names has a name twice: {seen[name]!r} and {class_name!r}")
             seen[name] = class_name
         for split_name, split in self.splits.items():
-            if split.source not in self.files:
-                hint = suggestion(split.source, self.files) or f"there are {', '.join(self.files)}"
-                raise ValueError(f"splits.{split_name}.from is {split.source!r}, which `files` lacks; {hint}")
+            for run in split.runs:
+                if run.source not in self.files:
+                    hint = suggestion(run.source, self.files) or f"there are {', '.join(self.files)}"
+                    raise ValueError(f"splits.{split_name}.from is {run.source!r}, which `files` lacks; {hint}")
+            if split.without and (split_name != "unlabelled" or split.source != self._source_of_labels()):
+                raise ValueError(
+                    f"splits.{split_name}.without: it is for the unlabelled split, of the files that `labelled` is from"
+                )
         for entry, file in self.files.items():
             if file.archive is not None and file.archive not in self.archives:
                 raise ValueError(f"files.{entry}.archive is {file.archive!r}, which `archives` lacks")
         return self
+
+    def _source_of_labels(self) -> str | None:
+        return self.splits["labelled"].source if "labelled" in self.splits else None
 
 
 def load_manifest(name_or_file: str | Path, data: Location | None = None) -> Manifest:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
@@ -103,21 +103,18 @@ def open_split(
     spec = manifest.splits[split]
     labelled = split != "unlabelled"
     names = class_names(manifest, data)
-    shards = _shards(manifest, spec.source, data, names if labelled else None)
-    if labelled:
-        shards = _by_name(ClassNames(names, manifest.name), shards)
-    total = _total(manifest, spec, shards)
-    rows = spec.rows(OPEN_END if total is None else total)
-    cut = tuple(_cut(shards, rows if first is None else rows[:first]))
-    if not any(not shard.knows_its_rows or shard.rows() for shard in cut):
+    cut = [shard for run in spec.runs for shard in _run(manifest, split, run, data, names if labelled else None)]
+    if repeated := [name for name, count in Counter(shard.name for shard in cut).items() if count > 1]:
         raise DataError(
-            f"the {split} split of {manifest.name} is empty: splits.{split} leaves no row of "
-            f"files.{spec.source}{'' if total is None else f', which has {total}'}"
+            f"the {split} split of {manifest.name} has two files named {repeated[0]!r}, and a row is known by its "
+            "file's name; rename one"
         )
-    opened = Split(split, cut, names, labelled)
-    if first is not None and (count := opened.count()) < first:
+    opened = Split(split, tuple(cut), names, labelled)
+    if first is None:
+        return opened
+    if (count := opened.count()) < first:
         raise DataError(f"the {split} split of {manifest.name} has {count} rows; {first} were asked for")
-    return opened
+    return replace(opened, shards=tuple(_cut(cut, range(first))))
 
 
 def class_names(manifest: Manifest, data: Location | None = None) -> tuple[str, ...]:
@@ -138,6 +135,23 @@ def class_names(manifest: Manifest, data: Location | None = None) -> tuple[str, 
                     )
                 return names
     return tuple(str(label) for label in range(manifest.classes))
+
+
+def _run(
+    manifest: Manifest, split: str, spec: SplitSpec, data: Location | None, names: tuple[str, ...] | None
+) -> list[Shard]:
+    """The shards of one run of rows, not empty; `names` None leaves labels unread."""
+    shards = _shards(manifest, spec.source, data, names)
+    if names is not None:
+        shards = _by_name(ClassNames(names, manifest.name), shards)
+    total = _total(manifest, spec, shards)
+    cut = list(_cut(shards, spec.rows(OPEN_END if total is None else total)))
+    if not any(not shard.knows_its_rows or shard.rows() for shard in cut):
+        raise DataError(
+            f"the {split} split of {manifest.name} is empty: splits.{split} leaves no row of "
+            f"files.{spec.source}{'' if total is None else f', which has {total}'}"
+        )
+    return cut
 
 
 def _by_name(names: ClassNames, shards: list[Shard]) -> list[Shard]:

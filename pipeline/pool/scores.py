@@ -48,7 +48,8 @@ class ShardScores:
         fingerprint: see `score_fingerprint`.
         class_names: of the teacher.
         rows: images.
-        first_row: of the first image inside the shard; the others follow one another.
+        first_row: of the first image inside the shard; the others follow one another, or, in a shard of chosen rows,
+            with gaps, and then this is None.
     """
 
     path: Location
@@ -56,7 +57,7 @@ class ShardScores:
     fingerprint: str
     class_names: tuple[str, ...]
     rows: int
-    first_row: int
+    first_row: int | None
 
 
 def shard_file(folder: Location, shard: str) -> Location:
@@ -115,7 +116,7 @@ def read_shard_scores(path: Location) -> ShardScores:
     """What the footer tells.
 
     Raises:
-        DataError: the file is missing, cut short, of another format, or its rows do not follow one another.
+        DataError: the file is missing, cut short, of another format, or its rows do not ascend.
         RunError: it cannot be reached.
     """
     with open_table(path, SCORES) as table:
@@ -130,16 +131,18 @@ def read_shard_scores(path: Location) -> ShardScores:
         )
 
 
-def _first_row(path: Location, footer: Any) -> int:
-    """From the footer's statistics: not 0 where a split begins inside a file."""
+def _first_row(path: Location, footer: Any) -> int | None:
+    """From the footer's statistics: not 0 where a split begins inside a file; None where rows are left out."""
     groups = [group for i in range(footer.num_row_groups) if (group := footer.row_group(i)).num_rows]
     bounds = [(group.column(0).statistics.min, group.column(0).statistics.max, group.num_rows) for group in groups]
     first = expected = bounds[0][0] if bounds else 0
+    gaps = False
     for low, high, rows in bounds:
-        if (low, high) != (expected, expected + rows - 1):
-            raise DataError(f"{path}: its rows do not follow one another; {SCORES.remedy}")
-        expected += rows
-    return int(first)
+        if low < expected or high < low + rows - 1:
+            raise DataError(f"{path}: its rows do not ascend; {SCORES.remedy}")
+        gaps |= (low, high) != (expected, expected + rows - 1)
+        expected = high + 1
+    return None if gaps else int(first)
 
 
 def read_scores(scores: ShardScores, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -168,7 +171,9 @@ class ScoredPool:
         self.offsets = np.cumsum([0, *(scores.rows for scores in shards)]).astype(np.int64)
         self.rows = int(self.offsets[-1])
         self.class_names = self.shards[0].class_names
-        self._first_rows = np.array([scores.first_row for scores in shards], np.int64)
+        self._first_rows = np.array([scores.first_row or 0 for scores in shards], np.int64)
+        self._gaps = np.array([scores.first_row is None for scores in shards])
+        self._rows: dict[int, NDArray[np.int64]] = {}  # of shards with gaps, as they are asked for
 
     def fingerprint(self) -> str:
         """Of all scores, their order included."""
@@ -185,9 +190,25 @@ class ScoredPool:
                 begin += batch.num_rows
 
     def place(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The number of the shard, (n,), and the row in it, (n,). Rows of a shard follow one another."""
+        """The number of the shard, (n,), and the row in it, (n,).
+
+        Raises:
+            DataError: the file of a shard with gaps is damaged.
+        """
         shard = np.searchsorted(self.offsets, ordinals, side="right") - 1
-        return shard, self._first_rows[shard] + ordinals - self.offsets[shard]
+        places = ordinals - self.offsets[shard]
+        rows = self._first_rows[shard] + places
+        for number in np.unique(shard[self._gaps[shard]]).tolist():
+            mine = shard == number
+            rows[mine] = self._rows_of(number)[places[mine]]
+        return shard, rows
+
+    def _rows_of(self, number: int) -> NDArray[np.int64]:
+        """The rows of a shard's images, in order."""
+        if number not in self._rows:
+            batches = read_scores(self.shards[number], ["row"])
+            self._rows[number] = np.concatenate([batch.column("row").to_numpy() for batch in batches])
+        return self._rows[number]
 
 
 def open_scored(shards: Sequence[Shard], folder: Location, fingerprint: str) -> ScoredPool:

@@ -300,6 +300,11 @@ class Run:
             },
         )
 
+    def beside(self, stage: str) -> set[str]:
+        """Names in the run directory, but for what every run has and the stage's own folder."""
+        names = {entry.name for entry in self.root.iterdir()} if self.root.is_dir() else set()
+        return names - {RUN_FILE, stage, *BEFORE}
+
     def withdraw(self, stage: str) -> None:
         """As if the stage had not begun."""
         (self.root / stage / STARTED_FILE).unlink()

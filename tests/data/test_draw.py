@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.draw import _parts, stratified
+from pipeline.config import DataSettings
+from pipeline.data.dataset import DataSet
+from pipeline.data.draw import _parts, stratified, without
 from pipeline.data.manifest import load_manifest
 from pipeline.data.sources import Split, open_split
 from pipeline.errors import DataError
@@ -56,6 +58,42 @@ def test_what_cannot_be_drawn_is_refused_by_name(ordered: Split, data_set: Calla
     write_parquet(path.parent / "train.parquet", IMAGES[:5], [0] * 5)
     with pytest.raises(DataError, match="has no image of dog"):
         stratified(open_split(load_manifest(path), "labelled"), 4, 0)
+
+
+def test_a_pool_without_what_is_labelled(data_set: Callable[..., Path]) -> None:
+    """The rest of the labelled files first, then another file whose rows have the same numbers."""
+    path = data_set(
+        files={
+            "train": {"path": "train.parquet", "reader": "parquet"},
+            "web": {"path": "web.parquet", "reader": "parquet"},
+        },
+        splits={
+            "labelled": {"from": "train"},
+            "unlabelled": {
+                "from": "train",
+                "drop_last": 4,
+                "without": "labelled",
+                "also": [{"from": "web", "first": 6}],
+            },
+        },
+    )
+    write_parquet(path.parent / "train.parquet", IMAGES[:40], [0, 1] * 20)
+    write_parquet(path.parent / "web.parquet", IMAGES[40:50])
+    settings = DataSettings(manifest=str(path), image_size=4, labelled=10)
+    for seed in range(2):
+        data = DataSet(settings, path.parent, path.parent, seed=seed)
+        drawn = {sample.data for _, sample in data.split("labelled").read()}
+        pool = data.split("unlabelled")
+        assert [sample.data for _, sample in pool.read()] == [
+            *(image for image in IMAGES[:36] if image not in drawn),
+            *IMAGES[40:46],
+        ]
+        assert set(pool.labels().tolist()) == {-1}
+    assert pool.fingerprint() != DataSet(settings, path.parent, path.parent).split("unlabelled").fingerprint()
+    everything = open_split(load_manifest(path), "unlabelled")
+    assert everything.count() == 36 + 6
+    with pytest.raises(DataError, match="no image that is not in the unlabelled one"):
+        without(everything, everything)
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=12), st.data())

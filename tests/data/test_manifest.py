@@ -16,7 +16,7 @@ def test_embedded_manifests_are_complete() -> None:
     assert set(manifests) == {
         *("digits", "cifar10", "cifar10-binary", "svhn", "svhn-parquet"),
         *("imagenet", "imagenet-folder", "imagenet-webdataset", "imagenet-jft"),
-        *("cifar10-4k", "svhn-1k", "imagenet-10pct"),
+        *("cifar10-4k", "cifar10-web", "svhn-1k", "imagenet-10pct"),
     }
     for manifest in manifests.values():
         assert set(manifest.splits) == {"labelled", "validation", "unlabelled", "test"}
@@ -124,6 +124,10 @@ def test_unknown_name_is_answered_with_a_suggestion() -> None:
         ),
         ({"splits": {"labelled": {"from": "train", "first": 3, "last": 3}}}, "give either `first` or `last`"),
         ({"splits": {"labelled": {"from": "train", "first": -3}}}, "greater than or equal to 0"),
+        ({"splits": {"labelled": {"from": "train", "without": "labelled"}}}, "it is for the unlabelled split"),
+        ({"splits": {"unlabelled": {"from": "train", "without": "labelled"}}}, "files that `labelled` is from"),
+        ({"splits": {"labelled": {"from": "train", "also": [{"from": "tain"}]}}}, r"'tain'.*did you mean train\?"),
+        ({"splits": {"labelled": {"from": "train", "also": [{"from": "train"}]}}}, "one run of rows of each"),
         (
             {"files": {"train": {"path": "a", "glob": "b", "reader": "parquet"}}},
             "give either `path` or `glob`",

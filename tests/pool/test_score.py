@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.data.readers.shard import Chosen
 from pipeline.errors import DataError, RunError
 from pipeline.log_odds import log_odds
 from pipeline.pool.copies.index import CopyIndex, default_threshold
 from pipeline.pool.score import score_shard
-from pipeline.pool.scores import is_scored, read_scores, read_shard_scores, score_schema, shard_file
+from pipeline.pool.scores import is_scored, open_scored, read_scores, read_shard_scores, score_schema, shard_file
 from pipeline.storage.tables import fixed_numbers
 
 
@@ -107,6 +108,25 @@ def test_a_shard_that_changes_meanwhile_is_refused(make_shards, scorer, shard_of
     with pytest.raises(DataError, match="changed while it was being scored"):
         score_shard(Changing("c", shard.files), scorer, tmp_path, fingerprint="f")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_of_chosen_rows(make_shards, scorer, tmp_path):
+    """A pool may be what is left of a file; its rows keep their numbers, through the selection's places."""
+    whole, other = make_shards([30, 9])
+    left = Chosen(whole, (2, 3, 7, 20, 29))
+    for shard in (left, other):
+        score_shard(shard, scorer, tmp_path, fingerprint="f")
+    pool = open_scored([left, other], tmp_path, "f")
+    shard, row = pool.place(np.array([6, 0, 2, 4, 5, 4]))
+    assert shard.tolist() == [1, 0, 0, 0, 1, 0]
+    assert row.tolist() == [1, 2, 7, 29, 0, 29]
+    assert [scores.first_row for scores in pool.shards] == [None, 0]
+    everything = tmp_path / "all"
+    score_shard(whole, scorer, everything, fingerprint="f")
+    np.testing.assert_array_equal(
+        read_log_odds(shard_file(tmp_path, left.name)),
+        read_log_odds(shard_file(everything, whole.name))[list(left.places)],
+    )
 
 
 def test_a_place_that_cannot_be_written(make_shards, scorer, tmp_path):

@@ -111,6 +111,19 @@ def test_what_took_time_is_not_given_up_for_bad_inputs(tmp_path: Path) -> None:
         attempt(tmp_path, adds, size=17)
 
 
+def test_what_an_experiment_has_made_elsewhere_in_the_run_is_not_given_up(tmp_path: Path) -> None:
+    """Its outputs are its report; the runs of its seeds stand beside. A run directory without run.json is nobody's."""
+
+    def refuses_late(folder: Path) -> None:
+        (folder.parent / "seed-0").mkdir(exist_ok=True)
+        refuses(folder)
+
+    with pytest.raises(DataError):
+        attempt(tmp_path, refuses_late)
+    attempt(tmp_path, adds)
+    assert (tmp_path / "seed-0").is_dir()
+
+
 def one_rank_cannot_write(ranks: Ranks, run: Path) -> None:
     """In its work rank 1 meets a full disk; rank 0 waits for it in a collective."""
 
