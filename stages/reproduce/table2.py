@@ -19,6 +19,7 @@ CONTRASTS = (
     Contrast("Reduced MPL − NoisyStudent", REDUCED, NOISY),
     Contrast("Reduced MPL − NoisyStudent on the same data", REDUCED, NOISY_SAME),
     Contrast("NoisyStudent − Supervised", NOISY, SUPERVISED),
+    Contrast("Reduced MPL − Supervised", REDUCED, SUPERVISED),
 )
 
 
