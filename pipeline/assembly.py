@@ -96,9 +96,10 @@ class Assembly:
         feedback: FeedbackImages = FeedbackImages(),
         label_noise: float = 0.0,
         correction: Correction | None = None,
+        embedding: int = 0,
     ) -> Batches:
         """Batches normalised for a network; see `pipeline.batches`."""
-        sets = ImageSets(labelled, pool, network.mean, network.std, label_noise, correction)
+        sets = ImageSets(labelled, pool, network.mean, network.std, label_noise, correction, embedding)
         return Batches(sets, composition, feedback, seed=self.seed, placement=self.placement)
 
     def judge(self, images: Images, network: Network) -> Judge:

@@ -46,8 +46,8 @@ class TargetBatch(Batch):
     Attributes:
         distributions: q_large of each image, (B, C); of an image that stands with its true label, that label.
         calibrated: whether a calibrator may change the row's target, (B,), bool; False for true labels.
-        stored: where the teacher has classes of its own, its distributions over them, (B, C_T), of which
-            `distributions` is what a correction makes; zero for true labels.
+        stored: where the teacher has classes of its own, its distributions over them, of which `distributions` is what
+            a correction makes, and the images' embeddings where there are any, (B, C_T + E); zero for true labels.
     """
 
     distributions: Tensor
@@ -74,7 +74,7 @@ class Labelled:
         images: normalised, (V, 3, S, S).
         labels: (V,), int64.
         distributions: q_large of each, (V, C), or None where none is stored.
-        stored: as in `TargetBatch`, (V, C_T).
+        stored: as in `TargetBatch`, (V, C_T + E).
     """
 
     images: Tensor
@@ -93,6 +93,7 @@ class ImageSets:
         mean, std: of the normalisation, per channel, for images in [0, 1].
         label_noise: share of wrong labels in what is learned from; those of the feedback are right.
         correction: makes the data set's classes of those of the stored distributions; None: they are the same.
+        embedding: E; stored rows are distributions (n, C_T) followed by embeddings (n, E).
     """
 
     labelled: LabelledSet
@@ -101,6 +102,7 @@ class ImageSets:
     std: tuple[float, float, float]
     label_noise: float = 0.0
     correction: Correction | None = None
+    embedding: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,17 @@ class Batches:
         return labelled.rows(index[self.ranks.part(total)])
 
     def draw_pool(self, step: int, total: int) -> tuple[Tensor, Tensor | None]:
-        """This process's rows of `total` pool images: pixels, uint8 (n, 3, S, S), and q_large, (n, C), if stored."""
+        """This process's rows of `total` pool images: pixels, uint8 (n, 3, S, S), and stored rows, (n, C_T + E)."""
         assert self.sets.pool is not None
         return self.sets.pool.draw(self.seed, step, total, self.ranks.part(total))
 
     def corrected(self, stored: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Distributions over the data set's classes, (n, C), of stored ones, (n, C_T); also these, if others."""
+        """Distributions over the data set's classes, (n, C), of stored rows, (n, C_T + E); these, if they say more."""
         correction = self.sets.correction
+        q = stored[:, : self.stored_classes] if self.sets.embedding else stored
         if correction is None or correction.kind == "identity":
-            return stored, None
-        return torch.from_numpy(correction.targets(stored.numpy())), stored
+            return q, stored if self.sets.embedding else None
+        return torch.from_numpy(correction.targets(q.numpy())), stored
 
     def prepare(
         self,
@@ -263,7 +266,7 @@ class Mixture:
             pixels.append(chosen.pixels)
             if stored is None:
                 targets.append(batches.distributions_of(chosen.labels, self.label_smoothing))
-                held.append(torch.zeros(len(chosen), batches.stored_classes))
+                held.append(torch.zeros(len(chosen), batches.stored_classes + batches.sets.embedding))
             else:
                 _add(batches.corrected(stored), targets, held)
             calibrated += [stored is not None] * len(chosen)
@@ -283,7 +286,8 @@ class Mixture:
             for rows, first in zip(pixels, firsts, strict=True)
         ]
         flags = torch.tensor(calibrated, device=batches.device)
-        others = torch.cat(held).to(batches.device) if batches.has_other_classes else None
+        more = batches.has_other_classes or batches.sets.embedding
+        others = torch.cat(held).to(batches.device) if more else None
         return TargetBatch(torch.cat(images), torch.cat(targets).to(batches.device), flags, stored=others)
 
 

@@ -226,6 +226,7 @@ class PrecomputeSettings(Settings):
     dtype: Literal["float16", "float32"] = "float16"
     shard_rows: PositiveInt = 20_000
     batch: PositiveInt = 256
+    embedding: PositiveInt | None = Field(default=None, le=4096)  # numbers of each image, stored for the calibrator
 
 
 class CalibratorSettings(Settings):
@@ -241,6 +242,7 @@ class CalibratorSettings(Settings):
     eps: PositiveFloat = 1e-7
     weight_decay: NonNegativeFloat = 1e-4  # L2, coupled, as in the paper
     supervised_weight: NonNegativeFloat = 0.0  # of CE(y, q_Ψ(q_large(x_l)))
+    embedding: bool = True  # sees the images' embeddings, where precompute.embedding has stored some
     image_weights: bool = False  # also a weight of each image in the student's loss, between 0 and 2, at first 1
 
 

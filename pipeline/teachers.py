@@ -106,9 +106,11 @@ class CalibratorNetwork(nn.Module):
     """q_Ψ: distribution (B, C) → distribution (B, C), a perceptron with ReLU.
 
     Where the teacher has C_T classes of its own, the perceptron sees its distribution, as log-ratios, and q is what
-    the correction makes of it. With `image_weights` one output more gives each image a weight w in [0, 2], at first 1,
-    and what comes out is w · q_Ψ: the student's loss is linear in its targets, so the feedback of a weight,
-    dR/dw_i = Σ_c q_ic · dR/d(w_i q_ic), comes with that of the targets. An image of no class can be silenced.
+    the correction makes of it. Where images have embeddings, (B, E), it sees those too: errors that depend on the
+    image and do not show in q can then be corrected. With `image_weights` one output more gives each image a weight w
+    in [0, 2], at first 1, and what comes out is w · q_Ψ: the student's loss is linear in its targets, so the feedback
+    of a weight, dR/dw_i = Σ_c q_ic · dR/d(w_i q_ic), comes with that of the targets. An image of no class can be
+    silenced.
 
     Kinds:
         residual: softmax(log((1 − floor)·q + floor/C) + MLP(q)). The output layer starts at zero, so it
@@ -117,10 +119,19 @@ class CalibratorNetwork(nn.Module):
         perceptron: softmax(MLP(q)) alone, five linear layers, no identity at the start.
     """
 
-    def __init__(self, classes: int, settings: CalibratorSettings, inputs: int | None = None) -> None:
+    def __init__(
+        self,
+        classes: int,
+        settings: CalibratorSettings,
+        inputs: int | None = None,
+        embedding: int = 0,
+        *,
+        ratios: bool = True,
+    ) -> None:
         super().__init__()
+        self.inputs, self.ratios = inputs or classes, ratios
         self.residual, self.floor, self.weighs = settings.kind == "residual", settings.floor, settings.image_weights
-        widths = [inputs or classes, *[settings.hidden] * (settings.layers - 1), classes + self.weighs]
+        widths = [self.inputs + embedding, *[settings.hidden] * (settings.layers - 1), classes + self.weighs]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             linear = nn.Linear(fan_in, fan_out)
@@ -137,12 +148,18 @@ class CalibratorNetwork(nn.Module):
 
     def parts(self, q: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """q_Ψ, rows sum to 1, (B, C), and the weight of each row, (B,), if there is one."""
-        logits, weight = self.layers(q if stored is None else log_ratios(stored)), None
+        logits, weight = self.layers(self._seen(q, stored)), None
         if self.weighs:
             logits, weight = logits[:, :-1], 2 * logits[:, -1].sigmoid()
         if self.residual:
             logits = logits + torch.log((1 - self.floor) * q + self.floor / q.shape[1])
         return logits.softmax(dim=1), weight
+
+    def _seen(self, q: Tensor, stored: Tensor | None) -> Tensor:
+        if stored is None:
+            return q
+        known, embedding = stored[:, : self.inputs], stored[:, self.inputs :]
+        return torch.cat([log_ratios(known) if self.ratios else known, embedding], dim=1)
 
 
 def log_ratios(q: Tensor) -> Tensor:
@@ -169,6 +186,8 @@ class Calibrator:
         placement: where it lies, and the processes that share the batch.
         student_lr: the student's learning rate before its schedule, for `schedule: student`.
         inputs: C_T, where the teacher has classes of its own.
+        embedding: E, where images have embeddings.
+        ratios: the perceptron sees the teacher's own distributions as log-ratios; for classes of its own.
     """
 
     def __init__(
@@ -179,10 +198,13 @@ class Calibrator:
         placement: Placement = Placement(),
         student_lr: float = 1.0,
         inputs: int | None = None,
+        embedding: int = 0,
+        *,
+        ratios: bool = True,
     ) -> None:
         self.settings, self.feedback, self.ranks = settings, feedback, placement.ranks
         self.student_lr = student_lr
-        self.network = CalibratorNetwork(classes, settings, inputs).to(placement.device)
+        self.network = CalibratorNetwork(classes, settings, inputs, embedding, ratios=ratios).to(placement.device)
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             lr=settings.lr,

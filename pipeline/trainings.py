@@ -35,6 +35,7 @@ from pipeline.optim import build_optimizer, learning_rate
 from pipeline.storage.files import fingerprint, whole_file
 from pipeline.storage.ours import remove_ours
 from pipeline.targets import TargetsStore
+from pipeline.targets.store import joined
 from pipeline.targets.stream import StreamedPool
 from pipeline.teacher_network import TeacherNetwork, TeacherRule
 from pipeline.teachers import Calibrator, FixedTargets
@@ -140,14 +141,17 @@ def train_reduced(
     settings, split = assembly.recipe.train_reduced, assembly.data.split("labelled")
     composition = mixture(settings, settings.teacher)
     correction = None if store is None else training_correction(assembly, store)
-    labelled = with_stored(assembly.data.images(split), store, len(split.class_names))
+    embedding = seen_embedding(settings, store)
+    labelled = with_stored(assembly.data.images(split), store, len(split.class_names), embedding > 0)
     require_stored(settings, composition, labelled)
     pool = None if store is None else open_pool(assembly, store, reading)
     network = assembly.network(settings.model, split.class_names, "student")
     adapts = settings.teacher == "calibrator"
     options = settings.feedback
     feedback = FeedbackImages(options.batch, options.augment, options.held_out if adapts else 0.0)
-    with closing(assembly.batches(network, labelled, composition, pool, feedback, correction=correction)) as batches:
+    with closing(
+        assembly.batches(network, labelled, composition, pool, feedback, correction=correction, embedding=embedding)
+    ) as batches:
         if adapts:
             assert store is not None
             figures = _with_calibrator(assembly, output, network, batches, store)
@@ -176,6 +180,8 @@ def _with_calibrator(
         placement,
         settings.optimizer.lr,
         batches.stored_classes,
+        batches.sets.embedding,
+        ratios=batches.has_other_classes,
     )
     log = calibration_log(output.folder / FILE, calibrator, store, batches, settings.steps)
     figures = assembly.train(network, calibrator, batches, settings, output, Looks(watch=log))
@@ -185,8 +191,14 @@ def _with_calibrator(
     return figures
 
 
-def with_stored(images: Images, store: TargetsStore | None, classes: int) -> LabelledSet:
-    """Labelled images, with the teacher's stored distributions joined by (shard, row).
+def seen_embedding(settings: TrainReducedSettings, store: TargetsStore | None) -> int:
+    """Numbers of each image's embedding that the teacher sees; 0: it sees none."""
+    sees = settings.teacher == "calibrator" and settings.calibrator.embedding
+    return store.embedding if store is not None and sees else 0
+
+
+def with_stored(images: Images, store: TargetsStore | None, classes: int, embeddings: bool = False) -> LabelledSet:
+    """Labelled images, with the teacher's stored distributions joined by (shard, row), and embeddings if wanted.
 
     Raises:
         TargetsError: the store has none for one of them.
@@ -204,7 +216,8 @@ def with_stored(images: Images, store: TargetsStore | None, classes: int) -> Lab
             f"targets/ holds no distribution for labelled image {error.args[0]}: it was made for other labelled "
             "images. Run mpl precompute --force"
         ) from None
-    return LabelledSet(images.images, images.labels, classes, torch.from_numpy(stored.distributions[order]))
+    rows = (joined(stored.distributions, stored.embeddings) if embeddings else stored.distributions)[order]
+    return LabelledSet(images.images, images.labels, classes, torch.from_numpy(rows))
 
 
 def require_stored(settings: TrainReducedSettings, composition: Mixture, labelled: LabelledSet) -> None:
@@ -259,17 +272,20 @@ def open_pool(assembly: Assembly, store: TargetsStore, reading: Reading) -> Pool
         TargetsError: an image of the store does not decode.
     """
     recipe = assembly.recipe
+    embeddings = seen_embedding(recipe.train_reduced, store) > 0
     if (uses := int(store.uses().sum())) > MOST_USES:
         raise TargetsError(
             f"{store.folder}: {store.count:,} images are used {uses:,} times in an epoch (--upsample up to K), and "
             f"{MOST_USES:,} are the limit: choose a smaller K in mpl filter"
         )
     if reading == "stream":
-        return StreamedPool(store, recipe.data.image_size, workers=recipe.train_reduced.workers)
+        workers = recipe.train_reduced.workers
+        return StreamedPool(store, recipe.data.image_size, workers=workers, embeddings=embeddings)
     images = assembly.data.decoded(store.samples(), "targets", store.manifest["fingerprint"])
     if images.skipped:
         raise TargetsError(f"{len(images.skipped)} images in targets/ do not decode; run mpl precompute --force")
-    return PoolSet(images.images, torch.from_numpy(store.repeats()), torch.from_numpy(store.distributions()))
+    rows = joined(store.distributions(), store.embeddings()) if embeddings else store.distributions()
+    return PoolSet(images.images, torch.from_numpy(store.repeats()), torch.from_numpy(rows))
 
 
 def calibration_log(
@@ -279,7 +295,8 @@ def calibration_log(
     first = next(store.batches(SAMPLE))
     images = [{"shard": shard, "row": sample.row, "key": sample.key} for shard, sample in first.samples]
     device = next(calibrator.network.parameters()).device
-    targets, stored = batches.corrected(torch.from_numpy(first.distributions))
+    rows = joined(first.distributions, first.embeddings) if batches.sets.embedding else first.distributions
+    targets, stored = batches.corrected(torch.from_numpy(rows))
     seen = None if stored is None else stored.to(device)
 
     def network(q: Tensor) -> Tensor:

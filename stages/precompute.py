@@ -60,7 +60,9 @@ def plan(context: Context, teacher: Path | None = None, engine: EngineSettings |
         "selection": filtered["result"]["fingerprint"],
         "teacher": used,
         "labelled": context.data_set.split("labelled").fingerprint(),
-        "settings": settings.model_dump(mode="json", exclude={"batch"}),
+        "settings": settings.model_dump(
+            mode="json", exclude={"batch"} | ({"embedding"} if not settings.embedding else set())
+        ),
         "seed": context.seed,
         "precision": filtered["basis"]["precision"] if used == scored_by else context.precision,
         **({} if used == scored_by else {"preprocessing": shown}),
@@ -167,6 +169,7 @@ def store_settings(context: Context, basis: dict[str, Any]) -> StoreSettings:
         shard_rows=settings.shard_rows,
         seed=context.seed,
         preprocessing=fingerprint(basis["preprocessing"]) if "preprocessing" in basis else None,
+        embedding=settings.embedding,
     )
 
 
@@ -194,6 +197,7 @@ def work(
             correction=selected_correction(context, filtered),
             answers=lambda group: teacher.answers("labelled", list(group)),
             stored_answers=isinstance(teacher, PredictionsTeacher),
+            embedder=teacher.embedder(engine) if context.recipe.precompute.embedding else None,
         ),
         store_settings(context, basis),
         preprocessing=teacher.basis["preprocessing"],

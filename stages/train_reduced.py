@@ -59,8 +59,11 @@ def plan(context: Context, name: str | None = None) -> Stage:
     if settings.correction == "auto" or settings.teacher == "none":
         irrelevant = irrelevant | {"correction"}  # it is the targets'
     basis = training_basis(context, settings, irrelevant, **inputs)
+    chosen = basis["settings"].get("calibrator", {})
     if not settings.calibrator.image_weights:
-        basis["settings"].get("calibrator", {}).pop("image_weights", None)  # as before there were any
+        chosen.pop("image_weights", None)  # as before there were any
+    if settings.calibrator.embedding:
+        chosen.pop("embedding", None)  # likewise
     outputs = network_outputs(folder)
     if settings.teacher == "calibrator":
         outputs.append(folder / CALIBRATOR)

@@ -105,15 +105,21 @@ def test_finite_differences_in_float32(network: str) -> None:
 
 
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("inputs", [None, 9])
+@pytest.mark.parametrize(("inputs", "embedding"), [(None, 0), (9, 0), (9, 4), (None, 4)])
 @pytest.mark.parametrize("kind", ["residual", "perceptron"])
-def test_gradient_in_the_calibrator_equals_equation_2(kind: str, inputs: int | None, weights: bool) -> None:
+def test_gradient_in_the_calibrator_equals_equation_2(
+    kind: str, inputs: int | None, embedding: int, weights: bool
+) -> None:
     """End to end: through q_Ψ, and a weight of each image, and the student's whole update; also of a teacher with nine
-    classes of its own."""
+    classes of its own, and of images with embeddings."""
     problem = make_problem(rule="rmsprop", clip=True, dropout=True)
     torch.manual_seed(5)
-    calibrator = CalibratorNetwork(5, CalibratorSettings(kind=kind, hidden=16, image_weights=weights), inputs).double()
-    stored = None if inputs is None else torch.rand(len(problem.targets), inputs, dtype=torch.float64).softmax(1)
+    settings = CalibratorSettings(kind=kind, hidden=16, image_weights=weights)
+    calibrator = CalibratorNetwork(5, settings, inputs, embedding, ratios=inputs is not None).double()
+    rows, stored = len(problem.targets), None
+    if inputs is not None or embedding:
+        seen = problem.targets if inputs is None else torch.rand(rows, inputs, dtype=torch.float64).softmax(1)
+        stored = torch.cat([seen, torch.randn(rows, embedding, dtype=torch.float64)], dim=1)
     nn.init.normal_(calibrator.layers[-1].weight, std=0.1)  # off its start, where most gradients are zero
     q_large, parameters = problem.targets, list(calibrator.parameters())
     model, optimizer, images, _, labelled, labels = problem.oracle_arguments()

@@ -33,14 +33,16 @@ class Buckets:
         split: their name.
         images: of the split, N.
         classes: C_T.
+        embedding: E, numbers that follow a distribution.
 
     Attributes:
         doubled: rows that repeat what was said of an image, of those that were merged.
     """
 
-    def __init__(self, folder: Path, split: str, images: int, classes: int) -> None:
-        self.folder, self.split, self.images = folder, split, images
-        self.kind = np.dtype([("image", "<i8"), ("source", "<i8"), ("teacher", "<i4"), ("p", "<f4", (classes,))])
+    def __init__(self, folder: Path, split: str, images: int, classes: int, embedding: int = 0) -> None:
+        self.folder, self.split, self.images, self.classes = folder, split, images, classes
+        row = ("p", "<f4", (classes + embedding,))
+        self.kind = np.dtype([("image", "<i8"), ("source", "<i8"), ("teacher", "<i4"), row])
         self.span = max(1, BUCKET_BYTES // self.kind.itemsize)  # images of a bucket
         self._waiting: list[NDArray[Any]] = []
         self._bytes = 0
@@ -98,7 +100,7 @@ class Buckets:
             again = (np.diff(rows["image"]) == 0) & (np.diff(rows["teacher"]) == 0)
             if again.any():
                 later = np.flatnonzero(again) + 1
-                apart = np.abs(rows["p"][later] - rows["p"][later - 1]).max(axis=1)
+                apart = np.abs(rows["p"][later] - rows["p"][later - 1])[:, : self.classes].max(axis=1)
                 if len(differ := np.flatnonzero(~(apart <= SAME))):
                     a, b = rows[later[differ[0]] - 1], rows[later[differ[0]]]
                     raise DataError(

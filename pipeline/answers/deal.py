@@ -30,9 +30,10 @@ class Deal:
         index: SplitIndex,
         names: tuple[str, ...],
         fingerprint: str,
+        embedding: int = 0,
     ) -> None:
         self.folder, self.split, self.shards, self.index = folder, split, shards, index
-        self.names, self.fingerprint = names, fingerprint
+        self.names, self.fingerprint, self.embedding = names, fingerprint, embedding
         self._anew = False
         self._begin()
 
@@ -49,7 +50,7 @@ class Deal:
         self._writer: pq.ParquetWriter | None = None
 
     def add(self, ordinals: NDArray[np.int64], p: NDArray[np.float32]) -> None:
-        """Take in the answers of images (m,), increasing, after all before."""
+        """Take in the answers of images (m,), increasing, after all before: distributions, embeddings, (m, C_T + E)."""
         self._answered += len(ordinals)
         while len(ordinals):
             end = int(self.index.offsets[self._next + 1])
@@ -82,7 +83,9 @@ class Deal:
                 return
             self._start()
         if self._writer is not None:
-            table = pa.table([self.index.rows[ordinals], fixed_binary(p)], schema=self._writer.schema)
+            classes = len(self.names)
+            columns = [p] if not self.embedding else [np.ascontiguousarray(p[:, :classes]), p[:, classes:].copy()]
+            table = pa.table([self.index.rows[ordinals], *map(fixed_binary, columns)], schema=self._writer.schema)
             self._writer.write_table(table, row_group_size=group_rows(len(self.names)))
 
     def _start(self) -> None:
@@ -93,7 +96,7 @@ class Deal:
             "class_names": list(self.names),
         }
         temporary = self._open.enter_context(whole_file(answers_path(self.folder, self.split, shard.name)))
-        writer = table_writer(temporary, ANSWERS, answers_schema(len(self.names)), notes)
+        writer = table_writer(temporary, ANSWERS, answers_schema(len(self.names), self.embedding), notes)
         self._writer = self._open.enter_context(writer)
 
     def _finish(self) -> None:

@@ -7,7 +7,7 @@ name or number. `top-k`: a few classes with their probabilities; the rest of the
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -59,6 +59,8 @@ class Columns:
         split: column of the split that an image is in, or None.
         answer: columns of the answer: one for each class, a list, labels, or (labels, their probabilities).
         names: of the classes.
+        embedding: column of embeddings, or None.
+        numbers: of an embedding, E; 0: there is none.
     """
 
     form: Form
@@ -67,6 +69,15 @@ class Columns:
     split: str | None
     answer: tuple[str, ...]
     names: tuple[str, ...]
+    embedding: str | None = None
+    numbers: int = 0
+
+    def with_numbers(self, part: pa.RecordBatch) -> "Columns":
+        """The same, with the length of the first embedding in a part of the file."""
+        if self.embedding is None:
+            return self
+        lengths = pc.drop_null(pc.list_value_length(part.column(self.embedding)))
+        return replace(self, numbers=lengths[0].as_py() if len(lengths) else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +89,7 @@ class Answers:
         shards, rows: identity of each, or None.
         splits: name of the split that each is in, or None.
         p: distributions, (n, C_T), float32, rows sum to 1 where `given`.
+        embeddings: (n, E), float32, zero where there is no answer.
         given: whether there is an answer, (n,).
         unknown: names of no class that were answered, with how often.
     """
@@ -87,6 +99,7 @@ class Answers:
     rows: NDArray[np.int64] | None
     splits: pa.Array | None
     p: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
     given: NDArray[np.bool_]
     unknown: dict[str, int]
 
@@ -139,7 +152,12 @@ def recognise(schema: pa.Schema, names: Names, form: Form | None, where: str, *,
                 "would be wrong. Write them into its metadata as class_names (JSON), or give --classes FILE; or, if "
                 f"they are the data set's, in its order ({_some(names.names)}): --assume-class-order"
             )
-    return Columns(kind, key, place, lower.get("split"), columns, stated.names)
+    embedding = lower.get(EMBEDDING)
+    if embedding is not None and not _is_list(schema.field(embedding).type):
+        raise DataError(
+            f"{where}: {embedding!r} holds {schema.field(embedding).type}; an embedding is a list of numbers"
+        )
+    return Columns(kind, key, place, lower.get("split"), columns, stated.names, embedding)
 
 
 Option = tuple[Form, tuple[str, ...]]
@@ -277,7 +295,7 @@ def _answers_of(part: pa.RecordBatch, columns: Columns, first: int, where: str) 
         p, given = _shares(part, columns, where, unknown)
     assert p.shape == (n, classes)
     splits = None if columns.split is None else part.column(columns.split).cast(pa.string())
-    return Answers(keys, shards, rows, splits, p, given, unknown)
+    return Answers(keys, shards, rows, splits, p, _embeddings(part, columns, given, first, where), given, unknown)
 
 
 def _keys(column: pa.Array) -> pa.Array:
@@ -317,6 +335,27 @@ def _numbers(
     values = np.zeros((len(given), classes), np.float32)
     values[given] = flat.reshape(-1, classes)
     return values, given
+
+
+def _embeddings(
+    part: pa.RecordBatch, columns: Columns, given: NDArray[np.bool_], first: int, where: str
+) -> NDArray[np.float32]:
+    result = np.zeros((part.num_rows, columns.numbers), np.float32)
+    if columns.embedding is None or not columns.numbers:
+        return result
+    column = part.column(columns.embedding)
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0))
+    if len(wrong := np.flatnonzero(given & (lengths != columns.numbers))):
+        row = int(wrong[0])
+        raise DataError(
+            f"{where}: row {first + row:,} has an embedding of {lengths[row]:,} numbers, others have "
+            f"{columns.numbers:,}"
+        )
+    flat = pc.list_flatten(column.filter(pa.array(given))).to_numpy(zero_copy_only=False)
+    result[given] = flat.astype(np.float32).reshape(-1, columns.numbers)
+    if len(wrong := np.flatnonzero(~np.isfinite(result).all(axis=1))):
+        raise DataError(f"{where}: row {first + int(wrong[0]):,} has an embedding with a number that is not finite")
+    return result
 
 
 def _normal(values: NDArray[np.float32], given: NDArray[np.bool_], first: int, where: str) -> NDArray[np.float32]:

@@ -135,8 +135,11 @@ def import_predictions(
     tell("reading the keys of all images")
     indices = {split: SplitIndex(shards) for split, shards in splits.items()}
     understood = [[_understood(file, predictions) for file in files] for files in predictions.teachers]
-    names = _one_list(understood, predictions)
-    deals = {split: Deal(folder, split, shards, indices[split], names, fingerprint) for split, shards in splits.items()}
+    names, embedding = _one_list(understood, predictions), _one_length(understood)
+    deals = {
+        split: Deal(folder, split, shards, indices[split], names, fingerprint, embedding)
+        for split, shards in splits.items()
+    }
     with ExitStack() as stack:
         for deal in deals.values():
             stack.callback(deal.abandon)  # what is not whole in the end
@@ -150,6 +153,8 @@ def import_predictions(
     remove_buckets(scratch)
     manifest = {"format": ANSWERS.name, "version": ANSWERS.version, "class_names": list(names), "shards": mark}
     manifest["forms"] = sorted({columns.form for files in understood for _, columns in files})
+    if embedding:
+        manifest["embedding"] = embedding
     write_sealed(folder / MANIFEST, manifest | tally.as_json())
     return manifest | tally.as_json()
 
@@ -185,7 +190,8 @@ def _by_buckets(
 ) -> Tally:
     """Deal answers that come in any order, of any number of teachers."""
     tally = Tally(images={split: len(index) for split, index in indices.items()})
-    buckets = {split: Buckets(scratch, split, len(index), len(names)) for split, index in indices.items()}
+    embedding = understood[0][0][1].numbers
+    buckets = {split: Buckets(scratch, split, len(index), len(names), embedding) for split, index in indices.items()}
     for teacher, files in enumerate(understood):
         for split, images, sources, p in ahead(_rows(files, names, indices, tally)):
             buckets[split].add(images, np.full(len(images), teacher, np.int32), sources, p)
@@ -215,7 +221,8 @@ def _understood(file: PredictionFile, predictions: Predictions) -> tuple[Predict
         )
     names = Names(tuple(stated) or predictions.class_names, bool(stated))
     for _, part in file.parts():
-        return file, recognise(part.schema, names, predictions.form, str(file.place), in_order=predictions.in_order)
+        columns = recognise(part.schema, names, predictions.form, str(file.place), in_order=predictions.in_order)
+        return file, columns.with_numbers(part)
     raise DataError(f"{file.place} has no row")
 
 
@@ -238,8 +245,29 @@ def _one_list(
     return predictions.class_names if same_names(names, predictions.class_names) else names
 
 
+def _one_length(understood: Sequence[Sequence[tuple[PredictionFile, Columns]]]) -> int:
+    """Numbers of an embedding, E; 0: there is none.
+
+    Raises:
+        DataError: files disagree, or two teachers have some.
+    """
+    entries = [entry for files in understood for entry in files]
+    (first, columns), length = entries[0], entries[0][1].numbers
+    for file, other in entries:
+        if other.numbers != length:
+            raise DataError(
+                f"{file.place} has embeddings of {other.numbers:,} numbers, {first.place} of {length:,}; 0 is none"
+            )
+    if length and len(understood) > 1:
+        raise DataError(
+            f"{first.place} has a column {columns.embedding!r}, and there are {len(understood)} teachers: an image has "
+            "one embedding. Leave the column out, or give one teacher"
+        )
+    return length
+
+
 Rows = tuple[str, NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
-"""Of a split: ordinals of images (n,), where each one's answer stands (n,), and the distributions (n, C_T)."""
+"""Of a split: ordinals of images (n,), where each one's answer stands (n,), distributions, embeddings (n, C_T + E)."""
 
 
 def _rows(
@@ -273,6 +301,8 @@ def _matched(
     tally.empty += int((~answers.given).sum())
     tally.unknown.update(answers.unknown)
     p = answers.p if order is None else answers.p[:, order]
+    if columns.numbers:
+        p = np.concatenate([p, answers.embeddings], axis=1)
     found = {split: _images(answers, index) for split, index in indices.items()}
     doubtful = np.sum([places != NOBODY for places in found.values()], axis=0) > 1
     if doubtful.any() and answers.splits is not None:

@@ -1,6 +1,7 @@
 """Answers by image: answers/SPLIT--part-SHARD.parquet, one file for each shard of a split, and _manifest.json.
 
-Columns: `row` int64, of the image in its shard, increasing · `distribution`, C_T little-endian float32, rows sum to 1.
+Columns: `row` int64, of the image in its shard, increasing · `distribution`, C_T little-endian float32, rows sum to 1 ·
+`embedding`, E little-endian float32, where the predictions have some.
 An image without an answer has no row. The header has shard, class names and fingerprint.
 """
 
@@ -39,9 +40,10 @@ def answers_path(folder: Location, split: str, shard: str) -> Location:
     return folder / f"{split}{PART}{quote(shard, safe='')}.parquet"
 
 
-def answers_schema(classes: int) -> pa.Schema:
-    """The columns for so many classes."""
-    return pa.schema([pa.field("row", pa.int64(), nullable=False), pa.field("distribution", pa.binary(4 * classes))])
+def answers_schema(classes: int, embedding: int = 0) -> pa.Schema:
+    """The columns for so many classes, and embeddings of so many numbers."""
+    fields = [pa.field("row", pa.int64(), nullable=False), pa.field("distribution", pa.binary(4 * classes))]
+    return pa.schema(fields + [pa.field("embedding", pa.binary(4 * embedding))] * (embedding > 0))
 
 
 def group_rows(classes: int) -> int:
@@ -88,6 +90,28 @@ def stream_answers(folder: Location, split: str, shard: str, classes: int) -> It
             if values.shape[1] != classes:
                 raise DataError(f"{table.path} has {values.shape[1]} classes, expected {classes}; {ANSWERS.remedy}")
             yield from zip(batch.column("row").to_pylist(), values, strict=True)
+
+
+def embeddings_of_rows(folder: Location, split: str, shard: str, rows: Sequence[int]) -> NDArray[np.float32]:
+    """Embeddings of these images of a shard, (n, E), in their order.
+
+    Raises:
+        DataError: the predictions have none, or none of one of these images; or the file is damaged.
+    """
+    found: dict[int, NDArray[np.float32]] = {}
+    wanted = set(rows)
+    with open_table(answers_path(folder, split, shard), ANSWERS) as table:
+        if "embedding" not in table.file.schema_arrow.names:
+            raise DataError(
+                "precompute.embedding: the predictions have no column `embedding`; add it to the files and run mpl "
+                "filter --force, or leave the setting out"
+            )
+        for batch in table.batches(["row", "embedding"], 4096):
+            values = fixed_numbers(batch.column("embedding"), "<f4")
+            found |= {row: e for row, e in zip(batch.column("row").to_pylist(), values, strict=True) if row in wanted}
+    if lost := [row for row in rows if row not in found]:
+        raise DataError(f"{table.path} holds no embedding of row {lost[0]}; {ANSWERS.remedy}")
+    return np.stack([found[row] for row in rows])
 
 
 def answers_trouble(folder: Location) -> str:

@@ -21,7 +21,7 @@ class LabelledSet:
         pixels: uint8, (N, 3, S, S).
         labels: class indices, (N,), int64.
         classes: C.
-        distributions: q_large of each, (N, C), where it is stored.
+        distributions: q_large of each, and its embedding where there is one, (N, C + E), where they are stored.
     """
 
     pixels: Tensor
@@ -47,7 +47,10 @@ class Pool(Protocol):
         ...
 
     def draw(self, seed: int, step: int, batch: int, part: slice = ...) -> tuple[Tensor, Tensor | None]:
-        """Pixels, uint8 (n, 3, S, S), and q_large, (n, C), where it is stored, of `part` of the batch of a step."""
+        """Pixels, uint8 (n, 3, S, S), and what is stored of them, of `part` of the batch of a step.
+
+        That is q_large and, where there is one, the embedding, (n, C + E); None: nothing is.
+        """
         ...
 
     def close(self) -> None:
@@ -62,7 +65,7 @@ class PoolSet:
     Attributes:
         pixels: uint8, (N, 3, S, S).
         repeat: how often each image counts, (N,), int64.
-        distributions: q_large of each, (N, C), where it is stored.
+        distributions: as of a `LabelledSet`.
     """
 
     pixels: Tensor

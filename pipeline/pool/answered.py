@@ -1,15 +1,15 @@
 """Stored answers in the place of a network: the pool is decoded and compared as ever, and nothing is inferred."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.answers.store import stream_answers
+from pipeline.answers.store import embeddings_of_rows, stream_answers
 from pipeline.data.decode import WHOLE, Framing
-from pipeline.data.readers.shard import Shard
+from pipeline.data.readers.shard import Sample, Shard
 from pipeline.log_odds import log_odds_of_shares
 from pipeline.pool.infer import Decoded, Encoded
 from pipeline.pool.select.scan import cores
@@ -81,6 +81,29 @@ class StoredAnswers:
     def placed(self, worker: int, threads: int) -> Self:
         """For one of several workers."""
         return replace(self, threads=threads)
+
+    def without_weights(self) -> Self:
+        """There are none."""
+        return self
+
+
+@dataclass(frozen=True)
+class StoredEmbeddings:
+    """An `Embedder`: those that stand beside the answers in answers/."""
+
+    folder: Location
+
+    def embed(self, split: str, shard: str, samples: Sequence[Sample]) -> NDArray[np.float32]:
+        """Of images of one shard, (n, D).
+
+        Raises:
+            DataError: the predictions have none.
+        """
+        return embeddings_of_rows(self.folder, split, shard, [sample.row for sample in samples])
+
+    def placed(self, worker: int, threads: int) -> Self:
+        """For one of several workers."""
+        return self
 
     def without_weights(self) -> Self:
         """There are none."""

@@ -7,7 +7,7 @@ from all spill files. A worker has at most one shard of the pool, or one trainin
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,16 @@ from pipeline.storage.files import Location, discard, names_in, remove_leftovers
 from pipeline.storage.ours import remove_ours
 from pipeline.storage.tables import fixed_binary, read_header
 from pipeline.storage.workers import EngineSettings, run_all
+from pipeline.targets.embedding import (
+    POOL,
+    REDUCTION_FILE,
+    SAMPLE,
+    Embedder,
+    Embedding,
+    Reduction,
+    embedding_column,
+    read_reduction,
+)
 from pipeline.targets.files import (
     ITEM,
     TARGETS,
@@ -59,6 +69,7 @@ class Ingredients:
         correction: from the teacher's classes to the selection's; None: they are the same.
         answers: gives distributions (m, C_T) of some labelled images, and their places (m,); None: `here` infers them.
         stored_answers: whether they are predictions, and may be there for some of the labelled images alone.
+        embedder: gives what is stored of each image beside its distribution; None: nothing.
     """
 
     selection: SelectionFile
@@ -70,6 +81,7 @@ class Ingredients:
     correction: Correction | None = None
     answers: Answers | None = None
     stored_answers: bool = False
+    embedder: Embedder | None = None
 
     def require_agreement(self) -> None:
         """Refuse what does not belong together.
@@ -145,12 +157,17 @@ def precompute(
     left = shuffle.files_left()
     if len(left) == shuffle.files and not names_in(folder / SPILL):  # nothing is there yet
         shuffle.require_disk(tell)
+    if ingredients.embedder is not None:
+        found = reduction_of(folder, shuffle, ingredients.embedder, settings.embedding or 1)
+        shuffle.embedding = Embedding(ingredients.embedder, found)
     if left:
         shards = ingredients.shards
         run(Deal(shuffle), np.unique(shuffle.images.shard).tolist(), name=lambda number: shards[number].name)
-        shuffle.scorer = shuffle.scorer.without_weights()  # its work is done
+        embedding, shuffle.scorer = shuffle.embedding, shuffle.scorer.without_weights()  # its work is done
+        shuffle.embedding = None if embedding is None else embedding.without_weights()
         run(Gather(shuffle), left, name=lambda file: f"training shard {file}")
-    skipped = write_labelled(folder, ingredients, settings)
+        shuffle.embedding = embedding
+    skipped = write_labelled(folder, ingredients, settings, shuffle.embedding)
     stored = sum(read_header(pool_path(folder, file), TARGETS).rows for file in range(shuffle.files))
     if stored != len(shuffle.images.row):
         raise RunError(
@@ -172,30 +189,53 @@ def precompute(
             "uses": int(shuffle.images.repeat.sum()),
             "labelled_skipped": skipped,
             "inferred": ingredients.scores is None,
+            **({} if shuffle.embedding is None else {"embedding": shuffle.embedding.reduction.numbers}),
             **({"stored_answers": True} if ingredients.stored_answers else {}),
         },
     )
 
 
-def write_labelled(folder: Location, ingredients: Ingredients, settings: StoreSettings) -> int:
+def reduction_of(folder: Location, shuffle: Shuffle, embedder: Embedder, numbers: int) -> Reduction:
+    """Found on a sample of the selected images, and kept in the store: what goes on after a kill has the same one."""
+    path = folder / REDUCTION_FILE
+    known = read_reduction(path, shuffle.fingerprint)
+    if known is not None:
+        return known
+    raw = [embedder.embed(POOL, shard, samples) for shard, samples in shuffle.sampled(SAMPLE)]
+    found = Reduction.fit(np.concatenate(raw), numbers)
+    found.save(path, shuffle.fingerprint)
+    return found
+
+
+def write_labelled(
+    folder: Location, ingredients: Ingredients, settings: StoreSettings, embedding: Embedding | None = None
+) -> int:
     """Write targets/labelled-*.parquet; how many images gave no distribution and were left out."""
     mark = store_fingerprint(ingredients.selection, settings)
     stream, file, skipped = iter(ingredients.labelled), 0, 0
     while group := list(islice(stream, LABELLED_ROWS)):
         path = folder / f"labelled-{file:05d}.parquet"
         if not file_is_done(path, mark):
-            write_targets(path, _labelled_table(group, ingredients, settings.dtype), mark)
+            write_targets(path, _labelled_table(group, ingredients, settings.dtype, embedding), mark)
         file, skipped = file + 1, skipped + len(group) - read_header(path, TARGETS).rows
     return skipped
 
 
-def _labelled_table(group: Sequence[tuple[str, Sample]], ingredients: Ingredients, dtype: Dtype) -> pa.Table:
+def _labelled_table(
+    group: Sequence[tuple[str, Sample]], ingredients: Ingredients, dtype: Dtype, embedding: Embedding | None
+) -> pa.Table:
     scorer = ingredients.here or ingredients.scorer
     if ingredients.answers is None:
         inferred, good = infer_distributions([sample for _, sample in group], scorer)
     else:
         inferred, good = ingredients.answers(group)
     images = [group[place] for place in good]
+    columns = [
+        embedding_column(embedding, "labelled", shard, [sample for _, sample in part])
+        for shard, part in groupby(images, key=lambda image: image[0])
+    ]
+    more = {"embedding": pa.concat_arrays([column["embedding"] for column in columns])} if embedding and images else {}
+    numbers = 0 if embedding is None else embedding.reduction.numbers
     return pa.table(
         {
             "key": [sample.key for _, sample in images],
@@ -203,8 +243,9 @@ def _labelled_table(group: Sequence[tuple[str, Sample]], ingredients: Ingredient
             "row": [sample.row for _, sample in images],
             "label": [sample.label for _, sample in images],
             "distribution": fixed_binary(inferred.astype(ITEM[dtype])),
+            **more,
         },
-        labelled_schema(len(scorer.class_names), dtype),
+        labelled_schema(len(scorer.class_names), dtype, numbers if images else 0),
     )
 
 

@@ -10,6 +10,8 @@
                                 and in its place where it lies in the tar: `offset`, `bytes` and `crc32`
     targets/labelled-*.parquet  `key`, `shard`, `row`, `label`, `distribution`, in the split's order
 
+    `embedding`                 in each of these where the store has embeddings, float16 (`.embedding.npy` in a tar)
+
 A distribution is a dense row of C little-endian float16 or float32 numbers (fixed-size binary: a few times faster than
 nested lists). The header has the store's fingerprint and the file's own name, so that a renamed file shows.
 
@@ -49,10 +51,12 @@ TARGETS = TableFormat(
     statistics=False,
 )
 ITEM = {"float16": "<f2", "float32": "<f4"}
+EMBEDDING_ITEM = "<f2"
 IN_TAR = ("bytes", "crc32")  # columns that are there in place of `image`; from version 3 on also:
 OFFSET = "offset"
 GROUP = 4096  # rows of a row group, at most …
 GROUP_BYTES = 64 << 20  # … and its bytes, about: a reader holds one
+BESIDE = ("json", "npy", "embedding.npy")  # of a sample in a tar, beside its image
 BLOCK = tarfile.BLOCKSIZE  # bytes; a member of a tar is one block of header, then its content filled up to whole blocks
 SIGNATURES = (
     *((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif")),
@@ -64,7 +68,12 @@ SIGNATURES = (
 # -- columns
 
 
-def pool_schema(classes: int, dtype: Dtype) -> pa.Schema:
+def embedding_field(numbers: int) -> list[pa.Field]:
+    """The column of embeddings of so many numbers; none for 0."""
+    return [pa.field("embedding", pa.binary(numbers * np.dtype(EMBEDDING_ITEM).itemsize))] if numbers else []
+
+
+def pool_schema(classes: int, dtype: Dtype, embedding: int = 0) -> pa.Schema:
     """Of the selected images: targets/pool-*.parquet, where the images lie in it."""
     return pa.schema(
         [
@@ -75,11 +84,12 @@ def pool_schema(classes: int, dtype: Dtype) -> pa.Schema:
             ("distribution", pa.binary(classes * np.dtype(ITEM[dtype]).itemsize)),
             ("classes", pa.list_(pa.int32())),
             ("repeat", pa.int64()),
+            *embedding_field(embedding),
         ]
     )
 
 
-def labelled_schema(classes: int, dtype: Dtype) -> pa.Schema:
+def labelled_schema(classes: int, dtype: Dtype, embedding: int = 0) -> pa.Schema:
     """Of targets/labelled-*.parquet."""
     return pa.schema(
         [
@@ -88,6 +98,7 @@ def labelled_schema(classes: int, dtype: Dtype) -> pa.Schema:
             ("row", pa.int64()),
             ("label", pa.int64()),
             ("distribution", pa.binary(classes * np.dtype(ITEM[dtype]).itemsize)),
+            *embedding_field(embedding),
         ]
     )
 
@@ -282,18 +293,20 @@ class TarSamples:
             for row in range(batch.num_rows):
                 image = columns["image"][row].as_py()
                 stored = np.frombuffer(columns["distribution"][row].as_py(), ITEM[self.dtype])
+                more = {"embedding.npy": _npy(_embedding(columns, row))} if "embedding" in columns else {}
                 told = {name: columns[name][row].as_py() for name in ("key", "shard", "row", "classes", "repeat")}
                 yield {
                     suffix(image): image,
                     "json": json.dumps(told, ensure_ascii=False).encode(),
                     "npy": _npy(stored),
+                    **more,
                 }
 
     def _note(self, begin: int, sample: Mapping[str, bytes]) -> None:
         """Where the image will lie: members are sorted by suffix, each a header's block and whole blocks."""
         for name in sorted(sample):
             begin += BLOCK
-            if name not in ("json", "npy"):
+            if name not in BESIDE:
                 self.offsets.append(begin)
                 self.sums.append(zlib.crc32(sample[name]))
                 return
@@ -310,6 +323,10 @@ class _Hashed:
         self.digest.update(data)
         self.size += len(data)
         return self.file.write(data)
+
+
+def _embedding(columns: Mapping[str, pa.Array], row: int) -> NDArray[np.float16]:
+    return np.frombuffer(columns["embedding"][row].as_py(), EMBEDDING_ITEM)
 
 
 def _npy(values: NDArray[Any]) -> bytes:

@@ -35,6 +35,7 @@ class StoreSettings:
         seed: of the shuffle.
         preprocessing: fingerprint of how a teacher that did not score the pool is shown images; None for the one that
             did, whose scores carry it.
+        embedding: numbers of each image's embedding, at most; None: there is none.
     """
 
     teacher: str
@@ -44,6 +45,7 @@ class StoreSettings:
     shard_rows: int = 20_000
     seed: int = 0
     preprocessing: str | None = None
+    embedding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,8 @@ def read_manifest(folder: Location) -> dict[str, Any]:
 
 def store_fingerprint(selection: SelectionFile, settings: StoreSettings) -> str:
     """Of all that the store is made from."""
-    values = asdict(settings)
-    if settings.preprocessing is None:
-        del values["preprocessing"]  # as before there was one
+    later = ("preprocessing", "embedding")  # as before there were any
+    values = {name: value for name, value in asdict(settings).items() if name not in later or value is not None}
     return fingerprint_of(["targets", selection.fingerprint, values])
 
 

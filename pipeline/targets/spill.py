@@ -26,7 +26,8 @@ from pipeline.pool.selection import SelectionFile
 from pipeline.seeds import permutation
 from pipeline.storage.files import Location, opened, whole_file
 from pipeline.storage.tables import fixed_binary, fixed_numbers, require_absence
-from pipeline.targets.files import ITEM, pool_file_is_done, pool_schema, write_pool_file
+from pipeline.targets.embedding import POOL, Embedding, embedding_column
+from pipeline.targets.files import EMBEDDING_ITEM, ITEM, pool_file_is_done, pool_schema, write_pool_file
 from pipeline.targets.manifest import StoreSettings, store_fingerprint
 
 SPILL = "spill"
@@ -91,6 +92,7 @@ class Shuffle:
         images: that are stored.
         files: training shards.
         file_of: the training shard of each image, (n,).
+        embedding: of the images, to be set before they are dealt; None: there is none.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Shuffle:
         scorer: Source,
         scores: ScoredPool | None,
     ) -> None:
+        self.embedding: Embedding | None = None
         self.folder, self.settings, self.shards, self.scores = folder, settings, shards, scores
         self.scorer = scorer if scores is None else scorer.without_weights()
         self.fingerprint = store_fingerprint(selection, settings)
@@ -134,6 +137,7 @@ class Shuffle:
             rows = self.images.row[self.images.of_shard(number)][:16]
             sizes += [len(sample.data) for sample in _pick(self.shards[number], rows)]
         width = len(self.scorer.class_names) * np.dtype(ITEM[self.settings.dtype]).itemsize
+        width += (self.settings.embedding or 0) * np.dtype(EMBEDDING_ITEM).itemsize
         size = int(len(self.images.row) * (np.mean(sizes) + width + OVERHEAD[self.settings.format]))
         tell(f"{len(self.images.row):,} images, about {size / 2**20:,.1f} MiB, and as much again while it is written")
         if not isinstance(self.folder, Path):
@@ -165,7 +169,8 @@ class Shuffle:
         shards = np.unique(self.images.shard[images]).tolist()
         tables = [read_spill(spill_path(self.folder, number), file) for number in shards]
         table = pa.concat_tables(tables).take(pa.array(np.argsort(self._place[images])))
-        schema = pool_schema(len(self.scorer.class_names), self.settings.dtype)
+        numbers = 0 if self.embedding is None else self.embedding.reduction.numbers
+        schema = pool_schema(len(self.scorer.class_names), self.settings.dtype, numbers)
         write_pool_file(
             self.folder, file, table.cast(schema), self.fingerprint, self.settings.format, self.settings.dtype
         )
@@ -185,8 +190,19 @@ class Shuffle:
                 "distribution": fixed_binary(stored),
                 "classes": self.images.classes.slice(mine.start, mine.stop - mine.start),
                 "repeat": self.images.repeat[mine],
+                **embedding_column(self.embedding, POOL, shard.name, samples),
             }
         )
+
+    def sampled(self, count: int) -> Iterator[tuple[str, list[Sample]]]:
+        """(shard name, selected images of it), of shards in an order at random until there are `count` images."""
+        used = np.unique(self.images.shard)
+        for number in used[permutation(len(used), self.settings.seed, "embedding")].tolist():
+            if count <= 0:
+                return
+            rows = self.images.row[self.images.of_shard(number)][:count]
+            count -= len(rows)
+            yield self.shards[number].name, _pick(self.shards[number], rows)
 
     def _distributions(self, number: int, rows: NDArray[np.int64], samples: Sequence[Sample]) -> NDArray[np.float64]:
         """(n, C), from the scores, or inferred where the teacher is another one."""
@@ -217,6 +233,8 @@ class Deal:
     def placed(self, worker: int, threads: int) -> "Deal":
         """For one of several workers."""
         self.shuffle.scorer = self.shuffle.scorer.placed(worker, threads)
+        if self.shuffle.embedding is not None:
+            self.shuffle.embedding = self.shuffle.embedding.placed(worker, threads)
         return self
 
     def __call__(self, shard: int, progress: Callable[[int], None]) -> int:

@@ -14,7 +14,7 @@ from pipeline.data.readers.shard import Sample
 from pipeline.errors import DataError, TargetsError
 from pipeline.storage.files import Location, is_local
 from pipeline.storage.tables import fixed_numbers
-from pipeline.targets.files import ITEM, TARGETS, Dtype, record_batches
+from pipeline.targets.files import EMBEDDING_ITEM, ITEM, TARGETS, Dtype, record_batches
 from pipeline.targets.manifest import check_files, in_threads, read_manifest
 
 CACHED = 1 << 17  # numbers that stay in the processor's cache between the passes over them
@@ -32,6 +32,7 @@ class LabelledTargets:
         shard, row: identity.
         labels: (n,), int64.
         distributions: (n, C), float32, rows sum to 1.
+        embeddings: (n, E), float32; E is 0 where the store has none.
     """
 
     keys: list[str]
@@ -39,14 +40,16 @@ class LabelledTargets:
     row: NDArray[np.int64]
     labels: NDArray[np.int64]
     distributions: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class StoredBatch:
-    """Some rows of the pool: encoded images with their identity, distributions (n, C) and repeats (n,)."""
+    """Some rows of the pool: encoded images with identity, distributions (n, C), embeddings (n, E), repeats (n,)."""
 
     samples: list[tuple[str, Sample]]
     distributions: NDArray[np.float32]
+    embeddings: NDArray[np.float32]
     repeats: NDArray[np.int64]
 
 
@@ -59,6 +62,7 @@ class TargetsStore:
         class_names: of the teacher, in the order of the distributions.
         target_names: of the data set, which images were kept for; the same unless the teacher has its own.
         count: pool images, each counted once.
+        embedding: numbers of each image's embedding, E; 0: there is none.
     """
 
     def __init__(self, folder: Location, manifest: dict[str, Any]):
@@ -69,6 +73,7 @@ class TargetsStore:
         self.teacher: str = manifest["teacher"]
         self.fingerprint: str = manifest["fingerprint"]
         self.count: int = manifest["pool"]["rows"]
+        self.embedding: int = manifest.get("embedding", 0)
 
     @classmethod
     def open(
@@ -124,7 +129,8 @@ class TargetsStore:
 
     def batches(self, batch: int = BATCH) -> Iterator[StoredBatch]:
         """All rows in their stored, shuffled order, `batch` at most at a time; constant memory."""
-        for stored in self._read("pool", ["key", "shard", "row", "image", "distribution", "repeat"], batch):
+        columns = ["key", "shard", "row", "image", "repeat", *self.of_teacher]
+        for stored in self._read("pool", columns, batch):
             keys, shards, rows, images = (stored.column(name).to_pylist() for name in ("key", "shard", "row", "image"))
             yield StoredBatch(
                 samples=[
@@ -132,6 +138,7 @@ class TargetsStore:
                     for shard, row, key, data in zip(shards, rows, keys, images, strict=True)
                 ],
                 distributions=self._distributions(stored),
+                embeddings=stored_embeddings(stored, self.embedding),
                 repeats=stored.column("repeat").to_numpy(),
             )
 
@@ -159,6 +166,19 @@ class TargetsStore:
         in_threads(read, range(len(ends)))
         return result
 
+    def embeddings(self) -> NDArray[np.float32]:
+        """The images' embeddings, (N, E), in stored order."""
+        if not self.embedding:
+            return np.empty((self.count, 0), np.float32)
+        nothing = np.empty((0, self.embedding), np.float32)
+        parts = self._read("pool", ["embedding"])
+        return np.concatenate([nothing, *(stored_embeddings(part, self.embedding) for part in parts)])
+
+    @property
+    def of_teacher(self) -> list[str]:
+        """Columns of what the teacher says of an image."""
+        return ["distribution", *(["embedding"] if self.embedding else [])]
+
     def repeats(self) -> NDArray[np.int64]:
         """How often each image is used in an epoch, (N,)."""
         repeats = [batch.column(0).to_numpy() for batch in self._read("pool", ["repeat"])]
@@ -185,14 +205,16 @@ class TargetsStore:
 
     def labelled(self) -> LabelledTargets:
         """The labelled images' keys, identity, labels and distributions."""
-        batches = list(self._read("labelled", ["key", "shard", "row", "label", "distribution"]))
+        batches = list(self._read("labelled", ["key", "shard", "row", "label", *self.of_teacher]))
         empty = np.empty((0, len(self.class_names)), np.float32)
+        nothing = np.empty((0, self.embedding), np.float32)
         return LabelledTargets(
             keys=[key for batch in batches for key in batch.column("key").to_pylist()],
             shard=[name for batch in batches for name in batch.column("shard").to_pylist()],
             row=np.concatenate([np.empty(0, np.int64), *(batch.column("row").to_numpy() for batch in batches)]),
             labels=np.concatenate([np.empty(0, np.int64), *(batch.column("label").to_numpy() for batch in batches)]),
             distributions=np.concatenate([empty, *(self._distributions(batch) for batch in batches)]),
+            embeddings=np.concatenate([nothing, *(stored_embeddings(batch, self.embedding) for batch in batches)]),
         )
 
     def read_file(self, file: int, columns: Sequence[str], batch: int) -> Iterator[pa.RecordBatch]:
@@ -213,6 +235,18 @@ class TargetsStore:
     def _distributions(self, part: pa.RecordBatch) -> NDArray[np.float32]:
         """(n, C) float32, rows sum to 1."""
         return normalised(stored_rows(part.column("distribution"), self.dtype))
+
+
+def joined(distributions: NDArray[np.float32], embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows (n, C + E) that a training's batches are made of; without embeddings the distributions themselves."""
+    return np.concatenate([distributions, embeddings], axis=1) if embeddings.shape[1] else distributions
+
+
+def stored_embeddings(part: pa.RecordBatch, numbers: int) -> NDArray[np.float32]:
+    """Of some rows of a store with embeddings of so many numbers, (n, E)."""
+    if not numbers:
+        return np.empty((part.num_rows, 0), np.float32)
+    return fixed_numbers(part.column("embedding"), EMBEDDING_ITEM).astype(np.float32)
 
 
 def stored_rows(column: pa.Array, dtype: Dtype) -> NDArray[Any]:

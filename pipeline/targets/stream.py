@@ -20,7 +20,7 @@ from pipeline.data.decode import decode, default_workers
 from pipeline.data.order import StreamOrder, file_order
 from pipeline.errors import TargetsError
 from pipeline.targets.files import TARGETS
-from pipeline.targets.store import BATCH, ROWS, TargetsStore, normalised, stored_rows
+from pipeline.targets.store import BATCH, ROWS, TargetsStore, joined, normalised, stored_embeddings, stored_rows
 
 SHARDS = 2  # training shards in memory
 AHEAD = 4  # batches that are decoded before they are asked for
@@ -40,7 +40,7 @@ class _Wanted(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A batch under way: pixels by chunks (m, 3, S, S), distributions (n, C)."""
+    """A batch under way: pixels by chunks (m, 3, S, S), distributions and embeddings (n, C + E)."""
 
     chunks: list[Callable[[], Pixels]]
     distributions: NDArray[np.float32]
@@ -53,10 +53,11 @@ class StreamedPool:
         store: opened.
         size: side of the decoded images, pixels.
         workers: threads that decode ahead; 0: nothing is done ahead; None: `default_workers`.
+        embeddings: whether they follow the distributions.
     """
 
-    def __init__(self, store: TargetsStore, size: int, *, workers: int | None = None) -> None:
-        self.store, self.size, self.uses = store, size, store.uses()
+    def __init__(self, store: TargetsStore, size: int, *, workers: int | None = None, embeddings: bool = True) -> None:
+        self.store, self.size, self.uses, self.embeddings = store, size, store.uses(), embeddings
         workers = default_workers(size) if workers is None else workers
         self._threads = ThreadPoolExecutor(workers, "decode") if workers else None
         self._shards = ShardsInMemory(store, ahead=workers > 0)
@@ -68,7 +69,7 @@ class StreamedPool:
         return self.store.count
 
     def draw(self, seed: int, step: int, batch: int, part: slice = ALL) -> tuple[Tensor, Tensor]:
-        """Pixels, uint8 (n, 3, S, S), and q_large, float32 (n, C), of `part` of the batch of a step.
+        """Pixels, uint8 (n, 3, S, S), and q_large with the embedding, float32 (n, C + E), of `part` of a step's batch.
 
         Raises:
             TargetsError: a training shard was changed or removed, or an image no longer decodes.
@@ -114,15 +115,18 @@ class StreamedPool:
         start = step * wanted.batch
         chunks: list[Callable[[], Pixels]] = []
         stored = [np.empty((0, len(self.store.class_names)), np.float16)]
+        embeddings = [np.empty((0, self.store.embedding), np.float32)]
         for piece in self._order.pieces(start + wanted.first, start + wanted.last):
             shard = self._shards.get(piece.file)
             self._shards.prepare(self._order.next_file(piece))
             rows = shard.order(wanted.seed, piece.epoch)[piece.begin : piece.end]
             stored.append(shard.distributions[rows])
+            embeddings.append(shard.embeddings[rows])
             for begin in range(0, len(rows), CHUNK):
                 some = rows[begin : begin + CHUNK]
                 chunks.append(self._decoded(shard.take(some), shard.file, some))
-        return _Batch(chunks, normalised(np.concatenate(stored)))
+        q = normalised(np.concatenate(stored))
+        return _Batch(chunks, joined(q, np.concatenate(embeddings)) if self.embeddings else q)
 
     def _decoded(self, images: Sequence[bytes], file: int, rows: NDArray[np.int64]) -> Callable[[], Pixels]:
         """The pixels of some rows, (m, 3, S, S), now or later."""
@@ -154,6 +158,7 @@ class TrainingShard:
         images: encoded, in arrays of consecutive rows.
         begins: first row of each array.
         distributions: as stored, (n, C).
+        embeddings: (n, E), float32.
         repeat: uses in an epoch, (n,).
     """
 
@@ -161,6 +166,7 @@ class TrainingShard:
     images: list[pa.LargeBinaryArray]
     begins: NDArray[np.int64]
     distributions: NDArray[Any]
+    embeddings: NDArray[np.float32]
     repeat: NDArray[np.int64]
     _order: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
 
@@ -183,7 +189,7 @@ def read_shard(store: TargetsStore, file: int) -> TrainingShard:
     Raises:
         TargetsError: it was changed since the store was opened, or is damaged.
     """
-    batches = list(store.read_file(file, ["image", "distribution", "repeat"], BATCH))
+    batches = list(store.read_file(file, ["image", "repeat", *store.of_teacher], BATCH))
     none = np.empty((0, len(store.class_names)), np.float32)
     stored = [stored_rows(batch.column("distribution"), store.dtype) for batch in batches]
     return TrainingShard(
@@ -191,6 +197,9 @@ def read_shard(store: TargetsStore, file: int) -> TrainingShard:
         images=[batch.column("image") for batch in batches],
         begins=np.cumsum([0, *(batch.num_rows for batch in batches)])[:-1],
         distributions=np.concatenate(stored) if stored else none,
+        embeddings=np.concatenate(
+            [np.empty((0, store.embedding), np.float32), *(stored_embeddings(b, store.embedding) for b in batches)]
+        ),
         repeat=np.concatenate([np.empty(0, np.int64), *(batch.column("repeat").to_numpy() for batch in batches)]),
     )
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.correction import fit_correction
+from pipeline.correction.correction import features
 from pipeline.data.manifest import SPLITS, SplitName
 from pipeline.errors import DataError
 from pipeline.seeds import permutation
@@ -82,14 +83,16 @@ class BlackBox:
             )
         return np.stack([found[place] for place in places])
 
-    def write(self, split: SplitName, number: int, places: Sequence[Place], q: Floats) -> None:
+    def write(
+        self, split: SplitName, number: int, places: Sequence[Place], q: Floats, embedding: Floats | None = None
+    ) -> None:
         """One more file, whole or not at all."""
-        offsets = pa.array(np.arange(len(places) + 1, dtype=np.int32) * len(self.names))
         columns = {
             "split": pa.array([split] * len(places), pa.string()),
             "shard": pa.array([place.shard for place in places], pa.string()),
             "row": pa.array([place.row for place in places], pa.int64()),
-            "probabilities": pa.ListArray.from_arrays(offsets, pa.array(q.ravel())),
+            "probabilities": _lists(q),
+            **({} if embedding is None else {"embedding": _lists(embedding)}),
         }
         table = pa.table(columns).replace_schema_metadata({"class_names": json.dumps(self.names, ensure_ascii=False)})
         with whole_file(self.path(split, number)) as temporary:
@@ -140,7 +143,7 @@ def _mark(context: Context, teacher: Teacher) -> str:
 
 
 def probe(context: Context, box: BlackBox, tail: float) -> BlackBox:
-    """A teacher with the data set's classes, fitted to what `box` says of validation images.
+    """A teacher with the data set's classes, fitted to what `box` says of validation images; that is its embedding.
 
     Args:
         context: of the experiment.
@@ -148,7 +151,7 @@ def probe(context: Context, box: BlackBox, tail: float) -> BlackBox:
         tail: images of the most frequent class to one of the rarest; 1: as many as there are of each.
     """
     ours = tuple(context.data_set.split("labelled").class_names)
-    found = BlackBox(box.folder.with_name(f"{box.folder.name}-tail-{tail:g}"), ours)
+    found = BlackBox(box.folder.with_name(f"{box.folder.name}-seen-tail-{tail:g}"), ours)
     parts = [(split, number, part) for split in present_splits(context) for number, part in enumerate(box.parts(split))]
     left = [entry for entry in parts if not found.path(*entry[:2]).exists()]
     if not left:
@@ -161,8 +164,14 @@ def probe(context: Context, box: BlackBox, tail: float) -> BlackBox:
     found.folder.mkdir(parents=True, exist_ok=True)
     for split, number, part in left:
         images, answers = box.read(part)
-        found.write(split, number, images, fitted.targets(answers))
+        seen = features(answers).astype(np.float32)
+        found.write(split, number, images, fitted.targets(answers), seen - seen.mean(axis=1, keepdims=True))
     return found
+
+
+def _lists(rows: Floats) -> pa.ListArray:
+    offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1])
+    return pa.ListArray.from_arrays(offsets, pa.array(rows.ravel()))
 
 
 def long_tail(labels: NDArray[np.int64], tail: float) -> NDArray[np.int64]:

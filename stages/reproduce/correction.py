@@ -28,6 +28,7 @@ from stages.reproduce.methods import method_changes
 from stages.reproduce.variants import Variant, results_of
 from stages.teachers import class_names, teacher_of
 
+EMBEDDING = 64  # numbers
 TAIL = 50  # images of the most frequent class to one of the rarest
 ORACLE = 10  # times the labelled images of a draw, for a fit that shows what there is to gain
 POOL = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")
@@ -36,7 +37,8 @@ ALL = ("train_reduced.student_data=pool+labelled", "train_reduced.labelled_targe
 RAW = ("train_reduced.feedback.scale=raw", "train_reduced.calibrator.weight_decay=0")
 SCALED = ("train_reduced.feedback.scale=per_image", "train_reduced.calibrator.weight_decay=1.0e-4")
 FEEDBACK = ("train_reduced.teacher=calibrator", *POOL, "train_reduced.calibrator.supervised_weight=0",
-            "train_reduced.feedback.weight=1", "train_reduced.feedback.control=none")  # fmt: skip
+            "train_reduced.calibrator.embedding=false", "train_reduced.feedback.weight=1",
+            "train_reduced.feedback.control=none")  # fmt: skip
 FIT = ("train_reduced.correction=fit",)
 
 
@@ -61,6 +63,15 @@ METHODS = (
     _variant("per-image", "Feedback, scaled by B/η, with L2", *FEEDBACK, *SCALED),
     _variant("flipped", "Control: feedback flipped", *FEEDBACK, *RAW, "train_reduced.feedback.control=flipped"),
 )
+SEEING = ("train_reduced.calibrator.embedding=true",)
+SUPERVISED_TERM = ("train_reduced.calibrator.supervised_weight=1",)
+WITH_EMBEDDING = (
+    _variant("feedback-seeing", "Feedback, with embeddings", *FEEDBACK, *RAW, *SEEING),
+    _variant("both-seeing", "Feedback and supervised term, with embeddings", *FEEDBACK, *RAW, *SUPERVISED_TERM,
+             *SEEING),
+    _variant("term-seeing", "Supervised term alone, with embeddings", *FEEDBACK, *RAW, *SUPERVISED_TERM, *SEEING,
+             "train_reduced.feedback.weight=0"),
+)  # fmt: skip
 FEW = (OFF, NOISY, DIRECT, OURS)  # where there is nothing to correct
 SUPERVISED = _variant("supervised", "Supervised, labels alone", "train_reduced.teacher=none")
 CONTRASTS = tuple(Contrast(f"Feedback − {other.label}", OURS.name, other.name, tested=True)
@@ -71,6 +82,9 @@ FURTHER = (
     Contrast("Feedback − feedback scaled by B/η, with L2", OURS.name, "per-image"),
     Contrast("Feedback − flipped", OURS.name, "flipped"),
     Contrast("NoisyStudent of the fit − fit", NOISY_FIT.name, DIRECT.name),
+    Contrast("Feedback, with embeddings − feedback", "feedback-seeing", OURS.name),
+    Contrast("Feedback, with embeddings − fit", "feedback-seeing", DIRECT.name),
+    Contrast("Both, with embeddings − supervised term alone, with embeddings", "both-seeing", "term-seeing"),
 )
 
 
@@ -95,7 +109,7 @@ CELLS = {
     cell.name: cell
     for cell in (
         Cell("zero-shot", "The teacher itself"),
-        Cell("long-tailed", f"Probe on a long tail, {TAIL} : 1", tail=TAIL),
+        Cell("long-tailed", f"Probe on a long tail, {TAIL} : 1", (*METHODS, *WITH_EMBEDDING), tail=TAIL),
         Cell("clean", "Probe on all classes alike", FEW, tail=1),
     )
 }
@@ -202,6 +216,7 @@ def _steps(context: Context, cell: Cell, box: BlackBox, run: Path) -> list[Step]
         "filter.min_probability": 0,
         "filter.upsample": "false",
         "filter.copies.enabled": "false",
+        "precompute.embedding": "null" if cell.tail is None else EMBEDDING,
     }
     changes = tuple(f"{key}={value}" for key, value in settings.items())
     students = [step for variant in cell.methods for step in variant.steps(run, changes)]
@@ -211,7 +226,7 @@ def _steps(context: Context, cell: Cell, box: BlackBox, run: Path) -> list[Step]
 def _present(contrasts: Sequence[Contrast], cell: Cell) -> tuple[Contrast, ...]:
     names = {method.name for method in cell.methods}
     kept = [contrast for contrast in contrasts if {contrast.variant, contrast.against} <= names]
-    return tuple(replace(contrast, tested=contrast.tested and cell.methods is METHODS) for contrast in kept)
+    return tuple(replace(contrast, tested=contrast.tested and cell.methods is not FEW) for contrast in kept)
 
 
 def teacher_rows(runs: SeedRuns, box: BlackBox) -> list[TeacherRow]:
@@ -259,7 +274,8 @@ def _about(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool) -> Abou
         notes=[
             f"Teacher: {teacher}, asked once; students see its answers alone. Probes are regressions from these "
             "answers to the classes, fitted to validation images: on a long tail, "
-            f"{TAIL} of the most frequent class to one of the rarest, or on all.",
+            f"{TAIL} of the most frequent class to one of the rarest, or on all. Their embedding of an image is what "
+            f"they see of it, reduced to {EMBEDDING} numbers.",
             f"Labels: {recipe.data.labelled:,}, drawn anew by each seed, stratified by class. Pool: "
             f"{context.data_set.split('unlabelled').count():,} images, not filtered, the same for all.",
             f"Students: {settings.model.name} at {recipe.data.image_size} pixels, {settings.steps:,} steps of "

@@ -16,9 +16,11 @@ from pipeline.networks.classes import order_or_assumed, with_classes_of
 from pipeline.networks.folders import read_description
 from pipeline.networks.loading import load_network
 from pipeline.networks.network import Network, to_device
+from pipeline.pool.features import NetworkFeatures
 from pipeline.pool.infer import Scorer, Source, infer_distributions
 from pipeline.storage.files import sha256_file
 from pipeline.storage.workers import EngineSettings
+from pipeline.targets.embedding import Embedder
 from stages.copies import Compared
 from stages.options import Context
 from stages.teachers.classes import OTHER_CLASSES, class_names, others_are_expected, same_classes
@@ -123,6 +125,9 @@ class NetworkTeacher:
 
     def source(self, engine: EngineSettings | None = None, batch: int | None = None) -> Source:
         return scorer(self.context, self.network, engine, batch)
+
+    def embedder(self, engine: EngineSettings | None = None) -> Embedder:
+        return NetworkFeatures(scorer(self.context, self.network, engine, self.context.recipe.precompute.batch))
 
     def answers(self, split: SplitName, samples: list[tuple[str, Sample]]) -> Answered:
         if split == "labelled" and (held_out := self.held_out) is not None:

@@ -10,11 +10,12 @@ from pipeline.answers.store import FOLDER, answers_of_split, is_imported, read_a
 from pipeline.data.decode import WHOLE
 from pipeline.data.manifest import SPLITS, SplitName
 from pipeline.data.readers.shard import Sample, Shard
-from pipeline.errors import DataError, RunError
-from pipeline.pool.answered import StoredAnswers
+from pipeline.errors import DataError, RunError, UsageError
+from pipeline.pool.answered import StoredAnswers, StoredEmbeddings
 from pipeline.pool.infer import Source
 from pipeline.storage.files import fingerprint, location, read_at_most
 from pipeline.storage.workers import EngineSettings
+from pipeline.targets.embedding import Embedder
 from stages.copies import Compared
 from stages.options import Context
 from stages.teachers.classes import OTHER_CLASSES, class_names, others_are_expected
@@ -154,6 +155,14 @@ class PredictionsTeacher:
     def source(self, engine: EngineSettings | None = None, batch: int | None = None) -> Source:
         size = self.context.recipe.data.image_size
         return StoredAnswers(self.context.store / FOLDER, self.names, size, batch or self.context.recipe.filter.batch)
+
+    def embedder(self, engine: EngineSettings | None = None) -> Embedder:
+        if not self._manifest.get("embedding"):
+            raise UsageError(
+                "precompute.embedding: the predictions have no column `embedding`; add it to the files and run mpl "
+                "filter --force, or leave the setting out"
+            )
+        return StoredEmbeddings(self.context.store / FOLDER)
 
     def answers(self, split: SplitName, samples: list[tuple[str, Sample]]) -> Answered:
         identities = [(shard, sample.row) for shard, sample in samples]

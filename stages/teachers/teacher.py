@@ -9,6 +9,7 @@ from pipeline.data.manifest import SplitName
 from pipeline.data.readers.shard import Sample
 from pipeline.pool.infer import Source
 from pipeline.storage.workers import EngineSettings
+from pipeline.targets.embedding import Embedder
 from stages.copies import Compared
 from stages.options import Context
 
@@ -55,6 +56,14 @@ class Teacher(Protocol):
 
     def source(self, engine: EngineSettings | None = None, batch: int | None = None) -> Source:
         """Of its answers to the pool; here, or for an engine's workers."""
+        ...
+
+    def embedder(self, engine: EngineSettings | None = None) -> Embedder:
+        """Gives embeddings of images, here or in an engine's workers.
+
+        Raises:
+            UsageError: it has none to give.
+        """
         ...
 
     def answers(self, split: SplitName, samples: list[tuple[str, Sample]]) -> Answered:

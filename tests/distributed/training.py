@@ -90,7 +90,7 @@ class Training:
             if optimizer is not None:
                 for name, p in network.named_parameters():
                     for key, value in optimizer.state[p].items():
-                        full = value.full_tensor() if hasattr(value, "full_tensor") else value
+                        full = value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
                         found[f"{label} {name} {key}"] = full.clone()
         return found
 

@@ -201,6 +201,72 @@ def test_a_network_with_other_classes(mpl: Mpl, recipe: Path, finished: Path, tm
     assert mpl("train-reduced", "--run", tmp_path / "run").status == 0
 
 
+def test_embeddings_beside_the_answers(mpl: Mpl, recipe: Path, own: Path, tmp_path: Path) -> None:
+    """A column of the file, in any order of its rows, as far as the calibrator; and what is wrong with one is said."""
+    table = pq.read_table(own / "own.parquet")
+    known = {key: [float(hash_of(key) % 7), float(hash_of(key) % 11), 1.0] for key in table["key"].to_pylist()}
+
+    def write(name: str, embeddings: list, rows: pa.Table = table) -> Path:
+        beside = rows.append_column("embedding", pa.array(embeddings, pa.list_(pa.float32())))
+        pq.write_table(beside.take(np.random.default_rng(0).permutation(len(rows))), tmp_path / name)
+        return tmp_path / name
+
+    def filtered(run: str, file: Path) -> Outcome:
+        return mpl("filter", "--run", tmp_path / run, "--recipe", recipe, "--predictions", file, "--correction", "fit")
+
+    rows = [known[key] for key in table["key"].to_pylist()]
+    wrong = {
+        "short": ([rows[0][:2], *rows[1:]], "numbers, others have"),
+        "null": ([None, *rows[1:]], "has an embedding of 0 numbers"),
+        "nan": ([[float("nan"), 1.0, 1.0], *rows[1:]], "an embedding with a number that is not finite"),
+    }
+    for name, (embeddings, words) in wrong.items():
+        outcome = filtered(name, write(f"{name}.parquet", embeddings))
+        assert outcome.status == 1
+        assert words in outcome.err
+    options = ["--run", tmp_path / "run"]
+    assert filtered("run", write("good.parquet", rows)).status == 0
+    outcome = mpl("precompute", *options, "--set", "precompute.embedding=8")
+    assert outcome.status == 0, outcome.err
+    assert "already done" in mpl("precompute", *options).err
+    store = TargetsStore.open(tmp_path / "run/targets", class_names=DIGITS)
+    assert store.embedding == 2  # the third number is the same for all
+    raw = np.array([known[key][:2] for key in list(store.keys())])
+    for column in store.embeddings().T:  # a linear map of what was in the file
+        fit = np.linalg.lstsq(np.column_stack([raw, np.ones(len(raw))]), column, rcond=None)
+        np.testing.assert_allclose(np.column_stack([raw, np.ones(len(raw))]) @ fit[0], column, atol=5e-3)
+    for name, more in {"plain": [], "streamed": ["--set", "train_reduced.reading=stream"]}.items():
+        trained = mpl(
+            "train-reduced", *options, "--name", name, *more,
+            "--set", "train_reduced.calibrator.supervised_weight=1",
+            "--set", "train_reduced.student_data=pool+labelled",
+        )  # fmt: skip
+        assert trained.status == 0, trained.err
+        weights = load_file(tmp_path / f"run/student-{name}/calibrator.safetensors")
+        assert weights["layers.0.weight"].shape[1] == 25 + 2
+    blind = mpl("train-reduced", *options, "--name", "blind", "--set", "train_reduced.calibrator.embedding=false")
+    assert blind.status == 0, blind.err
+    assert load_file(tmp_path / "run/student-blind/calibrator.safetensors")["layers.0.weight"].shape[1] == 25
+    assert filtered("other", own / "own.parquet").status == 0
+    outcome = mpl("precompute", "--run", tmp_path / "other", "--set", "precompute.embedding=8")
+    assert "the predictions have no column `embedding`" in outcome.err
+
+
+def test_a_networks_own_embedding(mpl: Mpl, run: Path) -> None:
+    """With the data set's own classes; workers make the same store; another number is another store."""
+    outcome = mpl("precompute", "--run", run, "--set", "precompute.embedding=6", "--force")
+    assert outcome.status == 0, outcome.err
+    store = TargetsStore.open(run / "targets")
+    first = store.embeddings()
+    assert first.shape == (store.count, 6)
+    trained = mpl("train-reduced", "--run", run, "--name", "seeing")
+    assert trained.status == 0, trained.err
+    assert load_file(run / "student-seeing/calibrator.safetensors")["layers.0.weight"].shape[1] == 10 + 6
+    assert mpl("precompute", "--run", run, "--workers", 2, "--force").status == 0
+    np.testing.assert_array_equal(TargetsStore.open(run / "targets").embeddings(), first)
+    assert "embedding: 6 → 3" in mpl("precompute", "--run", run, "--set", "precompute.embedding=3").err
+
+
 def test_answers_that_change_are_scored_again_and_go_with_another_teacher(
     mpl: Mpl, run: Path, keys: list[str], tmp_path: Path
 ) -> None:

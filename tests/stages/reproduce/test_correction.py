@@ -55,13 +55,17 @@ def recipe_of_a_foreign_teacher(tmp_path: Path) -> Path:
 def test_every_method_is_a_recipe(recipe_of_a_foreign_teacher: Path) -> None:
     """And differs from the others; those of a contrast in one thing alone where it says so."""
     tree = load_recipe(str(recipe_of_a_foreign_teacher)).model_dump(mode="json")
-    recipes = {method.name: changed(tree, method.changes, "tiny") for method in METHODS}
-    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(METHODS)
+    everything = CELLS["long-tailed"].methods
+    recipes = {method.name: changed(tree, method.changes, "tiny") for method in everything}
+    assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(everything)
     for a, b, settings in (
         ("fixed", "fit", {"train_reduced.correction"}),
         ("feedback", "flipped", {"train_reduced.feedback.control"}),
         ("feedback", "feedback-fit", {"train_reduced.correction"}),
         ("feedback", "both", {"train_reduced.calibrator.supervised_weight"}),
+        ("feedback", "feedback-seeing", {"train_reduced.calibrator.embedding"}),
+        ("both", "both-seeing", {"train_reduced.calibrator.embedding"}),
+        ("both-seeing", "term-seeing", {"train_reduced.feedback.weight"}),
         ("feedback", "per-image", {"train_reduced.feedback.scale", "train_reduced.calibrator.weight_decay"}),
     ):
         assert different_keys(recipes[a], recipes[b]) == settings
@@ -69,7 +73,8 @@ def test_every_method_is_a_recipe(recipe_of_a_foreign_teacher: Path) -> None:
 
 def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path, recipe_of_a_foreign_teacher: Path) -> None:
     run_here(monkeypatch)
-    asked = tuple(method for method in METHODS if method.name in ("fixed", "fit", OURS.name))
+    names = ("fixed", "fit", OURS.name, "both-seeing")
+    asked = tuple(method for method in CELLS["long-tailed"].methods if method.name in names)
     for name in ("long-tailed", "clean"):
         monkeypatch.setitem(CELLS, name, replace(CELLS[name], methods=asked))
     run = tmp_path / "run"
