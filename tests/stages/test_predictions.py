@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from pipeline import load_data_set
 from pipeline.answers.out_of_fold import read_out_of_fold
 from pipeline.targets import TargetsStore
+from tests.object_storage import object_storage
 from tests.stages.commands import start, wait_for_step
 from tests.stages.conftest import Outcome
 
@@ -519,3 +520,66 @@ def test_a_table_does_not_take_the_place_of_what_is_none(mpl: Mpl, run: Path, tm
         assert mpl(*line, tmp_path / name).status == 0
     refused = mpl("predict", tmp_path / "ours.parquet", "--run", run, "--output", tmp_path / "ours.parquet")
     assert "one of the inputs" in refused.err
+
+
+@pytest.fixture(scope="module")
+def answers_with_embeddings(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    table = pq.read_table(own / "own.parquet")
+    rows = [[float(hash_of(key) % 7), float(hash_of(key) % 11)] for key in table["key"].to_pylist()]
+    path = tmp_path_factory.mktemp("answers") / "answers.parquet"
+    pq.write_table(table.append_column("embedding", pa.array(rows, pa.list_(pa.float32()))), path)
+    return path
+
+
+def pool_outputs(mpl: Mpl, recipe: Path, own: Path, answers: object, run: Path, *more: object) -> dict[str, bytes]:
+    """What the pool stages leave on disk, by name."""
+    options = ["--run", run, "--set", "filter.k=40", "--recipe", recipe, "--class-map", own / "map.yaml"]
+    outcome = mpl("filter", *options, "--predictions", answers, *more)
+    assert outcome.status == 0, outcome.err
+    engine = [option for option in more if option != "--store" and not str(option).startswith("s3:")]
+    outcome = mpl("precompute", "--run", run, "--set", "precompute.embedding=2", *engine)
+    assert outcome.status == 0, outcome.err
+    names = ("copies.json", "selection.parquet", "scores", "rejected", "answers", "targets")
+    paths = [path for name in names for path in [run / name, *sorted((run / name).rglob("*"))]]
+    return whole({str(path.relative_to(run)): path.read_bytes() for path in paths if path.is_file()})
+
+
+def whole(files: dict[str, bytes]) -> dict[str, bytes]:
+    """But for safetensors, whose header may stand in any order."""
+    return {name: data for name, data in files.items() if not name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [("--workers", 2), pytest.param(("--engine", "ray", "--workers", 2), marks=[pytest.mark.long])],
+    ids=["workers", "ray"],
+)
+def test_any_engine_makes_the_same_of_predictions(
+    mpl: Mpl, recipe: Path, own: Path, answers_with_embeddings: Path, tmp_path: Path, engine: tuple
+) -> None:
+    alone = pool_outputs(mpl, recipe, own, answers_with_embeddings, tmp_path / "alone")
+    assert len(alone) > 8
+    assert pool_outputs(mpl, recipe, own, answers_with_embeddings, tmp_path / "run", *engine) == alone
+
+
+def test_predictions_and_store_in_object_storage(
+    mpl: Mpl, recipe: Path, own: Path, answers_with_embeddings: Path, tmp_path: Path, monkeypatch
+) -> None:
+    alone = pool_outputs(mpl, recipe, own, answers_with_embeddings, tmp_path / "alone")
+    with object_storage() as storage:
+        for name, value in storage.environment.items():
+            monkeypatch.setenv(name, value)
+        storage.put("answers/part.parquet", answers_with_embeddings.read_bytes())
+        store = storage.url("store")
+        assert pool_outputs(mpl, recipe, own, answers_with_embeddings, tmp_path / "run", "--store", store) == {}
+        pool_outputs(mpl, recipe, own, storage.url("answers/part.parquet"), tmp_path / "read")
+        root = storage.place("store")
+        root.fs.invalidate_cache()
+        found = {str(name).split("/store/", 1)[1]: root.fs.cat_file(name) for name in root.fs.find(root.path)}
+        trained = mpl("train-reduced", "--run", tmp_path / "run")
+        assert trained.status == 0, trained.err
+    found.pop("store.json")
+    assert {name for name in alone if found[name] != alone[name]} == set()
+    assert whole(found).keys() == alone.keys()
+    for name in ("selection.parquet", "targets/pool-00000.parquet", "targets/labelled-00000.parquet"):
+        assert pq.read_table(tmp_path / "read" / name).equals(pq.read_table(tmp_path / "alone" / name))
