@@ -10,7 +10,7 @@ from pipeline.storage.files import TEMPORARY, Location, discard, names_in
 from pipeline.storage.tables import format_of
 
 NAMES = re.compile(  # of files that have no header
-    r"model\.safetensors|correction\.safetensors|config\.json|metrics\.csv|calibrator\.safetensors|calibration\.json|index\.json"
+    r"model\.safetensors|(correction|embedding)\.safetensors|config\.json|metrics\.csv|calibrator\.safetensors|calibration\.json|index\.json"
     r"|step-\d+(\.\w+)?|events\.out\.tfevents\..*|copies\.json|_manifest\.json|pool-\d{5,}\.(tar|parquet)"
     r"|labelled-\d+\.parquet|record\.json|started\.json|shard-\d+\.arrow|.+-[0-9a-f]{16}\.(pixels|parquet)"
     r"|evaluation(-.*)?\.json|\.lock"

@@ -230,11 +230,9 @@ def _labelled_table(
     else:
         inferred, good = ingredients.answers(group)
     images = [group[place] for place in good]
-    columns = [
-        embedding_column(embedding, "labelled", shard, [sample for _, sample in part])
-        for shard, part in groupby(images, key=lambda image: image[0])
-    ]
-    more = {"embedding": pa.concat_arrays([column["embedding"] for column in columns])} if embedding and images else {}
+    by_shard = [(shard, [sample for _, sample in part]) for shard, part in groupby(images, key=lambda image: image[0])]
+    columns = [embedding_column(embedding, "labelled", *part) for part in by_shard or [("", [])]]
+    more = {name: pa.concat_arrays([column[name] for column in columns]) for name in columns[0]}
     numbers = 0 if embedding is None else embedding.reduction.numbers
     return pa.table(
         {
@@ -245,7 +243,7 @@ def _labelled_table(
             "distribution": fixed_binary(inferred.astype(ITEM[dtype])),
             **more,
         },
-        labelled_schema(len(scorer.class_names), dtype, numbers if images else 0),
+        labelled_schema(len(scorer.class_names), dtype, numbers),
     )
 
 

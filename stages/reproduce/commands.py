@@ -114,8 +114,17 @@ def labels(context: Context, seeds: int | None, jobs: int | None, shares: tuple[
 @seeds_option("the recipe's", "draws")
 @click.option("--teacher", "cells", type=click.Choice(["zero-shot", "long-tailed", "clean"]), multiple=True,
               help="Which teachers; repeatable. [default: all three]")  # fmt: skip
+@click.option("--method", "methods", multiple=True, metavar="NAME",
+              help="Which students; repeatable. [default: all of the teacher's]")  # fmt: skip
 @click.option("--rivals/--no-rivals", default=True, show_default=True, help="UDA and FixMatch, without a teacher.")
-def correction(context: Context, seeds: int | None, jobs: int | None, cells: tuple[str, ...], rivals: bool) -> None:
+def correction(
+    context: Context,
+    seeds: int | None,
+    jobs: int | None,
+    cells: tuple[str, ...],
+    methods: tuple[str, ...],
+    rivals: bool,
+) -> None:
     """What a few labels make of a teacher that is wrong: by a fit, by feedback, by both; draws of the labels.
 
     For recipes with a foreign teacher (filter.teacher, filter.predictions), such as cifar10-correction. Writes
@@ -123,7 +132,7 @@ def correction(context: Context, seeds: int | None, jobs: int | None, cells: tup
     """
     from stages.reproduce.correction import plan
 
-    _reproduce(context, "correction", seeds, jobs, lambda runs: plan(runs, cells, rivals))
+    _reproduce(context, "correction", seeds, jobs, lambda runs: plan(runs, cells, rivals, methods))
 
 
 @group.command()

@@ -115,16 +115,17 @@ CELLS = {
 }
 
 
-def plan(runs: SeedRuns, cells: Sequence[str], without_teacher: bool = True) -> Stage:
+def plan(runs: SeedRuns, cells: Sequence[str], without_teacher: bool = True, methods: Sequence[str] = ()) -> Stage:
     """Plan the benchmark as one stage.
 
     Args:
         runs: the draws.
         cells: names of teachers, of `CELLS`; none: all.
         without_teacher: whether UDA and FixMatch run too, where the recipe has a train_mpl section.
+        methods: names of the students that are trained of the teachers; none: all.
 
     Raises:
-        UsageError: no teacher, no draw of labelled images, or no validation images for the probes.
+        UsageError: a method that there is not, no teacher, no draw of labelled images, no validation images for probes.
     """
     context = runs.context
     filtering = context.recipe.filter
@@ -135,7 +136,7 @@ def plan(runs: SeedRuns, cells: Sequence[str], without_teacher: bool = True) -> 
         )
     if context.recipe.data.labelled is None:
         raise UsageError("correction draws labelled images anew for each seed: set data.labelled to their number")
-    chosen = [CELLS[name] for name in cells or CELLS]
+    chosen = [with_methods(CELLS[name], methods) for name in cells or CELLS]
     if "validation" not in context.data_set.manifest.splits and any(cell.tail for cell in chosen):
         raise UsageError("the probes are fitted to validation images, and there are none; choose --teacher zero-shot")
     alone = tuple(variant.name for variant in _alone(context, without_teacher))
@@ -144,10 +145,24 @@ def plan(runs: SeedRuns, cells: Sequence[str], without_teacher: bool = True) -> 
         runs.basis() | {"teacher": teacher_of(context, None, assume_class_order=True).digest,
                         "cells": {cell.name: [method.name for method in cell.methods] for cell in chosen},
                         "without_teacher": list(alone)},
-        lambda: work(runs, chosen, without_teacher),
+        lambda: work(runs, chosen, without_teacher, methods),
         lambda result: result["answer"],
         cheap=frozenset({"seeds", "cells", "without_teacher"}),
     )  # fmt: skip
+
+
+def with_methods(cell: Cell, names: Sequence[str]) -> Cell:
+    """A teacher with some of its students; without names with all.
+
+    Raises:
+        UsageError: none of its students has one of the names.
+    """
+    if unknown := [name for name in names if name not in {method.name for method in cell.methods}]:
+        raise UsageError(
+            f"--method {unknown[0]}: the teacher {cell.name} has the students "
+            f"{', '.join(method.name for method in cell.methods)}"
+        )
+    return replace(cell, methods=tuple(m for m in cell.methods if m.name in names)) if names else cell
 
 
 def _alone(context: Context, without_teacher: bool) -> list[Variant]:
@@ -160,7 +175,7 @@ def _alone(context: Context, without_teacher: bool) -> list[Variant]:
     return found
 
 
-def work(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool) -> dict[str, Any]:
+def work(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool, methods: Sequence[str] = ()) -> dict[str, Any]:
     """Ask the teacher; then a chain for each teacher and draw; then tables and figure."""
     context = runs.context
     everything = _with(context, "data.labelled=null")
@@ -187,7 +202,7 @@ def work(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool) -> dict[s
               teachers[cell.name])
         for cell in cells
     ]  # fmt: skip
-    report = Corrections(_about(runs, cells, without_teacher), tuple(panels), reference)
+    report = Corrections(_about(runs, cells, without_teacher, methods), tuple(panels), reference)
     report.write(context.run.root)
     return {"answer": report.answer()}
 
@@ -226,7 +241,7 @@ def _steps(context: Context, cell: Cell, box: BlackBox, run: Path) -> list[Step]
 def _present(contrasts: Sequence[Contrast], cell: Cell) -> tuple[Contrast, ...]:
     names = {method.name for method in cell.methods}
     kept = [contrast for contrast in contrasts if {contrast.variant, contrast.against} <= names]
-    return tuple(replace(contrast, tested=contrast.tested and cell.methods is not FEW) for contrast in kept)
+    return tuple(replace(contrast, tested=contrast.tested and cell.name != "clean") for contrast in kept)
 
 
 def teacher_rows(runs: SeedRuns, box: BlackBox) -> list[TeacherRow]:
@@ -259,11 +274,12 @@ def teacher_rows(runs: SeedRuns, box: BlackBox) -> list[TeacherRow]:
     return [TeacherRow(name, tuple(values)) for name, values in found.items()]
 
 
-def _about(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool) -> About:
+def _about(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool, methods: Sequence[str]) -> About:
     """Title and notes."""
     context = runs.context
     recipe, settings = context.recipe, context.recipe.train_reduced
     options = [f"--teacher {cell.name}" for cell in cells] if len(cells) < len(CELLS) else []
+    options += [f"--method {name}" for name in methods]
     if not without_teacher:
         options.append("--no-rivals")
     teacher = recipe.filter.teacher or ", ".join(recipe.filter.predictions)

@@ -156,3 +156,8 @@ def test_a_networks_own_is_what_its_last_layer_sees(make_shards) -> None:
     without = replace(scorer, model=torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
     with pytest.raises(DataError, match="last linear layer"), last_layer_watched(without):
         pass
+
+
+def test_no_labelled_image_at_all(selected, scorer, tmp_path) -> None:  # noqa: F811
+    run(tmp_path / "targets", selected, [("train", Sample(0, "", b"no image"))], scorer)
+    assert TargetsStore.open(tmp_path / "targets").labelled().embeddings.shape == (0, 3)

@@ -17,7 +17,7 @@ from pipeline.report.experiments.report import About
 from pipeline.report.experiments.results import Contrast, Results
 from stages.options import changed
 from stages.reproduce.black_boxes import BlackBox, Place, long_tail
-from stages.reproduce.correction import CELLS, METHODS, OURS
+from stages.reproduce.correction import CELLS, METHODS, OURS, with_methods
 from tests.stages.reproduce.comparisons import different_keys, run_here
 from tests.stages.test_predictions import MAP, OWN, all_keys, truth
 
@@ -136,6 +136,16 @@ def test_what_it_needs(mpl, tmp_path: Path, recipe_of_a_foreign_teacher: Path, c
     outcome = mpl(*line, "--set", change)
     assert outcome.status == 2
     assert words in outcome.err
+
+
+def test_some_students_alone(mpl, tmp_path: Path, recipe_of_a_foreign_teacher: Path) -> None:
+    some = with_methods(CELLS["long-tailed"], ["both-seeing", "fixed"])
+    assert [method.name for method in some.methods] == ["fixed", "both-seeing"]
+    assert with_methods(CELLS["clean"], ()) is CELLS["clean"]
+    line = ["reproduce", "correction", "--run", tmp_path / "run", "--recipe", recipe_of_a_foreign_teacher]
+    outcome = mpl(*line, "--teacher", "clean", "--method", "both-seeing")
+    assert outcome.status == 2
+    assert "the teacher clean has the students fixed, noisystudent, fit, feedback" in outcome.err
 
 
 def test_a_tail_is_geometric() -> None:
