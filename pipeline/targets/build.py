@@ -157,17 +157,10 @@ def precompute(
     left = shuffle.files_left()
     if len(left) == shuffle.files and not names_in(folder / SPILL):  # nothing is there yet
         shuffle.require_disk(tell)
-    if ingredients.embedder is not None:
-        found = reduction_of(folder, shuffle, ingredients.embedder, settings.embedding or 1)
-        shuffle.embedding = Embedding(ingredients.embedder, found)
+    embedding = embedding_of(ingredients, settings, shuffle)
     if left:
-        shards = ingredients.shards
-        run(Deal(shuffle), np.unique(shuffle.images.shard).tolist(), name=lambda number: shards[number].name)
-        embedding, shuffle.scorer = shuffle.embedding, shuffle.scorer.without_weights()  # its work is done
-        shuffle.embedding = None if embedding is None else embedding.without_weights()
-        run(Gather(shuffle), left, name=lambda file: f"training shard {file}")
-        shuffle.embedding = embedding
-    skipped = write_labelled(folder, ingredients, settings, shuffle.embedding)
+        _write_pool(shuffle, left, embedding, run)
+    skipped = write_labelled(folder, ingredients, settings, embedding)
     stored = sum(read_header(pool_path(folder, file), TARGETS).rows for file in range(shuffle.files))
     if stored != len(shuffle.images.row):
         raise RunError(
@@ -189,22 +182,39 @@ def precompute(
             "uses": int(shuffle.images.repeat.sum()),
             "labelled_skipped": skipped,
             "inferred": ingredients.scores is None,
-            **({} if shuffle.embedding is None else {"embedding": shuffle.embedding.reduction.numbers}),
+            **({} if embedding is None else {"embedding": embedding.reduction.numbers}),
             **({"stored_answers": True} if ingredients.stored_answers else {}),
         },
     )
 
 
-def reduction_of(folder: Location, shuffle: Shuffle, embedder: Embedder, numbers: int) -> Reduction:
-    """Found on a sample of the selected images, and kept in the store: what goes on after a kill has the same one."""
-    path = folder / REDUCTION_FILE
-    known = read_reduction(path, shuffle.fingerprint)
-    if known is not None:
-        return known
-    raw = [embedder.embed(POOL, shard, samples) for shard, samples in shuffle.sampled(SAMPLE)]
-    found = Reduction.fit(np.concatenate(raw), numbers)
-    found.save(path, shuffle.fingerprint)
-    return found
+def embedding_of(ingredients: Ingredients, settings: StoreSettings, shuffle: Shuffle) -> Embedding | None:
+    """What is stored beside distributions, reduced as a sample of the selected images says; None: nothing.
+
+    The reduction is kept in the store: what goes on after a kill has the same one.
+
+    Raises:
+        DataError: images have no embedding, or all have the same.
+    """
+    embedder = ingredients.embedder
+    if embedder is None or settings.embedding is None:
+        return None
+    path = shuffle.folder / REDUCTION_FILE
+    reduction = read_reduction(path, shuffle.fingerprint)
+    if reduction is None:
+        raw = [embedder.embed(POOL, shard, samples) for shard, samples in shuffle.sampled(SAMPLE)]
+        reduction = Reduction.fit(np.concatenate(raw), settings.embedding)
+        reduction.save(path, shuffle.fingerprint)
+    return Embedding(embedder, reduction)
+
+
+def _write_pool(shuffle: Shuffle, left: Sequence[int], embedding: Embedding | None, run: Runner) -> None:
+    """Deal the images of all shards, then gather the training shards that are left."""
+    shuffle.embedding = embedding
+    run(Deal(shuffle), np.unique(shuffle.images.shard).tolist(), name=lambda number: shuffle.shards[number].name)
+    shuffle.scorer = shuffle.scorer.without_weights()  # its work is done
+    shuffle.embedding = None if embedding is None else embedding.without_weights()
+    run(Gather(shuffle), left, name=lambda file: f"training shard {file}")
 
 
 def write_labelled(
