@@ -20,7 +20,7 @@ from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Records
-from stages.reproduce.experiment import SEEDS_CHANGE, UPSTREAM, SeedRuns
+from stages.reproduce.experiment import UPSTREAM, SeedRuns, what_seeds_change
 from stages.reproduce.methods import METHODS, fixed_on_reduced_data, method_changes
 from stages.reproduce.variants import Variant, results_of
 
@@ -243,6 +243,7 @@ def _notes(context: Context, groups: list[Group], reduced: bool) -> list[str]:
     return [
         *notes,
         f"Checkpoint, fixed in advance: the last step's moving average; students of full MPL then have "
-        f"{context.recipe.finetune.steps:,} steps of finetuning. Split: test. Nothing was chosen on it. {SEEDS_CHANGE}",
+        f"{context.recipe.finetune.steps:,} steps of finetuning. Split: test. Nothing was chosen on it. "
+        f"{what_seeds_change(context)}",
         f"Budget: {len(seconds)} students, {sum(seconds) / 60:.0f} minutes of training in all.",
     ]

@@ -12,9 +12,6 @@ from stages.reproduce.chains import Chain, Records, Step, run_chains
 from stages.reproduce.variants import Variant
 
 UPSTREAM = (Step("pretrain"), Step("filter"), Step("precompute"))  # what the students of a seed share
-SEEDS_CHANGE = (  # a manifest's splits are runs of rows: no seed is in them
-    "Seeds change initial weights, order and augmentation; labels, pool and test images are the same."
-)
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,19 @@ class SeedRuns:
         """What makes the report."""
         words = [f"mpl reproduce {experiment}", *self.context.given, seeds_options(self.seeds), *options]
         return " ".join(words + ["--data DATA"] * (self.context.data is not None))
+
+
+def what_seeds_change(context: Context) -> str:
+    """In a sentence. A manifest's splits are runs of rows: no seed is in them, unless a recipe draws its labels."""
+    few = context.recipe.data.labelled
+    if few is None:
+        return "Seeds change initial weights, order and augmentation; labels, pool and test images are the same."
+    pool = context.data_set.manifest.splits.get("unlabelled")
+    rest = ", and the pool has the others" if pool is not None and pool.without else "; the pool is the same"
+    return (
+        f"Each seed draws its own {few:,} labelled images, stratified by class{rest}, and changes initial weights, "
+        "order and augmentation; test images are the same."
+    )
 
 
 def seeds_options(seeds: range) -> str:

@@ -14,7 +14,7 @@ from pipeline.report.experiments.results import Contrast, Results
 from pipeline.trainings import mpl_settings
 from stages.execution import Stage
 from stages.options import Context
-from stages.reproduce.experiment import SEEDS_CHANGE, SeedRuns, teacher_top1
+from stages.reproduce.experiment import SeedRuns, teacher_top1, what_seeds_change
 from stages.reproduce.methods import METHODS, NOISY, method_changes, method_settings
 from stages.reproduce.variants import Variant, results_of
 
@@ -110,7 +110,7 @@ def _notes(context: Context, teacher: list[float]) -> list[str]:
         "train_mpl's.",
         f"Checkpoint, fixed in advance: the last step's moving average; with MPL then {finetune.steps:,} steps of "
         f"finetuning on the labelled images, as in the paper (before it: second table and table1.csv). Split: test. "
-        f"Nothing was chosen on it. {SEEDS_CHANGE}",
+        f"Nothing was chosen on it. {what_seeds_change(context)}",
         f"Methods: {'; '.join(_described(context, name) for name in METHODS if name != NOISY)}.",
     ]
 

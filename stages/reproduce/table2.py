@@ -10,7 +10,7 @@ from pipeline.report.experiments.results import Contrast, Results
 from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Records
-from stages.reproduce.experiment import SeedRuns, teacher_top1
+from stages.reproduce.experiment import SeedRuns, teacher_top1, what_seeds_change
 from stages.reproduce.methods import fixed_on_reduced_data
 from stages.reproduce.variants import Variant, results_of
 
@@ -79,7 +79,8 @@ def _notes(context: Context, teacher: list[float], kept: list[int]) -> list[str]
     notes = [
         f"Every student: {settings.model.name}, {settings.steps:,} steps on batches of {settings.batch}, from the same "
         "initial weights for all methods of a seed. Checkpoint: the last step's moving average, fixed in advance. "
-        f"Split: test ({manifest.title}). Nothing was chosen on it.",
+        f"Split: test ({manifest.title}). Nothing was chosen on it. "
+        f"{what_seeds_change(context)}",
         f"Teacher: {recipe.pretrain.model.name}, {sum(teacher) / len(teacher):.2f}% on validation; the filter kept "
         f"{min(kept):,} to {max(kept):,} pool images (K = {recipe.filter.k:,}).",
     ]

@@ -1,0 +1,22 @@
+"""What an experiment says that its seeds change."""
+
+from pathlib import Path
+
+import pytest
+
+from stages.console import Console
+from stages.options import Options, make_context
+from stages.reproduce.experiment import what_seeds_change
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("digits", "labels, pool and test images are the same"),
+        ("cifar10-small", "draws its own 4,000 labelled images, stratified by class; the pool is the same"),
+        ("cifar10-4000", "draws its own 4,000 labelled images, stratified by class, and the pool has the others"),
+    ],
+)
+def test_seeds_draw_labels_where_the_recipe_draws_them(tmp_path: Path, recipe: str, words: str) -> None:
+    context = make_context(Options(tmp_path / "run", recipe, device="cpu"), console=Console(quiet=True))
+    assert words in what_seeds_change(context)
