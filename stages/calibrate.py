@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from pipeline.correction import Correction
-from pipeline.correction.judge import Answered, Candidate, candidates, confusions, reliability
+from pipeline.correction.judge import Answered, Candidate, candidates, confusions, movements, reliability
 from pipeline.data.manifest import SplitName
 from pipeline.errors import UsageError
 from pipeline.evaluate import evaluate_logits, interval
+from pipeline.report.movements import ROWS, draw_movements
 from pipeline.report.reliability import draw_reliability
 from pipeline.storage.files import write_json
 from stages.execution import Stage, execute
@@ -18,7 +19,7 @@ from stages.options import Context, stage_options
 from stages.precompute import require_fresh_selection, selected_correction
 from stages.teachers import Teacher, class_map, class_names, labelled_answers, teacher_of
 
-FILE, FIGURE = "calibration.json", "reliability.png"
+FILE, FIGURE, MATRIX = "calibration.json", "reliability.png", "movements.png"
 
 
 @click.command()
@@ -30,10 +31,10 @@ def command(context: Context, seen_labels: bool) -> None:
     """Show what a correction of the teacher is worth, and how many labelled images it takes.
 
     On the validation images: accuracy, likelihood and calibration of the teacher, of a map of classes, and of fits to a
-    quarter, a half and all of the labelled images; which classes it confuses.
+    quarter, a half and all of the labelled images; which classes it confuses; and which answers become which classes.
 
     Reads: the teacher, or its predictions, and mpl filter's correction. Writes: calibrate/calibration.json,
-    calibrate/reliability.png.
+    calibrate/reliability.png, calibrate/movements.png.
     """
     record = execute(context, lambda c: plan(c, seen_labels))
     if "result" in record:
@@ -60,7 +61,7 @@ def plan(context: Context, seen_labels: bool = False) -> Stage:
     return Stage(
         name="calibrate",
         basis=basis,
-        outputs=[folder / FILE, folder / FIGURE],
+        outputs=[folder / name for name in (FILE, FIGURE, MATRIX)],
         work=lambda: work(context, teacher, filtered["result"], seen),
         summary=lambda result: f"judged on {result['images']:,} validation images",
         cheap=frozenset(basis),
@@ -86,7 +87,18 @@ def work(context: Context, teacher: Teacher, filtered: dict[str, Any], seen: boo
     folder = context.run / "calibrate"
     folder.mkdir(parents=True, exist_ok=True)
     draw_reliability(panels, folder / FIGURE)
-    result = {"images": len(validation.labels), "labelled": len(labelled.labels), "candidates": rows}
+    moved = movements(validation.q, found[0].correction, found[-1].correction, ROWS)
+    draw_movements(
+        [(found[0].name, moved.before), (found[-1].name, moved.after)][: len(found)],
+        [
+            f"{_short(teacher.names[answer])} ({images:,})"
+            for answer, images in zip(moved.answers, moved.images, strict=True)
+        ],
+        ours,
+        folder / MATRIX,
+    )
+    result = {"images": len(validation.labels), "labelled": len(labelled.labels), "candidates": rows,
+              "movements": moved.largest(teacher.names, ours)}  # fmt: skip
     write_json(folder / FILE, {"format": 1, **result})
     return result
 
@@ -119,6 +131,10 @@ def _judged(candidate: Candidate, validation: Answered, names: tuple[str, ...]) 
     }
 
 
+def _short(name: str, most: int = 28) -> str:
+    return name if len(name) <= most else f"{name[: most - 1].rstrip()}…"
+
+
 def table(result: dict[str, Any]) -> list[str]:
     """The outcome as lines for a person."""
     rows = result["candidates"]
@@ -133,4 +149,9 @@ def table(result: dict[str, Any]) -> list[str]:
     for row in (rows[0], rows[-1])[: len(rows)]:
         pairs = ", ".join(f"{c['is']} taken for {c['taken for']} {c['images']:,} times" for c in row["confusions"][:3])
         lines.append(f"{row['name']}: {pairs or 'nothing confused'}")
-    return lines
+    moved = [
+        f"{_short(m['answer'])} → {m['class']} +{100 * m['share']:.1f}% "
+        f"(of {m['images']:,} images {m['before']:.2f}, now {m['after']:.2f})"
+        for m in result.get("movements", [])[:5]
+    ]
+    return [*lines, *([f"largest movements, in shares of all images: {'; '.join(moved)}"] if moved else [])]

@@ -49,7 +49,8 @@ def candidates(
     if class_map is not None:
         found.append(Candidate("map of classes", Correction.mapped(teacher_names, class_names, class_map), 0))
     order = spread_order(labelled.labels, seed)
-    for share in SHARES if len(order) >= 2 else ():
+    shares = SHARES[:-1] if selected.kind == "fit" else SHARES  # that one is a fit to all of them
+    for share in shares if len(order) >= 2 else ():
         chosen = order[: max(2, round(share * len(order)))]
         fit = fit_correction(
             labelled.q[chosen], labelled.labels[chosen], teacher_names, class_names, class_map, seed=seed
@@ -100,3 +101,50 @@ def confusions(counts: NDArray[np.int64], names: Sequence[str], most: int = 5) -
     order = np.argsort(-pairs, axis=None, kind="stable")[:most]
     rows = [(names[int(at) // len(names)], names[int(at) % len(names)], int(pairs.flat[at])) for at in order]
     return [{"is": a, "taken for": b, "images": n} for a, b, n in rows if n]
+
+
+@dataclass(frozen=True, eq=False)
+class Movements:
+    """What becomes of the images of each answer: of the r most frequent first answers of a teacher.
+
+    Attributes:
+        answers: the teacher's classes, (r,), most frequent first.
+        images: that have each as their first answer, (r,).
+        before, after: mean distributions of these images over the data set's classes, (r, C).
+        total: images in all.
+    """
+
+    answers: NDArray[np.int64]
+    images: NDArray[np.int64]
+    before: NDArray[np.float64]
+    after: NDArray[np.float64]
+    total: int
+
+    def largest(self, teacher_names: Sequence[str], class_names: Sequence[str], most: int = 8) -> list[dict[str, Any]]:
+        """The largest gains of a class among the images of one answer, in shares of all images."""
+        gain = (self.after - self.before) * self.images[:, None] / self.total
+        order = np.argsort(-gain, axis=None, kind="stable")[:most]
+        rows = [(int(at) // len(class_names), int(at) % len(class_names)) for at in order]
+        return [
+            {
+                "answer": teacher_names[int(self.answers[row])],
+                "images": int(self.images[row]),
+                "class": class_names[column],
+                "share": round(float(gain[row, column]), 4),
+                "before": round(float(self.before[row, column]), 3),
+                "after": round(float(self.after[row, column]), 3),
+            }
+            for row, column in rows
+            if gain[row, column] > 5e-5
+        ]
+
+
+def movements(q: NDArray[np.floating[Any]], before: Correction, after: Correction, most: int) -> Movements:
+    """How two corrections differ on a teacher's distributions (n, C_T), by its first answer; the `most` frequent."""
+    first = q.argmax(axis=1)
+    counts = np.bincount(first, minlength=q.shape[1])
+    answers = np.argsort(-counts, kind="stable")[:most]
+    answers = answers[counts[answers] > 0]
+    one, other = before.targets(q).astype(np.float64), after.targets(q).astype(np.float64)
+    means = [np.stack([targets[first == answer].mean(axis=0) for answer in answers]) for targets in (one, other)]
+    return Movements(answers, counts[answers], means[0], means[1], len(q))

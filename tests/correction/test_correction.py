@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.correction import (
 from pipeline.correction import fit as module
 from pipeline.correction.correction import features
 from pipeline.correction.fit import deal_to_folds
+from pipeline.correction.judge import movements
 from pipeline.errors import DataError
 from pipeline.log_odds import distributions, log_odds, log_odds_of_shares
 from pipeline.networks.packaged import imagenet_names
@@ -240,3 +242,25 @@ def test_names_in_a_class_map_are_as_they_are_written(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(DataError, match="no plain file"):
         read_class_map(path, theirs, ("no", "yes"))
+
+
+def test_movements_are_counted_by_the_first_answer(mapped: Correction) -> None:
+    """Oracle: a plain account, image by image."""
+    q = np.random.default_rng(0).dirichlet(np.full(len(mapped.teacher_names), 0.3), 200)
+    n, classes = len(mapped.teacher_names), len(mapped.class_names)
+    other = replace(mapped, kind="scaling", bias=np.arange(classes, dtype=float), scale=0.5)
+    moved = movements(q, mapped, other, most=2)
+    first = q.argmax(axis=1)
+    assert moved.images.tolist() == sorted(np.bincount(first, minlength=n).tolist(), reverse=True)[:2]
+    for row, answer in enumerate(moved.answers.tolist()):
+        mine = [place for place in range(200) if first[place] == answer]
+        np.testing.assert_allclose(moved.after[row], np.mean([other.targets(q)[at] for at in mine], axis=0), rtol=1e-5)
+        np.testing.assert_allclose(
+            moved.before[row], np.mean([mapped.targets(q)[at] for at in mine], axis=0), rtol=1e-5
+        )
+    largest = moved.largest(mapped.teacher_names, mapped.class_names)
+    shares = [one["share"] for one in largest]
+    assert shares == sorted(shares, reverse=True)
+    gain = (moved.after - moved.before) * moved.images[:, None] / 200
+    assert shares[0] == pytest.approx(gain.max(), abs=1e-4)
+    assert movements(q, mapped, mapped, 2).largest(mapped.teacher_names, mapped.class_names) == []

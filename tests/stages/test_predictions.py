@@ -162,7 +162,10 @@ def test_a_teacher_with_classes_of_its_own(mpl: Mpl, recipe: Path, own: Path, tm
     assert shown.status == 0, shown.err
     judged = json.loads((run / "calibrate/calibration.json").read_text())["candidates"]
     assert judged[-1]["top1"] > 50
-    assert (run / "calibrate/reliability.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("reliability", "movements"):
+        assert (run / f"calibrate/{figure}.png").read_bytes().startswith(b"\x89PNG")
+    moved = json.loads((run / "calibrate/calibration.json").read_text())["movements"]
+    assert {one["answer"] for one in moved} <= set(OWN)
     page = mpl("report", *options)
     assert page.status == 0, page.err
     other = "fit" if correction == "map" else "identity"
