@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from pipeline.data.manifest import SPLITS, load_manifest
+from pipeline.data.manifest import SPLITS
 from pipeline.data.readers.shard import Shard
-from pipeline.data.sources import open_split
 from pipeline.errors import DataError, RunError
 from pipeline.report.page.render import gather, write_page
 from pipeline.storage.runs import Run
@@ -59,7 +58,6 @@ def splits_of(context: Context) -> Callable[[str], Mapping[str, Shard]]:
         split = next((known for known in SPLITS if known == name), None)
         if split is None:
             raise DataError(f"there is no {name!r} split")
-        manifest = load_manifest(context.recipe.data.manifest, context.data)
-        return {shard.name: shard for shard in open_split(manifest, split, context.data).shards}
+        return {shard.name: shard for shard in context.data_set.split(split).shards}
 
     return shards

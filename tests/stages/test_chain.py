@@ -433,3 +433,38 @@ def test_a_shadowing_package_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert str(tmp_path / "pipeline.py") in done.stderr
+
+
+def test_a_pool_is_what_a_draw_leaves(mpl, tmp_path, recipe) -> None:
+    """Labels drawn from a file, its other images in the pool, before those of another file; from filter to page."""
+    import pyarrow.parquet as pq
+
+    from pipeline.targets import TargetsStore
+    from tests.data.made_images import encode, noise, write_parquet
+
+    images = [encode(noise(16, seed)) for seed in range(80)]
+    write_parquet(tmp_path / "train.parquet", images[:60], [0, 1] * 30)
+    write_parquet(tmp_path / "web.parquet", images[60:])
+    (tmp_path / "manifest.yaml").write_text(
+        "name: mine\nclasses: 2\nclass_names: [cat, dog]\nimage: {size: 16}\n"
+        "files: {train: {path: train.parquet, reader: parquet}, web: {path: web.parquet, reader: parquet}}\n"
+        "splits:\n  labelled: {from: train, first: 40}\n  validation: {from: train, last: 10}\n"
+        "  unlabelled: {from: train, drop_last: 10, without: labelled, also: [{from: web}]}\n"
+    )
+    short = ["--recipe", recipe, "--set", "data.manifest=mine", "--set", "data.image_size=16", "--seed", 3,
+             "--set", "data.labelled=16", "--set", "filter.k=100", "--data", tmp_path]  # fmt: skip
+    run = tmp_path / "run"
+    assert mpl("pretrain", "--run", run, *short).status == 0
+    for stage in (("filter", "--keep-copies"), ("precompute", "--workers", 2), ("train-reduced",), ("report",)):
+        outcome = mpl(stage[0], "--run", run, *stage[1:])
+        assert outcome.status == 0, outcome.err
+    assert "No pictures" not in outcome.err
+    store = TargetsStore.open(run / "targets")
+    known = store.labelled()
+    drawn = {("train", row) for row in known.row.tolist()}
+    kept = {(shard, sample.row): sample.data for shard, sample in store.samples()}
+    assert len(drawn) == 16
+    assert kept.keys() == {("train", row) for row in range(50)} - drawn | {("web", row) for row in range(20)}
+    for (shard, row), data in kept.items():
+        assert data == images[row if shard == "train" else 60 + row]
+    assert pq.read_table(run / "selection.parquet").num_rows >= 54

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data.decode import decode
-from pipeline.data.readers.shard import Sample, Shard, Window
+from pipeline.data.readers.shard import Chosen, Sample, Shard, Window
 from pipeline.data.readers.webdataset import TarShard
 from pipeline.errors import UserError
 
@@ -112,9 +112,10 @@ def _grouped(wanted: Iterable[tuple[Place, str | None]]) -> dict[str, dict[str, 
 
 def _samples(shard: Shard, rows: Collection[int]) -> Iterator[Sample]:
     """The samples at these rows; one pass, with jumps where the shard can jump."""
-    inner, begin = (shard.shard, shard.start) if isinstance(shard, Window) else (shard, 0)
-    for run in _runs(sorted(rows), 1 if isinstance(inner, TarShard) else JUMPS):
-        for sample in shard.read(run[0] - begin, run[-1] + 1 - begin):
+    while isinstance(shard, Window | Chosen):
+        shard = shard.shard  # a sample keeps its row, which is its place in the whole one
+    for run in _runs(sorted(rows), 1 if isinstance(shard, TarShard) else JUMPS):
+        for sample in shard.read(run[0], run[-1] + 1):
             if sample.row in rows:
                 yield sample
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.readers.shard import Sample, Shard, Window
+from pipeline.data.readers.shard import Chosen, Sample, Shard, Window
 from pipeline.errors import DataError
 from pipeline.report.page.charts import nice_ticks, percent, step_chart
 from pipeline.report.page.pictures import data_uri, picture, take_pictures
@@ -63,9 +63,9 @@ def test_pictures_are_those_of_their_rows_and_little_else_is_read() -> None:
     assert shard.asked == [(20, 31), (5_000, 5_001), (99_999, 100_000)]
 
 
-def test_a_window_of_a_shard_keeps_its_rows() -> None:
+def test_what_is_chosen_of_a_window_of_a_shard_keeps_its_rows() -> None:
     inner = Memory("a", 100)
-    window = Window(inner, 40, 90)
+    window = Chosen(Window(inner, 40, 90), (0, 3, 10, 20))
     found = take_pictures([(("test", "a", 50), None)], lambda _: {"a": window}, 8, lambda *_: False)
     assert inner.read_rows == [50]
     assert pixels_of(found.uris["test", "a", 50])[0, 0].tolist() == [50, 0, 9]
