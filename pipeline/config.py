@@ -284,6 +284,7 @@ class MplFeedbackSettings(FeedbackSettings):
 
     scale: FeedbackScale = "paper"
     baseline: float = Field(default=0.0, ge=0.0, lt=1.0)  # hard: decay of the moving average taken off h; 0 = none
+    credit: Literal["batch", "row"] = "batch"  # hard: one h for all rows, or what each row's label did, by dR/dq
 
 
 class MplTeacherSettings(Settings):

@@ -76,7 +76,10 @@ class TeacherNetwork:
         hard: targets are sampled, ŷ ~ T(x), and (h − b) · Σ CE(ŷ, T(x)) with h = R(θ) − R(θ'), the labelled
             loss before the student's step minus the one after. Its mean over ŷ is ∇_Ψ E[R(θ'(ŷ))]; by default,
             `scale: paper`, the cross-entropy is the mean over the batch instead of the sum.
-            b is a moving average of *earlier* h, where one is asked for.
+            b is a moving average of *earlier* h, where one is asked for. With `credit: row` each label gets its own
+            part of h, by the exact gradient G = dR/dq at the sampled labels: −Σ_c (ŷ_ic − T_ic) · G_ic in the place
+            of h − b. Its mean differs from that of h by terms that vanish with the student's learning rate, since R is
+            taken as linear in a row; its noise does not grow with the rows of a batch, which h lays on every one.
         none: targets are T(x), and the teacher learns from its lesson alone.
 
     Args:
@@ -111,7 +114,7 @@ class TeacherNetwork:
         options = self.rule.options
         if self.rule.feedback == "none" or not options.weight or step % options.every:
             return "nothing"
-        return "gradient" if self.rule.feedback == "soft" else "losses"
+        return "gradient" if self.rule.feedback == "soft" or options.credit == "row" else "losses"
 
     def adapt(self, proposal: NetworkProposal, step: StudentStep | None, labelled: Labelled | None) -> Metrics:
         """One optimiser step on the lesson's loss plus the feedback; returns what to log."""
@@ -121,7 +124,8 @@ class TeacherNetwork:
         if lesson.pool is not None and lesson.pool.weight is not None:
             metrics["teacher_pool_share"] = (lesson.pool.weight > 0).float().mean()
         if step is not None and labelled is not None:
-            feedback = self._soft_feedback if self.rule.feedback == "soft" else self._hard_feedback
+            by_rows = self._row_feedback if self.rule.options.credit == "row" else self._hard_feedback
+            feedback = self._soft_feedback if self.rule.feedback == "soft" else by_rows
             term, figures = feedback(proposal, step, labelled)
             objective, metrics = objective + term, metrics | figures
         self.ranks.finite(float(objective.detach()), "the teacher's objective")
@@ -171,6 +175,18 @@ class TeacherNetwork:
         scale = feedback_scale(step, options, batch) * ranks.world / (batch if options.scale == "paper" else 1)
         cross_entropy = -(labels * proposal.log_p).sum()  # summed over the batch, nats
         return options.weight * scale * advantage * cross_entropy, {"feedback_loss": after, "h": before - after}
+
+    def _row_feedback(self, proposal: NetworkProposal, step: StudentStep, labelled: Labelled) -> tuple[Tensor, Metrics]:
+        """Weight · Σ_i A_i · CE(ŷ_i, T(x_i)) with A_i = −Σ_c (ŷ_ic − T_ic) · dR/dq_ic, scaled."""
+        options, ranks, labels = self.rule.options, self.ranks, proposal.targets
+        gradient, labelled_loss = step.feedback(labelled.images, labelled.labels, engine=options.engine)
+        credit = -((labels - proposal.log_p.detach().exp()) * fed_back(gradient, step, options, ranks)).sum(
+            dim=1
+        )  # (U,)
+        share = 1 / (len(labels) * ranks.world) if options.scale == "paper" else 1.0
+        cross_entropy = -(labels * proposal.log_p).sum(dim=1)  # (U,), nats
+        metrics = {"feedback_loss": labelled_loss, "feedback_norm": norm_over_ranks(gradient, ranks)}
+        return options.weight * share * (credit * cross_entropy).sum(), metrics
 
     def _advantage(self, h: float) -> float:
         """h − b; only then b takes in h: the baseline must not contain the h that it is taken off."""

@@ -35,7 +35,8 @@ def command(context: Context, method: str | None, feedback: str | None, alone: b
 def plan(context: Context, name: str | None = None) -> Stage:
     """Plan the stage."""
     settings = mpl_settings(context.recipe)
-    if settings.feedback == "soft" and not settings.alone:
+    by_gradient = settings.feedback == "soft" or settings.feedback_options.credit == "row"
+    if by_gradient and settings.feedback != "none" and not settings.alone:
         require_engine(context, settings.model, settings.feedback_options)
     folder, teacher = student_folder(context, name), context.run / "teacher"
     inputs: dict[str, Any] = {"labelled": context.data_set.split("labelled").fingerprint()}
@@ -45,6 +46,8 @@ def plan(context: Context, name: str | None = None) -> Stage:
         inputs["teacher"] = context.run.require("pretrain", "mpl pretrain")["result"]["weights_sha256"]
     irrelevant = {"feedback", "feedback_options", "student_wait", "teacher"} if settings.alone else set()
     basis = training_basis(context, settings, irrelevant, **inputs)
+    if settings.feedback_options.credit == "batch":
+        basis["settings"].get("feedback_options", {}).pop("credit", None)  # as before there was another
     outputs = network_outputs(folder)
     if not settings.alone:
         outputs += network_outputs(folder / "teacher")

@@ -44,8 +44,10 @@ class World:
         *,
         dropout: float = 0.0,
         micro_batches: int = 1,
-        **options: float,
+        rate: float | None = None,
+        **options: float | str,
     ) -> None:
+        self.rate = rate
         self.rule, self.method, self.dropout, self.micro_batches = rule, method, dropout, micro_batches
         self.options = MplFeedbackSettings(**{"scale": "raw", **options})
         torch.manual_seed(5)
@@ -58,6 +60,8 @@ class World:
     def student(self) -> Student:
         model = network(1)
         student = Student(model, optimizer_of(self.rule, model, 1e-2))
+        for group in student.optimizer.param_groups:
+            group["lr"] = self.rate or group["lr"]
         student.learn(self.warm_images, self.warm_targets, replay=False)  # moments that are not fresh
         return student
 
@@ -136,22 +140,55 @@ def enumerated(world: World) -> Tensor:
 
 
 def sampled_mean(world: World, patch: Patch) -> Tensor:
-    """Mean of the loop's gradient over the sampler's uniform numbers: one in the middle of each class's interval."""
+    """Mean of the loop's gradient over all draws of labels."""
+    return moments(world, patch)[0]
+
+
+def moments(world: World, patch: Patch) -> tuple[Tensor, float]:
+    """The same, and the mean square of its norm: over the sampler's numbers, one in the middle of each interval."""
     q = world.probabilities(world.teacher("hard").model).detach()
     ends = q.cumsum(1)
     middle = ends - q / 2
-    mean = torch.zeros(1, dtype=torch.float64)
+    mean, square = torch.zeros(1, dtype=torch.float64), 0.0
     for classes in itertools.product(range(CLASSES), repeat=POOL):
         rows = torch.arange(POOL), torch.tensor(classes)
         patch.setattr(Draws, "uniform", lambda *_, rows=rows: middle[rows])
-        mean = mean + q[rows].prod() * flat(world.feedback_gradient("hard"))
-    return mean
+        found = flat(world.feedback_gradient("hard"))
+        mean = mean + q[rows].prod() * found
+        square += float(q[rows].prod() * found.square().sum())
+    return mean, square
 
 
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "rmsprop"])
 def test_hard_feedback_is_right_on_average(rule: str, monkeypatch: Patch) -> None:
     world = World(rule)
     assert relative_error(sampled_mean(world, monkeypatch), enumerated(world)) < 1e-9
+
+
+def test_credit_of_each_row_is_right_but_for_the_students_rate_and_has_less_noise(monkeypatch: Patch) -> None:
+    """Oracle: all assignments of labels. The error falls with the rate; without a rate nothing would be left of it."""
+    errors = []
+    for rate in (1e-2, 1e-3, 1e-4):
+        world = World("sgd", rate=rate, credit="row")
+        errors.append(relative_error(sampled_mean(world, monkeypatch), enumerated(world)))
+    assert errors[0] < 0.2
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.5)
+    assert errors[2] == pytest.approx(errors[1] / 10, rel=0.5)
+    noise = []
+    for credit in ("batch", "row"):
+        mean, square = moments(World("sgd", rate=1e-4, credit=credit), monkeypatch)
+        noise.append(square - float(mean.square().sum()))
+    assert noise[1] < noise[0] / 4  # of three rows; h lays the noise of all on every one
+
+
+def test_credit_of_rows_has_its_controls_and_scale() -> None:
+    world = World("sgd", credit="row")
+    exact = flat(world.feedback_gradient("hard"))
+    assert float(exact.abs().max()) > 0
+    assert relative_error(flat(world.feedback_gradient("hard", control="flipped")), -exact) < 1e-12
+    assert relative_error(flat(world.feedback_gradient("hard", scale="paper")), exact / POOL) < 1e-12
+    assert world.teacher("hard").wish(0) == "gradient"
+    assert world.teacher("hard", credit="batch").wish(0) == "losses"
 
 
 def flipped(patch: Patch) -> None:
