@@ -565,6 +565,7 @@ def test_any_engine_makes_the_same_of_predictions(
     assert pool_outputs(mpl, recipe, own, answers_with_embeddings, tmp_path / "run", *engine) == alone
 
 
+@pytest.mark.long  # of a network's answers: tests/stages/test_store.py
 def test_predictions_and_store_in_object_storage(
     mpl: Mpl, recipe: Path, own: Path, answers_with_embeddings: Path, tmp_path: Path, monkeypatch
 ) -> None:
