@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pipeline.correction import Correction
 from pipeline.data.readers.shard import Sample, Shard
 from pipeline.errors import DataError, RunError
+from pipeline.pool.answered import POOL
 from pipeline.pool.infer import Source, infer_distributions
 from pipeline.pool.scores import ScoredPool
 from pipeline.pool.selection import SelectionFile
@@ -26,7 +27,6 @@ from pipeline.storage.ours import remove_ours
 from pipeline.storage.tables import fixed_binary, read_header
 from pipeline.storage.workers import EngineSettings, run_all
 from pipeline.targets.embedding import (
-    POOL,
     REDUCTION_FILE,
     SAMPLE,
     Embedder,

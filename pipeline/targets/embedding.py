@@ -21,7 +21,6 @@ from pipeline.storage.files import Location, opened, whole_file
 from pipeline.storage.tables import fixed_binary
 from pipeline.targets.files import EMBEDDING_ITEM
 
-POOL = "unlabelled"
 REDUCTION_FILE = "embedding.safetensors"
 SAMPLE = 4096  # images that the directions are found on
 LARGEST = 6e4  # of a number, as float16 holds it

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from pipeline.data.readers.shard import Sample, Shard
 from pipeline.errors import DataError, RunError
 from pipeline.log_odds import distributions
+from pipeline.pool.answered import POOL
 from pipeline.pool.infer import Source, infer_distributions
 from pipeline.pool.scores import ScoredPool
 from pipeline.pool.selection import SelectionFile
 from pipeline.seeds import permutation
 from pipeline.storage.files import Location, opened, whole_file
 from pipeline.storage.tables import fixed_binary, fixed_numbers, require_absence
-from pipeline.targets.embedding import POOL, Embedding, embedding_column
+from pipeline.targets.embedding import Embedding, embedding_column
 from pipeline.targets.files import EMBEDDING_ITEM, ITEM, pool_file_is_done, pool_schema, write_pool_file
 from pipeline.targets.manifest import StoreSettings, store_fingerprint
 
