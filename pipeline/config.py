@@ -232,7 +232,7 @@ class PrecomputeSettings(Settings):
 class CalibratorSettings(Settings):
     """q_Ψ: a five-layer perceptron from the stored distribution to the one that the student learns."""
 
-    kind: Literal["residual", "perceptron"] = "residual"  # residual: starts near the identity
+    kind: Literal["residual", "perceptron", "scaling"] = "residual"  # residual, scaling: start near the identity
     hidden: PositiveInt = 128  # paper: 128 (CIFAR-10, SVHN), 512 (ImageNet)
     layers: int = Field(default=5, ge=2)
     floor: float = Field(default=0.1, gt=0.0, lt=1.0)  # share of the start that is uniform: (1 − floor)·q + floor/C
@@ -244,6 +244,12 @@ class CalibratorSettings(Settings):
     supervised_weight: NonNegativeFloat = 0.0  # of CE(y, q_Ψ(q_large(x_l)))
     embedding: bool = True  # sees the images' embeddings, where precompute.embedding has stored some
     image_weights: bool = False  # also a weight of each image in the student's loss, between 0 and 2, at first 1
+
+    @model_validator(mode="after")
+    def _scaling_sees_classes_alone(self) -> "CalibratorSettings":
+        if self.kind == "scaling" and self.image_weights:
+            raise ValueError("kind: scaling has an exponent and a shift of each class; image_weights need a perceptron")
+        return self
 
 
 # Of the feedback. raw: as it stands, dR/dq or ∇ E[R]. per_image: raw · B/η. paper: raw, but raw / B of hard labels, the

@@ -117,6 +117,8 @@ class CalibratorNetwork(nn.Module):
             starts at (1 − floor)·q + floor/C: near the identity, and not saturated where q is confident.
             The floor is a share of the whole, so a one-hot keeps 1 − floor whatever C is.
         perceptron: softmax(MLP(q)) alone, five linear layers, no identity at the start.
+        scaling: softmax(a · log((1 − floor)·q + floor/C) + b), 1 + C numbers, at first a = 1 and b = 0: a temperature
+            and a shift of the classes' shares. It sees neither log-ratios nor embeddings, and wants a larger lr.
     """
 
     def __init__(
@@ -130,7 +132,12 @@ class CalibratorNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs, self.ratios = inputs or classes, ratios
-        self.residual, self.floor, self.weighs = settings.kind == "residual", settings.floor, settings.image_weights
+        self.residual, self.floor, self.weighs = settings.kind != "perceptron", settings.floor, settings.image_weights
+        self.layers: nn.Sequential | None = None
+        if settings.kind == "scaling":
+            self.exponent = nn.Parameter(torch.ones(()))
+            self.shift = nn.Parameter(torch.zeros(classes))
+            return
         widths = [self.inputs + embedding, *[settings.hidden] * (settings.layers - 1), classes + self.weighs]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
@@ -148,11 +155,14 @@ class CalibratorNetwork(nn.Module):
 
     def parts(self, q: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """q_Ψ, rows sum to 1, (B, C), and the weight of each row, (B,), if there is one."""
+        floored = torch.log((1 - self.floor) * q + self.floor / q.shape[1])
+        if self.layers is None:
+            return (self.exponent * floored + self.shift).softmax(dim=1), None
         logits, weight = self.layers(self._seen(q, stored)), None
         if self.weighs:
             logits, weight = logits[:, :-1], 2 * logits[:, -1].sigmoid()
         if self.residual:
-            logits = logits + torch.log((1 - self.floor) * q + self.floor / q.shape[1])
+            logits = logits + floored
         return logits.softmax(dim=1), weight
 
     def _seen(self, q: Tensor, stored: Tensor | None) -> Tensor:

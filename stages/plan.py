@@ -100,7 +100,7 @@ def command(
     manifest = load_manifest(settings.data.manifest, location(data) if data else None)
     full = METHODS if settings.train_mpl is not None else METHODS[:1]
     wanted: tuple[PlannedMethod, ...] = full if method == "all" else (method,)  # type: ignore[assignment]
-    labelled = _labelled(manifest, settings.data.labelled)
+    labelled = _labelled(manifest, settings.data.labelled or manifest.splits["labelled"].draw)
     needs = [
         needs_of(settings, each, manifest.classes, precision, labelled, max(1, options.accelerators)) for each in wanted
     ]
@@ -114,12 +114,12 @@ def command(
         raise SystemExit(1)
 
 
-def _labelled(manifest: Manifest, first: int | None) -> int | None:
+def _labelled(manifest: Manifest, drawn: int | None) -> int | None:
     """How many labelled images there are at most, as far as manifest and recipe tell."""
     split = manifest.splits["labelled"]
     total = manifest.files[split.source].rows
     own = [split.first, split.last] if total is None else [len(split.rows(total))]
-    return min((n for n in [*own, first] if n is not None), default=None)
+    return min((n for n in [*own, drawn] if n is not None), default=None)
 
 
 def _planned(needs: Needs, cluster: Cluster) -> Planned:

@@ -104,9 +104,11 @@ def test_finite_differences_in_float32(network: str) -> None:
     assert relative_error(one_sided, exact) < 5e-2
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("residual", False), ("residual", True), ("perceptron", False), ("perceptron", True), ("scaling", False)],
+)
 @pytest.mark.parametrize(("inputs", "embedding"), [(None, 0), (9, 0), (9, 4), (None, 4)])
-@pytest.mark.parametrize("kind", ["residual", "perceptron"])
 def test_gradient_in_the_calibrator_equals_equation_2(
     kind: str, inputs: int | None, embedding: int, weights: bool
 ) -> None:
@@ -120,7 +122,8 @@ def test_gradient_in_the_calibrator_equals_equation_2(
     if inputs is not None or embedding:
         seen = problem.targets if inputs is None else torch.rand(rows, inputs, dtype=torch.float64).softmax(1)
         stored = torch.cat([seen, torch.randn(rows, embedding, dtype=torch.float64)], dim=1)
-    nn.init.normal_(calibrator.layers[-1].weight, std=0.1)  # off its start, where most gradients are zero
+    for p in list(calibrator.parameters())[-2:]:
+        nn.init.normal_(p if p.ndim else p.view(1), std=0.1)  # off its start, where most gradients are zero
     q_large, parameters = problem.targets, list(calibrator.parameters())
     model, optimizer, images, _, labelled, labels = problem.oracle_arguments()
     literal = teacher_gradient(

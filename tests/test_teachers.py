@@ -84,6 +84,23 @@ def test_the_calibrators_rate_may_fall_as_the_students_does(schedule: str, share
     torch.testing.assert_close(bias.abs(), torch.full((3,), settings.lr * share), rtol=1e-3, atol=0)
 
 
+def test_scaling_is_an_exponent_and_shares_of_the_classes() -> None:
+    """Oracle: q^a · e^b, divided by its sum, of the floored q; at its start that itself."""
+    network = CalibratorNetwork(4, CalibratorSettings(kind="scaling", floor=0.1)).double()
+    q = torch.rand(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(1)
+    floored = 0.9 * q + 0.1 / 4
+    torch.testing.assert_close(network(q, torch.randn(6, 9)), floored, rtol=1e-12, atol=0)
+    a, b = 0.7, torch.tensor([0.3, -1.0, 0.0, 2.0], dtype=torch.float64)
+    with torch.no_grad():
+        network.exponent.fill_(a)
+        network.shift.copy_(b)
+    expected = floored**a * b.exp()
+    torch.testing.assert_close(network(q), expected / expected.sum(1, keepdim=True), rtol=1e-12, atol=0)
+    assert sum(p.numel() for p in network.parameters()) == 5
+    with pytest.raises(ValueError, match="image_weights need a perceptron"):
+        CalibratorSettings(kind="scaling", image_weights=True)
+
+
 @pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("kind", ["residual", "perceptron"])
 def test_rows_of_the_calibrator_are_distributions(kind: str, classes: int) -> None:

@@ -44,9 +44,15 @@ class DataSet:
         split = open_split(self.manifest, name, self.folder)
         if name == "unlabelled" and self.manifest.splits["unlabelled"].without:
             return without(split, self.split("labelled"))
-        if name == "labelled" and self.settings.labelled is not None:
-            return stratified(split, self.settings.labelled, self.seed)
+        if name == "labelled" and self.drawn is not None:
+            return stratified(split, self.drawn, self.seed)
         return split
+
+    @property
+    def drawn(self) -> int | None:
+        """Labelled images that the seed draws, by the recipe or the manifest; None: all are used, by every seed."""
+        labelled = self.manifest.splits.get("labelled")
+        return self.settings.labelled or (labelled.draw if labelled else None)
 
     def images(self, split: Split, size: int | None = None, framing: Framing = WHOLE) -> Images:
         """Decode a split; what did not decode is told."""

@@ -95,8 +95,10 @@ class SplitSpec(_Section):
     last: Count | None = None
     drop_first: Count = 0
     drop_last: Count = 0
+    draw: Count | None = None
+    """Labelled: so many of these rows, drawn from a run's seed, stratified by class; `data.labelled` goes before."""
     without: Literal["labelled"] | None = None
-    """Pool: but for the rows that are labelled, which a recipe's `data.labelled` draws."""
+    """Pool: but for the rows that are labelled, which `draw` or a recipe's `data.labelled` chooses."""
     also: tuple["SplitSpec", ...] = ()
     """Further runs of rows, from other files, that follow these."""
 
@@ -108,8 +110,8 @@ class SplitSpec(_Section):
 
     @model_validator(mode="after")
     def _flat(self) -> Self:
-        if any(spec.also or spec.without for spec in self.also):
-            raise ValueError("`also` has plain runs of rows: no `also`, no `without`")
+        if any(spec.also or spec.without or spec.draw for spec in self.also):
+            raise ValueError("`also` has plain runs of rows: no `also`, no `without`, no `draw`")
         if len({spec.source for spec in self.runs}) < len(self.runs):
             raise ValueError("`also` names files that the split has already; one run of rows of each")
         return self
@@ -192,6 +194,11 @@ class Manifest(_Section):
                 if run.source not in self.files:
                     hint = suggestion(run.source, self.files) or f"there are {', '.join(self.files)}"
                     raise ValueError(f"splits.{split_name}.from is {run.source!r}, which `files` lacks; {hint}")
+            if split.draw is not None and (split_name != "labelled" or split.draw < self.classes):
+                raise ValueError(
+                    f"splits.{split_name}.draw is {split.draw}: it is for the labelled split, at least one image of "
+                    f"each of {self.classes} classes"
+                )
             if split.without and (split_name != "unlabelled" or split.source != self._source_of_labels()):
                 raise ValueError(
                     f"splits.{split_name}.without: it is for the unlabelled split, of the files that `labelled` is from"

@@ -67,7 +67,7 @@ def run_chains(context: Context, chains: Mapping[K, Chain], jobs: int | None) ->
     jobs = min(jobs or (1 if context.device.type != "cpu" else len(os.sched_getaffinity(0))), len(chains))
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(PRELOAD + DIGITS * (context.recipe.data.manifest == "digits"))
+    processes.set_forkserver_preload(PRELOAD + DIGITS * (context.recipe.data.manifest.startswith("digits")))
     total, done = sum(len(chain.steps) for chain in chains.values()), 0
     with (
         ProcessPoolExecutor(jobs, mp_context=processes, max_tasks_per_child=1) as pool,

@@ -77,6 +77,20 @@ def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> 
 
 @group.command()
 @stage_options
+@seeds_option("6")
+def feedback(context: Context, seeds: int | None, jobs: int | None) -> None:
+    """Which feedback? Its scale, decay and calibrator on three teachers; judged on validation; digits alone.
+
+    With --seed 1000 its seeds are not those of the tables.
+    Writes feedback.md, .csv, .json and .png into the run. [default run: runs/feedback-digits]
+    """
+    from stages.reproduce.feedback import SEEDS, plan
+
+    _reproduce(context, "feedback", seeds or SEEDS, jobs, plan)
+
+
+@group.command()
+@stage_options
 @seeds_option("the recipe's")
 def table1(context: Context, seeds: int | None, jobs: int | None) -> None:
     """Eight methods alone, six of them also with MPL on top (tables 1 and 10 of arXiv:2003.10580).

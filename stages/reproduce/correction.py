@@ -136,6 +136,11 @@ def plan(runs: SeedRuns, cells: Sequence[str], without_teacher: bool = True, met
         )
     if context.recipe.data.labelled is None:
         raise UsageError("correction draws labelled images anew for each seed: set data.labelled to their number")
+    if context.data_set.manifest.splits["unlabelled"].without:
+        raise UsageError(
+            f"correction has one pool for all draws, and that of {context.data_set.manifest.name} is what a draw "
+            "leaves; choose a data set with a pool of its own"
+        )
     chosen = [with_methods(CELLS[name], methods) for name in cells or CELLS]
     if "validation" not in context.data_set.manifest.splits and any(cell.tail for cell in chosen):
         raise UsageError("the probes are fitted to validation images, and there are none; choose --teacher zero-shot")

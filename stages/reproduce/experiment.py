@@ -90,8 +90,8 @@ class SeedRuns:
 
 
 def what_seeds_change(context: Context) -> str:
-    """In a sentence. A manifest's splits are runs of rows: no seed is in them, unless a recipe draws its labels."""
-    few = context.recipe.data.labelled
+    """In a sentence. A manifest's splits are runs of rows: no seed is in them, unless labels are drawn."""
+    few = context.data_set.drawn
     if few is None:
         return "Seeds change initial weights, order and augmentation; labels, pool and test images are the same."
     pool = context.data_set.manifest.splits.get("unlabelled")

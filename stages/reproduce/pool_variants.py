@@ -1,7 +1,8 @@
 """Pools that go wrong in one way at a time: variants of the embedded digits, for experiments.
 
-The labelled, validation and test images are those of `digits`. The pool is a sample of that data set's pool, no
-image twice, in which a share of the images is out of domain, or some classes are rarer than others.
+The labelled, validation and test images are those of `digits-draws`: a run with the seed of the variant's draw labels
+50 images of its own. The pool is a sample of the other images, no image twice, in which a share of the images is out
+of domain, or some classes are rarer than others.
 """
 
 from collections.abc import Iterator
@@ -11,12 +12,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.draw import stratified
 from pipeline.data.get.writing import Row, write_images, write_manifest
-from pipeline.data.manifest import FileSpec, Manifest, load_manifest
+from pipeline.data.manifest import FileSpec, Manifest, SplitSpec, load_manifest
 from pipeline.data.readers.digits import CLASSES, digits_shards
 from pipeline.data.readers.shard import NO_LABEL, Sample
+from pipeline.data.sources import open_split
 from pipeline.errors import UsageError
 from pipeline.seeds import permutation
+
+DIGITS = "digits-draws"  # the data set that they are variants of
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class PoolVariant:
         outside: share of them that is out of domain (pieces of photographs).
         imbalance: how much more frequent the most frequent digit is than the rarest; the others lie between them in
             a geometric row, in an order of the classes that depends on `draw` alone.
-        draw: which sample. Variants of one draw share as many images as they can: where one has fewer of a kind,
-            they are the first of the other's.
+        draw: which sample, and which images are labelled. Variants of one draw share as many images as they can: where
+            one has fewer of a kind, they are the first of the other's.
     """
 
     size: int
@@ -84,9 +89,15 @@ def _chosen(variant: PoolVariant) -> Iterator[Row]:
     """The first so many images of each kind, in an order that depends on the draw."""
     wanted = {NO_LABEL: variant.pieces()} | dict(enumerate(variant.per_class().tolist()))
     kinds: dict[int, list[Sample]] = {kind: [] for kind in wanted}
-    for shard in digits_shards("pool", with_labels=True):
-        for sample in shard.read():
-            kinds[sample.label].append(sample)
+    manifest = load_manifest(DIGITS)
+    count = manifest.splits["labelled"].draw
+    assert count is not None
+    labelled = {sample.key for _, sample in stratified(open_split(manifest, "labelled"), count, variant.draw).read()}
+    for subset in ("train", "photographs"):
+        for shard in digits_shards(subset, with_labels=True):
+            for sample in shard.read():
+                if sample.key not in labelled:
+                    kinds[sample.label].append(sample)
     for kind, count in wanted.items():
         samples = kinds[kind]
         if count > len(samples):
@@ -100,14 +111,15 @@ def _chosen(variant: PoolVariant) -> Iterator[Row]:
 
 
 def _manifest(variant: PoolVariant) -> Manifest:
-    """That of `digits` with another pool; labelled, validation and test are its own, embedded files."""
-    digits = load_manifest("digits")
+    """That of `digits-draws` with another pool; labelled, validation and test are its own, embedded files."""
+    digits = load_manifest(DIGITS)
     pool = FileSpec(path=f"{variant.name}.parquet", reader="parquet", rows=variant.size)
     counts = ", ".join(map(str, variant.per_class().tolist()))
     return digits.model_copy(
         update={
             "name": variant.name,
             "files": {**digits.files, "pool": pool},
+            "splits": {**digits.splits, "unlabelled": SplitSpec.model_validate({"from": "pool"})},
             "notes": f"Pool: {variant.pieces()} pieces of photographs; digits 0 to 9: {counts}.",
         }
     )

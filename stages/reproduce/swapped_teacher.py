@@ -11,13 +11,14 @@ import torch
 
 from pipeline.networks.folders import save_network
 from pipeline.networks.loading import load_network
+from pipeline.networks.network import Network
 from pipeline.report.experiments.comparison import Comparison
 from pipeline.report.experiments.report import About
 from pipeline.report.experiments.results import Contrast, Results
 from pipeline.report.experiments.statistics import summarise
 from stages.execution import Stage
 from stages.reproduce.chains import Chain, Step, run_chains
-from stages.reproduce.experiment import SeedRuns
+from stages.reproduce.experiment import SeedRuns, what_seeds_change
 from stages.reproduce.variants import Variant, results_of
 
 PAIRS = ((0, 1), (2, 3))
@@ -26,7 +27,7 @@ ALONE = ("train_reduced.teacher=calibrator", "train_reduced.calibrator.supervise
 
 
 def _variant(name: str, label: str, *changes: str) -> Variant:
-    return Variant(name, label, "train_reduced", changes)
+    return Variant(name, label, "train_reduced", changes, finetuned=True)
 
 
 FIXED = _variant("fixed", "Swapped teacher, fixed", "train_reduced.teacher=fixed", *SAME_DATA)
@@ -67,6 +68,7 @@ def work(runs: SeedRuns) -> dict[str, Any]:
     results = Results(
         {UNSWAPPED: "Unswapped teacher, fixed"} | swapped.labels,
         {UNSWAPPED: unswapped.figures[FIXED.name]} | swapped.figures,
+        swapped.finetuned | {UNSWAPPED},
     )
     fractions = won_back(results)
     report_of(runs, results, fractions).write(runs.context.run.root)
@@ -85,25 +87,34 @@ def _chain(source: Path, seed: int) -> Chain:
 def write_swapped(source: Path, folder: Path) -> None:
     """Save a copy of a network whose outputs of `PAIRS` are exchanged."""
     network = load_network(source)
-    classes = len(network.class_names)
-    order = torch.arange(classes)
+    linear = last_linear(network)
+    order = torch.arange(linear.out_features)
     for a, b in PAIRS:
         order[[a, b]] = order[[b, a]]
-    linear = [m for m in network.model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == classes][-1]
     with torch.no_grad():
         linear.weight.copy_(linear.weight[order].clone())
         linear.bias.copy_(linear.bias[order].clone())
     save_network(folder, network, network.model.state_dict())
 
 
+def last_linear(network: Network) -> torch.nn.Linear:
+    """The layer that gives the logits."""
+    classes = len(network.class_names)
+    return [m for m in network.model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == classes][-1]
+
+
 def won_back(results: Results) -> dict[str, dict[str, Any]]:
-    """(variant − fixed) / (unswapped − fixed) in top-1: of the means, and per seed; None: nothing was lost."""
-    unswapped, fixed = results.values(UNSWAPPED), results.values(FIXED.name)
+    """(variant − fixed) / (unswapped − fixed) in top-1 before finetuning.
+
+    Of the means, and per seed; None: nothing was lost.
+    """
+    before = "trained_top1"
+    unswapped, fixed = results.values(UNSWAPPED, before), results.values(FIXED.name, before)
     fractions = {}
     for variant in results.labels:
         if variant in (UNSWAPPED, FIXED.name):
             continue
-        values = results.values(variant)
+        values = results.values(variant, before)
         each = [_fraction(v - f, u - f) for v, f, u in zip(values, fixed, unswapped, strict=True)]
         of_means = _fraction(sum(values) - sum(fixed), sum(unswapped) - sum(fixed))
         fractions[variant] = {"of_means": of_means, "per_seed": each}
@@ -122,7 +133,8 @@ def report_of(runs: SeedRuns, results: Results, fractions: dict[str, dict[str, A
     """The table with its sentences."""
     settings = runs.context.recipe.train_reduced
     lines = [
-        "Won back of what the swap costs, (variant − fixed) / (unswapped − fixed), of the means; ± over seeds:",
+        "Won back of what the swap costs, (variant − fixed) / (unswapped − fixed) before finetuning, of the means; "
+        "± over seeds:",
         "",
     ]
     for variant, values in fractions.items():
@@ -138,8 +150,10 @@ def report_of(runs: SeedRuns, results: Results, fractions: dict[str, dict[str, A
             "\n".join(lines),
             f"Classes {classes} are exchanged in the teacher's outputs, on pool and labelled images. All students: "
             f"{settings.model.name}, {settings.steps:,} steps on batches of "
-            f"{settings.batch} pool images, never a labelled image. Checkpoint: the last step's moving "
-            "average. Split: test.",
+            f"{settings.batch} pool images, never a labelled image; the last step's moving average. What is "
+            "won back is judged there; after it come "
+            f"{runs.context.recipe.finetune.steps:,} steps of finetuning on the labelled images, which see no teacher. "
+            f"Split: test. {what_seeds_change(runs.context)}",
         ],
         extra={"won_back": fractions},
     )

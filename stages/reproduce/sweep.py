@@ -19,7 +19,7 @@ from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Chain, Records, Step, run_chains
 from stages.reproduce.experiment import SeedRuns, teacher_top1
-from stages.reproduce.pool_variants import PoolVariant, write_variant
+from stages.reproduce.pool_variants import DIGITS, PoolVariant, write_variant
 from stages.reproduce.variants import Variant, results_of
 
 
@@ -112,7 +112,7 @@ def plan(runs: SeedRuns, steps: int) -> Stage:
         UsageError: the recipe is of another data set, or has no train_mpl section.
     """
     context = runs.context
-    if context.recipe.data.manifest != "digits" or context.data is not None:
+    if context.recipe.data.manifest != DIGITS or context.data is not None:
         raise UsageError("the sweep makes its pools from the embedded digits; leave out --data, or --recipe digits")
     if context.recipe.train_mpl is None:
         raise UsageError(f"recipe {context.recipe.name} has no train_mpl section, which full MPL needs")
@@ -209,7 +209,7 @@ def _notes(context: Context, steps: int, labelled: int, teachers: dict[float, fl
         "reaches every student. Out of domain are pieces of photographs that have the grey levels of digits. "
         "Imbalance: from the most frequent digit to the rarest, the others in a geometric row between them. Each seed "
         "has its own sample of the pool and order of the digits, and neighbouring levels share the images that they "
-        "can; labelled and test images are the same for all seeds.",
+        "can. Each seed draws its own labelled images, stratified by class; test images are the same for all.",
         f"Labels: {labelled} images. Wrong ones (that share of each class says the next class) enter the labelled loss "
         "of the teacher alone; the feedback and NoisyStudent's labelled images have the true ones.",
         f"Students: {reduced.model.name}, {steps:,} steps on batches of {reduced.batch}, for full MPL "

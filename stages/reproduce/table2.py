@@ -28,14 +28,18 @@ def variants(context: Context) -> list[Variant]:
     settings = context.recipe.train_reduced
     auto = ("train_reduced.student_data=auto", "train_reduced.labelled_target=auto")
     chosen = [
-        Variant(SUPERVISED, "Supervised", "train_reduced", ("train_reduced.teacher=none",)),
-        Variant(NOISY, "NoisyStudent", "train_reduced", ("train_reduced.teacher=fixed", *auto)),
+        _variant(SUPERVISED, "Supervised", "train_reduced.teacher=none"),
+        _variant(NOISY, "NoisyStudent", "train_reduced.teacher=fixed", *auto),
     ]
     paper = settings.model_copy(update={"student_data": "auto", "labelled_target": "auto"})
     if mixture(settings, "calibrator") != mixture(paper, "fixed"):
         label = "NoisyStudent, on Reduced MPL's data"
-        chosen.append(Variant(NOISY_SAME, label, "train_reduced", fixed_on_reduced_data(context)))
-    return [*chosen, Variant(REDUCED, "Reduced MPL", "train_reduced", ("train_reduced.teacher=calibrator",))]
+        chosen.append(_variant(NOISY_SAME, label, *fixed_on_reduced_data(context)))
+    return [*chosen, _variant(REDUCED, "Reduced MPL", "train_reduced.teacher=calibrator")]
+
+
+def _variant(name: str, label: str, *changes: str) -> Variant:
+    return Variant(name, label, "train_reduced", changes, finetuned=True)
 
 
 def plan(runs: SeedRuns) -> Stage:
@@ -78,7 +82,8 @@ def _notes(context: Context, teacher: list[float], kept: list[int]) -> list[str]
     settings, recipe, manifest = context.recipe.train_reduced, context.recipe, context.data_set.manifest
     notes = [
         f"Every student: {settings.model.name}, {settings.steps:,} steps on batches of {settings.batch}, from the same "
-        "initial weights for all methods of a seed. Checkpoint: the last step's moving average, fixed in advance. "
+        "initial weights for all methods of a seed. Checkpoint: the last step's moving average, fixed in "
+        f"advance; then {recipe.finetune.steps:,} steps of finetuning on the labelled images. "
         f"Split: test ({manifest.title}). Nothing was chosen on it. "
         f"{what_seeds_change(context)}",
         f"Teacher: {recipe.pretrain.model.name}, {sum(teacher) / len(teacher):.2f}% on validation; the filter kept "

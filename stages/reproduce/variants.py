@@ -19,6 +19,7 @@ class Variant:
         module: of `stages`, that trains it.
         changes: `a.b=value` changes of the recipe.
         finetuned: whether it is finetuned on the labelled images, and judged before it as well.
+        split: that it is judged on; validation where settings are chosen.
     """
 
     name: str
@@ -26,11 +27,12 @@ class Variant:
     module: str
     changes: tuple[str, ...] = ()
     finetuned: bool = False
+    split: str = "test"
 
     def steps(self, run: Path, common: tuple[str, ...] = ()) -> list[Step]:
-        """Train the student and judge it on the test split; `common` changes of the recipe come before its own."""
+        """Train the student and judge it; `common` changes of the recipe come before its own."""
         changes, named = (*common, *self.changes), {"name": self.name}
-        judged = (*changes, "evaluate.split=test")
+        judged = (*changes, f"evaluate.split={self.split}")
         steps = [Step(self.module, changes, named)]
         if self.finetuned:
             before = {"network": run / f"student-{self.name}", "name": f"{self.name}-trained"}

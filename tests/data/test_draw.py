@@ -96,6 +96,45 @@ def test_a_pool_without_what_is_labelled(data_set: Callable[..., Path]) -> None:
         without(everything, everything)
 
 
+def test_a_manifest_may_say_how_many_are_drawn(data_set: Callable[..., Path]) -> None:
+    """A recipe's number goes before it; by itself it is another draw for each seed."""
+    path = data_set(splits={"labelled": {"from": "train", "draw": 8}})
+    write_parquet(path.parent / "train.parquet", IMAGES[:40], [0, 1] * 20)
+    draws = []
+    for seed in range(3):
+        data = DataSet(DataSettings(manifest=str(path), image_size=4), path.parent, path.parent, seed=seed)
+        assert data.drawn == 8
+        draws.append([sample.key for _, sample in data.split("labelled").read()])
+        assert np.bincount(data.split("labelled").labels()).tolist() == [4, 4]
+    assert len({tuple(draw) for draw in draws}) == 3
+    fewer = DataSet(DataSettings(manifest=str(path), image_size=4, labelled=6), path.parent, path.parent)
+    assert {sample.key for _, sample in fewer.split("labelled").read()} < set(draws[0])
+
+
+@pytest.mark.parametrize(("split", "draw"), [("unlabelled", 8), ("labelled", 1)])
+def test_a_draw_is_of_labels_and_has_every_class(data_set: Callable[..., Path], split: str, draw: int) -> None:
+    path = data_set(splits={"labelled": {"from": "train"}, split: {"from": "train", "draw": draw}})
+    with pytest.raises(DataError, match=rf"splits.{split}.draw is {draw}: it is for the labelled split"):
+        load_manifest(path)
+
+
+def test_digits_draw_fifty_labels_and_leave_the_rest(tmp_path: Path) -> None:
+    """Five of each digit, and every other image of `digits`' labelled and unlabelled splits is in the pool."""
+    fixed = load_manifest("digits")
+    everything = {s.key for name in ("labelled", "unlabelled") for _, s in open_split(fixed, name).read()}
+    kept_away = {s.key for name in ("validation", "test") for _, s in open_split(fixed, name).read()}
+    seen = set()
+    for seed in range(4):
+        data = DataSet(DataSettings(manifest="digits-draws", image_size=8), None, tmp_path, seed=seed)
+        labelled, pool = ({s.key for _, s in data.split(name).read()} for name in ("labelled", "unlabelled"))
+        assert labelled | pool == everything
+        assert not labelled & pool
+        assert np.bincount(data.split("labelled").labels()).tolist() == [5] * 10
+        assert {s.key for name in ("validation", "test") for _, s in data.split(name).read()} == kept_away
+        seen |= labelled
+    assert len(seen) > 150
+
+
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=12), st.data())
 def test_parts_are_proportional(present: list[int], data: st.DataObject) -> None:
     """Oracle: each part is within one of the exact share, or is the one that a small class must have."""

@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 def test_embedded_manifests_are_complete() -> None:
     manifests = {manifest.name: manifest for manifest in list_manifests()}
     assert set(manifests) == {
-        *("digits", "cifar10", "cifar10-binary", "svhn", "svhn-parquet"),
+        *("digits", "digits-draws", "cifar10", "cifar10-binary", "svhn", "svhn-parquet"),
         *("imagenet", "imagenet-folder", "imagenet-webdataset", "imagenet-jft"),
         *("cifar10-4k", "cifar10-web", "svhn-1k", "imagenet-10pct"),
     }

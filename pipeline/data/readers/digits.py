@@ -2,7 +2,8 @@
 
 1,797 real 8×8 images in 17 grey levels. The partition is fixed and stratified: 5 of each class are
 labelled, 30 validate, 50 test, the rest is the pool, where 400 pieces of scikit-learn's two
-photographs join them. Such a piece has the very grey levels of one of the pool's digits, placed in the
+photographs join them. For draws of other labels, `train` has the labelled and the pool's digits together, and
+`photographs` the pieces. Such a piece has the very grey levels of one of the pool's digits, placed in the
 order of its own brightness, so that their histograms are the same and only their shapes differ.
 """
 
@@ -24,6 +25,7 @@ CLASSES = 10
 SIDE = 8  # pixels
 LEVELS = 16  # the digits' grey levels are 0 … 16
 PER_CLASS = {"labelled": 5, "validation": 30, "test": 50}  # the rest of each class is the pool
+FOR_DRAWS = ("train", "photographs")
 PHOTO_PIECES = 400
 POOL_SHARDS = 2
 FLAT = 4.0  # grey levels of 255: pieces with a smaller standard deviation (sky) are passed over
@@ -69,11 +71,12 @@ class DigitsShard(Shard):
 
 
 def digits_shards(subset: str, with_labels: bool) -> list[DigitsShard]:
-    """The shards of `labelled`, `validation`, `test` (one each) or `pool` (two)."""
+    """The shards of `labelled`, `validation`, `test`, `train`, `photographs` (one each) or `pool` (two)."""
     if subset == "pool":
         return [DigitsShard(f"pool-{i:05d}", subset, i, with_labels) for i in range(POOL_SHARDS)]
-    if subset not in PER_CLASS:
-        raise DataError(f"the digits have no subset {subset!r}; there are {', '.join(PER_CLASS)} and pool")
+    if subset not in (*PER_CLASS, *FOR_DRAWS):
+        known = ", ".join([*PER_CLASS, *FOR_DRAWS])
+        raise DataError(f"the digits have no subset {subset!r}; there are {known} and pool")
     return [DigitsShard(subset, subset, with_labels=with_labels)]
 
 
@@ -91,8 +94,12 @@ def _partition() -> dict[str, _Subset]:
         # One of each class in turn, so that every prefix of 10·n rows is balanced.
         subsets[name] = _digits(images, labels, np.stack(rounds, axis=1).ravel())
         start += count
-    rest = np.concatenate([rows[start:] for rows in classes])
-    subsets["pool"] = _pool(_digits(images, labels, rest))
+    rest = _digits(images, labels, np.concatenate([rows[start:] for rows in classes]))
+    pieces = _photo_pieces(rest.images)
+    few = subsets["labelled"]
+    subsets["train"] = _shuffled(few, rest, "train")
+    subsets["photographs"] = pieces
+    subsets["pool"] = _shuffled(rest, pieces, "pool")
     return subsets
 
 
@@ -100,12 +107,11 @@ def _digits(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> _Subset
     return _Subset(images[rows], labels[rows].astype(np.int64), [f"digit-{row:04d}" for row in rows])
 
 
-def _pool(digits: _Subset) -> _Subset:
-    pieces = _photo_pieces(digits.images)
-    images = np.concatenate([digits.images, pieces.images])
-    labels = np.concatenate([digits.labels, pieces.labels])
-    keys = digits.keys + pieces.keys
-    order = permutation(len(keys), 0, "digits", "pool")
+def _shuffled(one: _Subset, other: _Subset, name: str) -> _Subset:
+    images = np.concatenate([one.images, other.images])
+    labels = np.concatenate([one.labels, other.labels])
+    keys = one.keys + other.keys
+    order = permutation(len(keys), 0, "digits", name)
     return _Subset(images[order], labels[order], [keys[row] for row in order])
 
 

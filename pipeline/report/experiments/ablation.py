@@ -42,10 +42,12 @@ class Ablation(Report):
     Attributes:
         groups: of variants.
         further: Markdown below the tables: other figures and what they say.
+        split: that the students are judged on.
     """
 
     groups: tuple[Group, ...]
     further: list[str] = field(default_factory=list)
+    split: str = "test"
 
     @property
     def seeds(self) -> list[int]:
@@ -106,7 +108,7 @@ class Ablation(Report):
             panels = figure.subplots(1, len(self.groups), width_ratios=counts, squeeze=False)[0]
             for panel, group in zip(panels, self.groups, strict=True):
                 _draw(panel, group)
-            panels[0].set_ylabel("points of top-1 on the test split")
+            panels[0].set_ylabel(f"points of top-1 on the {self.split} split")
 
 
 def _table(group: Group, adjusted: dict[tuple[str, str], float]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 from pipeline.report.experiments.figures import BLUE, ORANGE, dots, new_figure, plain, wrapped
 from pipeline.report.experiments.markdown import figure_cells, heads, seeds_text, table
 from pipeline.report.experiments.report import Report
-from pipeline.report.experiments.results import FIGURES, Contrast, Results
+from pipeline.report.experiments.results import FIGURES, FINETUNED_FIGURES, Contrast, Results
 
-SHOWN = ("top1", "nll", "ece", "seconds", "memory_mib")  # columns of the table
+SHOWN = ("nll", "ece", "seconds", "memory_mib")  # columns of the table, after the accuracies
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,28 @@ class Comparison(Report):
         return self.results.seeds
 
     def sections(self) -> Iterator[str]:
+        shown = ("top1", *["trained_top1"] * bool(self.results.finetuned), *SHOWN)
         rows = [
-            [label, *figure_cells(self.results, variant, *SHOWN), *([self.paper[variant]] if self.paper else [])]
+            [label, *figure_cells(self.results, variant, *shown), *([self.paper[variant]] if self.paper else [])]
             for variant, label in self.results.labels.items()
         ]
-        yield table(["", *heads(*SHOWN), *(["paper"] if self.paper else [])], rows)
+        yield table(["", *heads(*shown), *(["paper"] if self.paper else [])], rows)
         yield f"{seeds_text(self.seeds)}; mean ± standard deviation."
         for contrast in self.contrasts:
-            yield f"**{contrast.name}**: {self.results.difference(contrast)} (points of top-1)."
+            yield self._difference(contrast)
         yield from self.about.notes
         yield self.figure("top-1 by method and seed")
 
+    def _difference(self, contrast: Contrast) -> str:
+        text = f"**{contrast.name}**: {self.results.difference(contrast)} (points of top-1)."
+        if {contrast.variant, contrast.against} <= self.results.finetuned:
+            text += f" Before finetuning: {self.results.difference(contrast, 'trained_top1')}."
+        return text
+
     def lines(self) -> Iterator[dict[str, Any]]:
+        figures = FINETUNED_FIGURES if self.results.finetuned else FIGURES
         for variant, label in self.results.labels.items():
-            yield from self.results.lines(variant, FIGURES, method=label)
+            yield from self.results.lines(variant, figures, method=label)
 
     def values(self) -> dict[str, Any]:
         results = self.results
@@ -58,7 +66,11 @@ class Comparison(Report):
                 }
                 for variant, label in results.labels.items()
             },
-            "differences": {contrast.name: vars(results.difference(contrast)) for contrast in self.contrasts},
+            "differences": {
+                contrast.name: vars(results.difference(contrast))
+                | {"before_finetuning": vars(results.difference(contrast, "trained_top1"))}
+                for contrast in self.contrasts
+            },
         }
 
     def draw(self, path: Path) -> None:

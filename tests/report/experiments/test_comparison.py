@@ -40,6 +40,19 @@ def test_rows_and_differences() -> None:
     assert page.endswith("A note.\n\n![top-1 by method and seed](table.png)\n\nMade by `mpl x`.\n")
 
 
+def test_before_and_after_finetuning() -> None:
+    """A column more, and both differences; oracle: SciPy's paired t-test."""
+    before = {"a": [80.0, 83, 81], "b": [90.0, 90, 92]}
+    report = Comparison(About("t", "T", "mpl x", [], {}), results(TOP1, before), (Contrast("B − A", "b", "a"),))
+    page, (low, high) = report.markdown(), stats.ttest_rel(before["b"], before["a"]).confidence_interval(0.95)
+    assert "| top-1, % | before finetuning |" in page
+    assert f"Before finetuning: +9.33, 95% interval [{low:+.2f}, {high:+.2f}]" in page
+    found = report.as_json()["differences"]["B − A"]["before_finetuning"]
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert [row["trained_top1"] for row in report.lines()] == [*before["a"], *before["b"]]
+    assert "finetuning" not in made({}).markdown()
+
+
 def test_without_the_papers_figures_there_is_no_column() -> None:
     page = made({}).markdown()
     assert page.splitlines()[2].endswith("| peak memory, MiB |")

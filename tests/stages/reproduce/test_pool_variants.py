@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from pipeline.config import DataSettings
+from pipeline.data.dataset import DataSet
 from pipeline.data.manifest import load_manifest
 from pipeline.data.readers.shard import Sample
 from pipeline.data.sources import open_split
@@ -61,10 +63,12 @@ def test_order_of_classes_is_the_draws() -> None:
 
 
 def test_no_image_twice_and_none_of_another_split(tmp_path: Path) -> None:
-    digits = load_manifest("digits")
-    whole = {sample.key: sample.data for _, sample in open_split(digits, "unlabelled").read()}
     for variant in (PoolVariant(320, outside=0.6), PoolVariant(320, imbalance=16, draw=3)):
         samples = pool(tmp_path, variant)
+        digits = DataSet(DataSettings(manifest="digits-draws", image_size=8), None, tmp_path, seed=variant.draw)
+        whole = {sample.key: sample.data for _, sample in digits.split("unlabelled").read()}
+        own = DataSet(DataSettings(manifest=variant.name, image_size=8), tmp_path, tmp_path, seed=variant.draw)
+        assert own.split("labelled").fingerprint() == digits.split("labelled").fingerprint()
         assert len({s.key for s in samples}) == len({s.data for s in samples}) == 320
         assert all(whole[s.key] == s.data for s in samples)
         assert {s.label for s in samples} == {-1}
@@ -94,7 +98,7 @@ def test_pure_function_of_its_settings(tmp_path: Path) -> None:
         manifest = load_manifest(name, folder)
         for split in ("labelled", "validation", "test"):
             assert open_split(manifest, split, folder).fingerprint() == (
-                open_split(load_manifest("digits"), split).fingerprint()
+                open_split(load_manifest("digits-draws"), split).fingerprint()
             )
         assert [shard.name for shard in open_split(manifest, "unlabelled", folder).shards] == [name]
     assert len(digests) == 1

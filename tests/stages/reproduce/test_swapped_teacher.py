@@ -41,7 +41,8 @@ def test_variants_learn_from_the_same_images(tmp_path: Path) -> None:
 
 
 def test_won_back_is_a_share_of_what_the_swap_costs() -> None:
-    found = module.won_back(results({UNSWAPPED: [90.0, 94], FIXED.name: [80.0, 74], "x": [85.0, 94], "y": [75.0, 74]}))
+    before = {UNSWAPPED: [90.0, 94], FIXED.name: [80.0, 74], "x": [85.0, 94], "y": [75.0, 74]}
+    found = module.won_back(results({name: [99.0, 99.0] for name in before}, before))
     assert found["x"] == {"of_means": pytest.approx(25 / 30), "per_seed": pytest.approx([0.5, 1.0])}
     assert found["y"] == {"of_means": pytest.approx(-5 / 30), "per_seed": pytest.approx([-0.5, 0.0])}
     assert set(found) == {"x", "y"}
@@ -63,7 +64,8 @@ def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path) -> None:
     }
     tops = {label: json.loads((run / path).read_text())["top1"] for label, path in folders.items()}
     assert {label: method["results"][0]["top1"] for label, method in found["methods"].items()} == tops
-    unswapped, fixed, feedback = tops.values()
+    before = [json.loads((run / p.replace(".json", "-trained.json")).read_text())["top1"] for p in folders.values()]
+    unswapped, fixed, feedback = before
     assert found["won_back"]["feedback"]["of_means"] == pytest.approx((feedback - fixed) / (unswapped - fixed))
     assert "won back:" in outcome.err
     assert "Swapped teacher, feedback alone: **" in (run / "swapped-teacher.md").read_text()
