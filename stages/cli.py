@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from stages.terminal import say
+from stages.terminal import say, sign_of_life
 
 COMMANDS = {  # name: (module:attribute, one line of help), in the order in which a person uses them
     "pretrain": ("stages.pretrain:command", "labelled images → the large teacher"),
@@ -46,6 +46,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, attribute = COMMANDS[cmd_name][0].split(":")
+        if "torch" not in sys.modules:  # which takes its time
+            ctx.call_on_close(sign_of_life(f"mpl {cmd_name}: loading …"))
         return getattr(importlib.import_module(module), attribute)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -5,12 +5,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.errors import RunError
+from pipeline.storage.progress import EVERY, PROGRESS_FILE, Pace, Progress, time_left
 from stages.terminal import plain, say
 
 INTERVAL = 10.0  # seconds between lines where there is no terminal
@@ -34,8 +37,11 @@ class Console:
     def __init__(self, *, quiet: bool = False, prefix: str = "", silent: bool = False) -> None:
         self.quiet, self.prefix, self.silent = quiet or silent, prefix, silent
         self._bar: Any = None
-        self._last_line = 0.0
+        self._last_line = self._last_written = 0.0
         self._stop = False
+        self._pace = Pace()
+        self._folder: Path | None = None
+        self._values: dict[str, float] = {}
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -46,19 +52,41 @@ class Console:
         else:
             say(f"{self.prefix}{text}")
 
-    def progress(self, done: int, total: int, values: dict[str, float]) -> None:
-        """Advance the bar, or print a line at most every ten seconds and at the end."""
+    @contextmanager
+    def telling(self, folder: Path) -> Iterator[None]:
+        """Meanwhile progress is also written into a stage's folder, for `mpl status`."""
+        self._folder, self._pace, self._values = folder, Pace(), {}
+        try:
+            yield
+        finally:
+            self._folder = None
+            with suppress(OSError):
+                (folder / PROGRESS_FILE).unlink(missing_ok=True)
+
+    def progress(self, done: int, total: int, values: dict[str, float], unit: str = "steps") -> None:
+        """Advance the bar, or print a line at most every ten seconds and at the end; with the time that is left."""
+        if self.silent:
+            return
+        self._values = values or self._values
+        left, now = self._pace.seconds_left(done, total), time.monotonic()
+        if self._folder is not None and now - self._last_written > EVERY:
+            self._last_written = now
+            with suppress(OSError, ValueError, RunError):  # a full disk is told of by what matters; NaN is no JSON
+                Progress.now(done, total, unit, left, self._values).write(self._folder)
         if self.quiet:
             return
         if sys.stderr.isatty():
-            self._advance(done, total, values)
-        elif values and (time.monotonic() - self._last_line > INTERVAL or done == total):
-            self._last_line = time.monotonic()
-            self.note(f"  {done:,}/{total:,}  {_figures(values)}")
+            self._advance(done, total, values, unit)
+        elif now - self._last_line > INTERVAL or (values and done == total):
+            self._last_line = now
+            words = (f"{done:,}/{total:,} {unit}", _figures(self._values), time_left(left) if done < total else "")
+            self.note("  " + "  ".join(word for word in words if word))
 
-    def _advance(self, done: int, total: int, values: dict[str, float]) -> None:
+    def _advance(self, done: int, total: int, values: dict[str, float], unit: str) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=total, initial=done, file=sys.stderr, leave=False, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, unit=f" {unit}", file=sys.stderr, leave=False, dynamic_ncols=True
+            )
         self._bar.update(done - self._bar.n)
         if values:
             self._bar.set_postfix_str(_figures(values))

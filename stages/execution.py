@@ -143,7 +143,7 @@ def _execute_locked(context: Context, stage: Stage, decision: Decision) -> dict[
     context.together.barrier("the start")
     clock = Stopwatch()
     try:
-        with console.graceful_stop():
+        with console.graceful_stop(), console.telling(run.root / stage.name):
             result = stage.work()
     except (UsageError, DataError) as error:
         error.resumable = isinstance(error, DataError)

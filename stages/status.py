@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ import click
 from pipeline.errors import RunError, UserError
 from pipeline.storage.files import location, names_in, read_json
 from pipeline.storage.metrics import read_metrics
+from pipeline.storage.progress import Progress, read_progress, time_left
 from pipeline.storage.runs import RECORD_FILE, STARTED_FILE, Run
 from stages.terminal import say
 
+STALE = 120.0  # seconds of silence that are told
 ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "finetune", "evaluate")
 
 
@@ -24,7 +27,7 @@ ORDER = ("pretrain", "filter", "precompute", "train-reduced", "train-mpl", "fine
 @click.option("--verify", is_flag=True, help="Read all that was made and compare it with its checksums.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(run: Path, verify: bool, as_json: bool) -> None:
-    """Show which stages of a run are done, begun or to come, and their main figures."""
+    """Show which stages of a run are done, at work, begun or to come, their main figures and the time that is left."""
     directory = Run(run)
     description = directory.description
     if description is None:
@@ -120,12 +123,35 @@ def stage_status(run: Run, stage: str) -> dict[str, Any]:
     started = run.root / stage / STARTED_FILE
     if not started.exists():
         return {"stage": stage, "state": "to come", "detail": ""}
+    progress = read_progress(run.root / stage)
+    if progress is not None and progress.is_working():
+        return {
+            "stage": stage,
+            "state": "working",
+            "detail": progress_text(progress),
+            "progress": vars(progress),
+        }
     rows = read_metrics(run.root / metrics_folder(stage) / "metrics.csv")
     detail = f"begun {read_json(started)['started']}" + (f", at step {rows[-1]['step']}" if rows else "")
     if stage == "filter":
         store = location((run.description or {}).get("store") or run.root)
         detail += f", {sum(name.startswith('part-') for name in names_in(store / 'scores')):,} shards scored"
     return {"stage": stage, "state": "unfinished", "detail": detail}
+
+
+def progress_text(progress: Progress) -> str:
+    """How far a stage is that works now, and since when nothing was heard of it."""
+    rate = progress.values.get("images_per_second")
+    words = [
+        f"{progress.done:,} of {progress.total:,} {progress.unit}",
+        f"{rate:,.0f} images/s" if rate else "",
+        time_left(progress.seconds_left),
+        f"process {progress.process} on {progress.host}",
+    ]
+    silent = time.time() - progress.updated
+    if silent > STALE:
+        words.append(f"last heard of {silent / 60:.0f} min ago")
+    return ", ".join(word for word in words if word)
 
 
 def why_stale(run: Run, stage: str, record: dict[str, Any]) -> str:

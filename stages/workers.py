@@ -7,11 +7,13 @@ from typing import Any, TypeVar
 
 import click
 
+from pipeline.data.readers.shard import Shard
 from pipeline.storage.workers import EngineSettings, Work, run_all
 from stages.options import Context
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+OPENED = 64  # files that are opened to know how many rows they have
 
 OPTIONS = (
     click.option("--workers", type=click.IntRange(0), default=None, metavar="N",
@@ -60,6 +62,13 @@ def is_elsewhere(engine: EngineSettings) -> bool:
     return engine.kind == "ray" or engine.workers > 1
 
 
+def rows_of(items: Sequence[Any]) -> int | None:
+    """Rows of all shards; None where to know them files would have to be read, or very many be opened."""
+    if len(items) > OPENED or not all(isinstance(item, Shard) and item.knows_its_rows for item in items):
+        return None
+    return sum(item.rows() for item in items)
+
+
 def run_shards(
     context: Context,
     engine: EngineSettings,
@@ -76,11 +85,15 @@ def run_shards(
         KeyboardInterrupt: asked for by Ctrl-C; items that are done stay.
     """
     results: list[Result] = []
+    total = rows_of(items)
     began, seen, finished = time.monotonic(), 0, 0
 
     def show() -> None:
-        rate = seen / max(time.monotonic() - began, 1e-9)
-        context.console.progress(finished, len(items), {"images_per_second": rate})
+        values = {"images_per_second": seen / max(time.monotonic() - began, 1e-9)}
+        if total is None:
+            context.console.progress(finished, len(items), values, "shards")
+        else:
+            context.console.progress(seen, total, values, "images")
 
     def here(count: int) -> None:
         nonlocal seen

@@ -198,7 +198,8 @@ class Run:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RunError(
-                f"run directory {self.root} is in use by another process; wait for it, or choose another --run"
+                f"run directory {self.root} is in use by another process; wait for it (mpl status --run {self.root} "
+                "shows how far it is), or choose another --run"
             ) from None
         except OSError as error:
             raise RunError(f"cannot lock {self.root}: {error.strerror}") from error

@@ -87,7 +87,7 @@ def run_chains(context: Context, chains: Mapping[K, Chain], jobs: int | None) ->
         def count() -> None:
             nonlocal done
             done += 1
-            context.console.progress(done, total, {})
+            context.console.progress(done, total, {}, "stages")
 
         futures: dict[Future[Records], K] = {watchers.submit(run_chain, chain): key for key, chain in chains.items()}
         try:
