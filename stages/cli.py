@@ -30,6 +30,8 @@ COMMANDS = {  # name: (module:attribute, one line of help), in the order in whic
     "reproduce": ("stages.reproduce.commands:group", "all of the above, over seeds, into one table"),
     "plan": ("stages.plan:command", "a recipe + a cluster → memory, layout and time, before training"),
     "report": ("stages.report:command", "a run → report.html: what was kept, what just missed, copies"),
+    "next": ("stages.next_labels:command", "a run → the pool images whose labels would tell most, and a page"),
+    "suspects": ("stages.suspects:command", "a run → labelled images whose label is likely wrong"),
     "status": ("stages.status:command", "where a run stands"),
     "doctor": ("stages.doctor:command", "what this machine and installation can do"),
     "data": ("stages.data:group", "list, fetch, check and import data sets"),

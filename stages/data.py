@@ -19,6 +19,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.storage.files import Location, location
 from stages.data_import import as_result, tell
 from stages.data_import import command as import_
+from stages.data_label import command as label
 from stages.terminal import say
 
 SHOWN = 5  # examples of each kind of trouble, for people; --json has all
@@ -211,3 +212,4 @@ def _say_some(what: str, items: list[str]) -> None:
 
 
 group.add_command(import_)
+group.add_command(label)

@@ -78,7 +78,13 @@ def sweep(context: Context, seeds: int | None, jobs: int | None, steps: int) -> 
 @group.command()
 @stage_options
 @seeds_option("6")
-def feedback(context: Context, seeds: int | None, jobs: int | None) -> None:
+@click.option("--teacher", "teachers", type=click.Choice(["clean", "wrong", "tail"]), multiple=True,
+              help="Which teachers; repeatable. [default: all three]")  # fmt: skip
+@click.option("--method", "methods", multiple=True, metavar="NAME",
+              help="Which settings; repeatable. [default: all]")  # fmt: skip
+def feedback(
+    context: Context, seeds: int | None, jobs: int | None, teachers: tuple[str, ...], methods: tuple[str, ...]
+) -> None:
     """Which feedback? Its scale, decay and calibrator on three teachers; judged on validation; digits alone.
 
     With --seed 1000 its seeds are not those of the tables.
@@ -86,7 +92,7 @@ def feedback(context: Context, seeds: int | None, jobs: int | None) -> None:
     """
     from stages.reproduce.feedback import SEEDS, plan
 
-    _reproduce(context, "feedback", seeds or SEEDS, jobs, plan)
+    _reproduce(context, "feedback", seeds or SEEDS, jobs, lambda runs: plan(runs, teachers, methods))
 
 
 @group.command()

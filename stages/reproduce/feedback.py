@@ -4,6 +4,7 @@ Here settings are chosen, so everything is judged on the validation split, over 
 those of the sweep, whole; the student sees them alone. What is compared differs in the calibrator and its feedback.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,48 @@ VARIANTS = (
 TESTED = ("raw", "both", "raw-scaling")  # against the reference, on each teacher
 
 
-def plan(runs: SeedRuns) -> Stage:
+@dataclass(frozen=True)
+class Study:
+    """Which teachers, and which students are trained of each."""
+
+    teachers: tuple[GivenTeacher, ...]
+    variants: tuple[Variant, ...]
+
+    @classmethod
+    def of(cls, teachers: Sequence[str], methods: Sequence[str]) -> "Study":
+        """By names; none: all. What the others are compared with is always there.
+
+        Raises:
+            UsageError: a method that there is not.
+        """
+        known = [variant.name for variant in VARIANTS]
+        if unknown := [name for name in methods if name not in known]:
+            raise UsageError(f"--method {unknown[0]}: there are {', '.join(known)}")
+        if not set(methods) - {REFERENCE.name}:
+            methods = known
+        return cls(
+            tuple(teacher for teacher in TEACHERS if not teachers or teacher.name in teachers),
+            tuple(variant for variant in VARIANTS if variant.name in (*methods, REFERENCE.name)),
+        )
+
+    @property
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """Each variant against the reference; what is about the scale first."""
+        others = sorted((v for v in self.variants if v is not REFERENCE), key=lambda v: v.name != "raw")
+        return tuple(Contrast(v.label, v.name, REFERENCE.name, v.name in TESTED) for v in others)
+
+
+def plan(runs: SeedRuns, teachers: Sequence[str] = (), methods: Sequence[str] = ()) -> Stage:
     """Plan the comparison as one stage.
 
+    Args:
+        runs: the draws.
+        teachers, methods: names; none: all.
+
     Raises:
-        UsageError: the recipe is of another data set.
+        UsageError: the recipe is of another data set; a method that there is not.
     """
+    study = Study.of(teachers, methods)
     context = runs.context
     if context.recipe.data.manifest != DIGITS or context.data is not None:
         raise UsageError("feedback makes its pools from the embedded digits; leave out --data, or --recipe digits")
@@ -95,20 +132,24 @@ def plan(runs: SeedRuns) -> Stage:
         "feedback",
         runs.basis()
         | {
-            "teachers": {teacher.name: vars(teacher) for teacher in TEACHERS},
-            "variants": {variant.name: variant.changes for variant in VARIANTS},
+            "teachers": {teacher.name: vars(teacher) for teacher in study.teachers},
+            "variants": {variant.name: variant.changes for variant in study.variants},
             "steps": STEPS,
         },
-        lambda: work(runs),
+        lambda: work(runs, study, _options(teachers, methods)),
         lambda result: f"{result['students']} students;",
         cheap=frozenset({"seeds", "teachers", "variants"}),
     )
 
 
-def work(runs: SeedRuns) -> dict[str, Any]:
+def _options(teachers: Sequence[str], methods: Sequence[str]) -> list[str]:
+    return [*(f"--teacher {name}" for name in teachers), *(f"--method {name}" for name in methods)]
+
+
+def work(runs: SeedRuns, study: Study, options: Sequence[str]) -> dict[str, Any]:
     """The teachers, then a chain for each of them and each seed; then table and figure."""
     context, seeds = runs.context, runs.seeds
-    noises = sorted({teacher.noise for teacher in TEACHERS})
+    noises = sorted({teacher.noise for teacher in study.teachers})
     run_chains(
         context,
         {
@@ -124,21 +165,20 @@ def work(runs: SeedRuns) -> dict[str, Any]:
         write_variant(pools, PoolVariant(SIZE, draw=seed))
     students = run_chains(
         replace(context, data=pools.resolve()),
-        {(teacher.name, seed): _chain(context, teacher, seed) for teacher in TEACHERS for seed in seeds},
+        {
+            (teacher.name, seed): _chain(context, teacher, study.variants, seed)
+            for teacher in study.teachers
+            for seed in seeds
+        },
         runs.jobs,
     )
     results = {
-        teacher.name: results_of(VARIANTS, {seed: students[teacher.name, seed] for seed in seeds})
-        for teacher in TEACHERS
+        teacher.name: results_of(study.variants, {seed: students[teacher.name, seed] for seed in seeds})
+        for teacher in study.teachers
     }
-    contrasts = tuple(
-        Contrast(variant.label, variant.name, REFERENCE.name, variant.name in TESTED)
-        for variant in (*(v for v in VARIANTS if v.name == "raw"), *(v for v in VARIANTS if v.name != "raw"))
-        if variant is not REFERENCE
-    )
-    groups = tuple(Group(teacher.label, results[teacher.name], contrasts) for teacher in TEACHERS)
-    Ablation(_about(runs), groups, split="validation").write(context.run.root)
-    return {"students": len(TEACHERS) * len(seeds) * len(VARIANTS)}
+    groups = tuple(Group(teacher.label, results[teacher.name], study.contrasts) for teacher in study.teachers)
+    Ablation(_about(runs, options), groups, split="validation").write(context.run.root)
+    return {"students": len(study.teachers) * len(seeds) * len(study.variants)}
 
 
 def _noise(share: float) -> str:
@@ -149,7 +189,7 @@ def _teacher_run(context: Context, noise: float, seed: int) -> Path:
     return context.run / f"teacher-noise-{noise:g}-seed-{seed}"
 
 
-def _chain(context: Context, teacher: GivenTeacher, seed: int) -> Chain:
+def _chain(context: Context, teacher: GivenTeacher, variants: Sequence[Variant], seed: int) -> Chain:
     """The pool, whole, with the teacher's distributions; then every student."""
     run = context.run / f"{teacher.name}-seed-{seed}"
     folder = (_teacher_run(context, teacher.noise, seed) / "teacher").resolve()
@@ -159,7 +199,7 @@ def _chain(context: Context, teacher: GivenTeacher, seed: int) -> Chain:
         f"data.manifest={PoolVariant(SIZE, draw=seed).name}", f"filter.k={SIZE}", "filter.assign=argmax",
         "filter.min_probability=0", "filter.upsample=false", f"train_reduced.steps={STEPS}",
     )  # fmt: skip
-    students = [step for variant in VARIANTS for step in variant.steps(run, changes)]
+    students = [step for variant in variants for step in variant.steps(run, changes)]
     return Chain(run, seed, (Step("filter", changes, {"teacher": folder}), Step("precompute", changes), *students))
 
 
@@ -179,14 +219,14 @@ def _with_a_tail(source: Path, folder: Path, tail: float, seed: int) -> Path:
     return folder.resolve()
 
 
-def _about(runs: SeedRuns) -> About:
+def _about(runs: SeedRuns, options: Sequence[str]) -> About:
     """Title and notes."""
     context = runs.context
     settings = context.recipe.train_reduced
     return About(
         stem="feedback",
         title="Which feedback? Settings of Reduced MPL on three teachers",
-        command=runs.command("feedback"),
+        command=runs.command("feedback", *options),
         notes=[
             f"Teachers: {context.recipe.pretrain.model.name}, trained on the labelled images of a draw; with "
             f"{NOISE:.0%} of each class's labels saying the next class; with its log-odds moved to classes of which "

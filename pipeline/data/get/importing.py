@@ -109,23 +109,42 @@ def import_images(
             a split would be empty.
         RunError: `out` cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(
-            f"{out} is there and not empty; give a new folder, or remove that one first. To add images to the pool of "
-            "a data set that was imported: --append"
-        )
+    require_free(out)
     settings, name = settings or ImportSettings(), name or out.resolve().name
     try:
         require_plain_name(name)
     except ValueError as error:
         raise UsageError(f"the data set's name: {error}; give another: --name NAME") from error
+    with new_folder(out) as work, tempfile.TemporaryFile(dir=work) as file:
+        return _write(_accepted(file, sources, workers), work, name, settings)
+
+
+def require_free(out: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        DataError: says what to do.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(
+            f"{out} is there and not empty; give a new folder, or remove that one first. To add images to the pool of "
+            "a data set that was imported: --append"
+        )
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write a data set into; it takes the place of `out` when all is written, and is gone otherwise.
+
+    Raises:
+        DataError: `out` is in use, or cannot be written.
+    """
+    require_free(out)
     with _work_folder(out) as work:
-        with tempfile.TemporaryFile(dir=work) as file:
-            imported = _write(_accepted(file, sources, workers), work, name, settings)
+        yield work
         (work / LOCK).unlink()
         work.replace(out)
         sync_folder(out.parent)
-    return imported
 
 
 def look_at(sources: Sequence[Source], settings: ImportSettings | None = None, *, workers: int = 0) -> Imported:
