@@ -240,7 +240,8 @@ class CalibratorSettings(Settings):
     schedule: Literal["constant", "student"] = "constant"  # student: lr falls as the student's does
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-7
-    weight_decay: NonNegativeFloat = 1e-4  # L2, coupled, as in the paper
+    weight_decay: NonNegativeFloat = 0.0  # L2, coupled; the paper's 1e-4 pulls as hard as the feedback does
+    clip_norm: PositiveFloat | None = None  # of its gradient's global norm; Adam adds L2 after it
     supervised_weight: NonNegativeFloat = 0.0  # of CE(y, q_Ψ(q_large(x_l)))
     embedding: bool = True  # sees the images' embeddings, where precompute.embedding has stored some
     image_weights: bool = False  # also a weight of each image in the student's loss, between 0 and 2, at first 1
@@ -263,7 +264,7 @@ class FeedbackSettings(Settings):
     every: PositiveInt = 1  # student steps between feedbacks
     batch: PositiveInt = 128  # labelled images per feedback
     engine: Literal["exact", "central", "one_sided"] = "exact"
-    scale: FeedbackScale = "per_image"
+    scale: FeedbackScale = "raw"  # docs/results/feedback.md
     weight: NonNegativeFloat = 1.0
     control: Literal["none", "flipped", "shuffled"] = "none"  # ablations: wrong sign, rows permuted
     held_out: float = Field(default=0.0, ge=0.0, lt=1.0)  # share of the labelled images used for feedback only

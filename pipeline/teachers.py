@@ -188,7 +188,7 @@ class Calibrator:
 
     Its gradient is weight · (dR/dq pulled back through q_Ψ) plus, optionally, the supervised term
     CE(y, q_Ψ(q_large(x_l))) (v1 §3.2). With `scale: per_image` dR/dq is multiplied by B/η: its size then
-    does not depend on the batch or the student's learning rate, and does not vanish under Adam's ε.
+    does not depend on the batch or the student's learning rate, and the last, small steps count as much as the first.
 
     Args:
         classes: C.
@@ -260,7 +260,7 @@ class Calibrator:
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         self.ranks.mean_([p.grad for p in self.network.parameters() if p.grad is not None])
-        clip_gradients(self.network, None, "the calibrator's gradient")
+        clip_gradients(self.network, self.settings.clip_norm, "the calibrator's gradient")
         if self.settings.schedule == "student":
             set_learning_rate(self.optimizer, self.settings.lr * step.learning_rate / self.student_lr)
         self.optimizer.step()

@@ -64,6 +64,8 @@ def plan(context: Context, name: str | None = None) -> Stage:
         chosen.pop("image_weights", None)  # as before there were any
     if settings.calibrator.embedding:
         chosen.pop("embedding", None)  # likewise
+    if settings.calibrator.clip_norm is None:
+        chosen.pop("clip_norm", None)  # likewise
     outputs = network_outputs(folder)
     if settings.teacher == "calibrator":
         outputs.append(folder / CALIBRATOR)

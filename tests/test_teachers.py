@@ -84,6 +84,23 @@ def test_the_calibrators_rate_may_fall_as_the_students_does(schedule: str, share
     torch.testing.assert_close(bias.abs(), torch.full((3,), settings.lr * share), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("limit", [None, 1e-3, 1e3])
+def test_the_calibrators_gradient_is_clipped_as_torch_does_it(limit: float | None) -> None:
+    calibrator = Calibrator(3, CalibratorSettings(clip_norm=limit), FeedbackSettings())
+    torch.nn.init.normal_(calibrator.network.layers[-1].weight)
+    batch = TargetBatch(torch.zeros(3, 1), torch.eye(3), torch.ones(3, dtype=torch.bool))
+    proposal = calibrator.propose(batch)
+    gradient = GivenStep(0.1).feedback(None, None, "exact").gradient
+    wanted = torch.autograd.grad((proposal.targets * gradient).sum(), list(calibrator.network.parameters()),
+                                 retain_graph=True)  # fmt: skip
+    norm = torch.cat([g.flatten() for g in wanted]).norm()
+    calibrator.adapt(proposal, GivenStep(0.1), Labelled(torch.zeros(1), torch.zeros(1)))
+    factor = 1.0 if limit is None else min(1.0, limit / float(norm))
+    assert (factor < 1) == (limit == 1e-3)
+    for p, g in zip(calibrator.network.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, factor * g, rtol=1e-4, atol=1e-9)
+
+
 def test_scaling_is_an_exponent_and_shares_of_the_classes() -> None:
     """Oracle: q^a · e^b, divided by its sum, of the floored q; at its start that itself."""
     network = CalibratorNetwork(4, CalibratorSettings(kind="scaling", floor=0.1)).double()
