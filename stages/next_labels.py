@@ -235,5 +235,4 @@ def _page(
         cards=cards,
         saves=ANSWERS,
         then=f"then: mpl data label {context.data or 'DATA'} {ANSWERS} NEW-DATA",
-        side=context.recipe.data.image_size,
     )

@@ -205,5 +205,4 @@ def page_of(
         cards=cards,
         saves=ANSWERS,
         then=f"then: mpl data label {context.data or 'DATA'} {ANSWERS} NEW-DATA",
-        side=context.recipe.data.image_size,
     )

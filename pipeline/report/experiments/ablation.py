@@ -12,6 +12,7 @@ from pipeline.report.experiments.results import FINETUNED_FIGURES, Contrast, Res
 from pipeline.report.experiments.statistics import PairedDifference, holm_adjusted
 
 WIDE = 25.0  # points: beyond this the figure's scale is linear to 5 points and logarithmic from there
+ROW = 14  # differences in a row of panels, at most
 TICKS = (-80, -40, -20, -10, -5, -2, 0, 2, 5, 10, 20, 40, 80)  # of such a panel
 
 
@@ -102,13 +103,20 @@ class Ablation(Report):
         return {"groups": [_as_json(group, adjusted) for group in self.groups]}
 
     def draw(self, path: Path) -> None:
-        """Differences from the reference: every seed a dot, mean and interval; a panel for each group."""
+        """Differences from the reference: every seed a dot, mean and interval; a panel for each group, below each
+        other where a row would be too wide."""
         counts = [len(group.contrasts) for group in self.groups]
-        with new_figure(path, figsize=(1.6 + 1.35 * sum(counts), 4.4), layout="constrained") as figure:
-            panels = figure.subplots(1, len(self.groups), width_ratios=counts, squeeze=False)[0]
+        beside = sum(counts) <= ROW
+        size = (1.6 + 1.35 * sum(counts), 4.4) if beside else (1.6 + 1.35 * max(counts), 3.6 * len(counts))
+        with new_figure(path, figsize=size, layout="constrained") as figure:
+            if beside:
+                panels = figure.subplots(1, len(counts), width_ratios=counts, squeeze=False)[0]
+            else:
+                panels = figure.subplots(len(counts), 1, squeeze=False)[:, 0]
             for panel, group in zip(panels, self.groups, strict=True):
                 _draw(panel, group)
-            panels[0].set_ylabel(f"points of top-1 on the {self.split} split")
+            for panel in panels[:1] if beside else panels:
+                panel.set_ylabel(f"points of top-1 on the {self.split} split")
 
 
 def _table(group: Group, adjusted: dict[tuple[str, str], float]) -> str:

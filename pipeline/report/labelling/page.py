@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.report.page.render import PIXELATED, number, shown
+from pipeline.report.page.render import number, shown
 from pipeline.storage.files import whole_file
 
 
@@ -43,7 +43,6 @@ class LabellingPage:
         cards: in the order in which they are shown.
         saves: name of the table that the page saves.
         then: the command that takes it back.
-        side: of the images, pixels.
     """
 
     title: str
@@ -52,7 +51,6 @@ class LabellingPage:
     cards: Sequence[Card]
     saves: str
     then: str
-    side: int
 
     def write(self, path: Path) -> int:
         """Write the page, whole or not at all; returns its bytes."""
@@ -71,9 +69,7 @@ class LabellingPage:
             lstrip_blocks=True,
         )
         environment.filters |= {"number": number, "shown": shown}
-        return environment.get_template("page.html").render(
-            page=self, pixelated=self.side <= PIXELATED, identities=_for_script(self)
-        )
+        return environment.get_template("page.html").render(page=self, identities=_for_script(self))
 
 
 def _for_script(page: LabellingPage) -> str:
