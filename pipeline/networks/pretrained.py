@@ -1,8 +1,11 @@
 """Networks that begin with published weights: from a file, a package, the Hub's cache, or the Hub."""
 
+import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import timm
 from torch import Tensor
@@ -96,7 +99,7 @@ def _file(settings: ModelSettings) -> Path:
     entry = timm.get_pretrained_cfg(settings.name)
     if entry is None or not entry.hf_hub_id:
         raise RecipeError(f"timm names no weights on the Hub for {settings.name!r}; give a file: weights: PATH")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
     place = {"repo_id": entry.hf_hub_id, "filename": "model.safetensors"}
     try:
@@ -104,6 +107,8 @@ def _file(settings: ModelSettings) -> Path:
     except Exception:  # not in the cache, whatever the library calls it
         pass
     try:
+        if not constants.HF_HUB_OFFLINE:
+            _require_answer(hf_hub_url(**place))
         return Path(hf_hub_download(**place, etag_timeout=PATIENCE))
     except Exception as error:  # of the network, in a dozen kinds
         raise CheckpointError(
@@ -111,3 +116,18 @@ def _file(settings: ModelSettings) -> Path:
             f"where there is a network, run: hf download {entry.hf_hub_id} model.safetensors, and bring the file here "
             "(weights: PATH) or the cache (HF_HOME)"
         ) from error
+
+
+def _require_answer(address: str) -> None:
+    """Ask once: the Hub's own client asks six times, for half a minute, where there is no network.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=PATIENCE).close()
+    except HTTPError:
+        pass  # an answer; what it means is for the client to say
+    except URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # certificates are the client's matter
+            raise

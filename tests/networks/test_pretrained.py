@@ -1,6 +1,8 @@
 """Networks that begin with published weights."""
 
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 import timm
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.config import ModelSettings
 from pipeline.errors import CheckpointError
+from pipeline.networks import pretrained
 from pipeline.networks.packaged import load_packaged
 from pipeline.networks.pretrained import pretrained_network, weights_digest
 
@@ -46,3 +49,22 @@ def test_defaults_change_no_record() -> None:
     assert not {"pretrained", "weights"} & ModelSettings(name=NAME).model_dump().keys()
     with pytest.raises(ValueError, match="pretrained: true"):
         ModelSettings(name=NAME, weights="x")
+
+
+def test_without_a_network_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unreachable(request: Request, timeout: float) -> None:
+        asked.append(request.full_url)
+        raise URLError("no route")
+
+    def absent(*, local_files_only: bool = False, **place: object) -> str:
+        assert local_files_only, "the client that retries must not be reached"
+        raise FileNotFoundError
+
+    monkeypatch.setattr(pretrained, "urlopen", unreachable)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match="HF_HOME"):
+        weights_digest(ModelSettings(name=NAME, pretrained=True))
+    assert len(asked) == 1
