@@ -22,6 +22,7 @@ from pipeline.distributed.placement import Placement
 from pipeline.evaluate import Judge
 from pipeline.networks.folders import CONFIG, save_network
 from pipeline.networks.network import Network, build_network, require_classifier, to_device
+from pipeline.networks.pretrained import pretrained_network
 from pipeline.seeds import derive_seed
 from pipeline.storage.files import sha256_file
 from pipeline.storage.runs import peak_memory_mib
@@ -83,7 +84,10 @@ class Assembly:
         """A fresh network on its device; the same initial weights for every method of a seed."""
         data = self.recipe.data
         self.seed_initialisation(purpose)
-        network = build_network(settings, class_names, data.image_size, data.mean, data.std)
+        if settings.pretrained:
+            network = pretrained_network(settings, class_names, data.image_size)
+        else:
+            network = build_network(settings, class_names, data.image_size, data.mean, data.std)
         require_classifier(network, settings.name)
         return to_device(network, self.placement.device)
 

@@ -50,6 +50,17 @@ class ModelSettings(Settings):
     drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)  # stochastic depth
     batch_norm_momentum: float | None = Field(default=None, gt=0.0, le=1.0)  # torch's sense: weight of the new
     options: dict[str, Any] = Field(default_factory=dict)  # further arguments of timm.create_model
+    pretrained: bool = Field(default=False, exclude_if=lambda value: not value)  # begin with published weights
+    weights: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of `pretrained`, a file, or packaged:efficientnet-lite0; null: the Hub's, from its cache if they are there."""
+
+    @model_validator(mode="after")
+    def _weights_are_used(self) -> "ModelSettings":
+        if self.weights is not None and not self.pretrained:
+            raise ValueError("weights are loaded with pretrained: true; set it, or leave weights away")
+        if self.pretrained and self.stem == "small":
+            raise ValueError("stem: small is not the stem that the pretrained weights are of; leave it away")
+        return self
 
 
 Operation = Literal[

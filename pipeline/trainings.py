@@ -372,6 +372,12 @@ def _with_teacher(
 ) -> dict[str, Any]:
     settings, ranks = mpl_settings(assembly.recipe), assembly.placement.ranks
     teacher_network = build_teacher(assembly, tuple(network.class_names), pretrained)
+    if (teacher_network.mean, teacher_network.std) != (network.mean, network.std):
+        raise RecipeError(
+            "teacher and student see the same batches, and their weights want them normalised differently "
+            f"({teacher_network.mean} and {network.mean}): choose weights that agree, or set data.mean and data.std to "
+            "those of the pretrained one"
+        ).on_all()
     teacher = make_teacher(assembly, teacher_network)
     if settings.feedback != "none":
         assembly.tell_feedback_batch(batches)

@@ -11,6 +11,7 @@ from pipeline.errors import CheckpointError
 from pipeline.gradient.derivative import check_engine
 from pipeline.networks.architectures import WEIGHTS
 from pipeline.networks.folders import CONFIG
+from pipeline.networks.pretrained import weights_digest
 from pipeline.storage.files import discard, fingerprint, names_in, sha256_file, sync_folder
 from pipeline.storage.ours import is_ours, remove_ours
 from stages.execution import Stage
@@ -33,8 +34,17 @@ def training_basis(
         "seed": context.seed,
         "precision": context.precision,
         **({} if plain else {"distributed": parts}),
+        **_begun_with(settings),
         **inputs,
     }
+
+
+def _begun_with(settings: TrainSettings) -> dict[str, Any]:
+    """Digests of the published weights that its networks begin with; nothing where they are random."""
+    teacher = getattr(getattr(settings, "teacher", None), "model", None)
+    models = {"model": getattr(settings, "model", None), "teacher": teacher}
+    found = {name: digest for name, model in models.items() if model and (digest := weights_digest(model))}
+    return {"pretrained": found} if found else {}
 
 
 def training_stage(

@@ -131,16 +131,18 @@ def resolve(settings: ModelSettings, image_size: int) -> tuple[str, dict[str, An
         raise RecipeError(unknown_model(name))
     arguments: dict[str, Any] = dict(settings.options)
     require_arguments(arguments, f"options of model {name!r}")
-    if "." in name and not arguments.get("pretrained"):
+    if "." in name and not (settings.pretrained or arguments.get("pretrained")):
         raise RecipeError(
             f"{name!r} names published weights, and the network would begin with random ones under that name: leave "
-            f"the tag away ({name.partition('.')[0]}), or ask for the weights by options: {{pretrained: true}}"
+            f"the tag away ({name.partition('.')[0]}), or ask for the weights by pretrained: true"
         )
     if settings.dropout:
         arguments["drop_rate"] = settings.dropout
     if settings.drop_path:
         arguments["drop_path_rate"] = settings.drop_path
-    small = settings.stem == "small" or (settings.stem == "auto" and image_size <= SMALL_IMAGE)
+    small = settings.stem == "small" or (
+        settings.stem == "auto" and image_size <= SMALL_IMAGE and not settings.pretrained
+    )
     if name.startswith(("vit_", "deit_")):
         arguments.setdefault("img_size", image_size)
         if small:
