@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.data.decode import decode_stream, default_workers
 from pipeline.errors import RunError, UsageError, UserError
 from pipeline.evaluate import predict_logits
-from pipeline.labelling.informative import choose, disagreement, shortness
+from pipeline.labelling.informative import choose, disagreement, like_the_labelled, shortness
 from pipeline.log_odds import distributions
 from pipeline.networks.features import last_layer_seen
 from pipeline.networks.loading import load_network
@@ -45,16 +45,22 @@ class Candidate(NamedTuple):
     key: str
 
 
+Seen = tuple[list[Candidate], NDArray[np.float32], NDArray[np.float32]]  # images, (n, C), (n, D)
+
+
 @click.command()
 @stage_options
 @click.option("--n", "count", type=click.IntRange(1), default=50, show_default=True, help="Images to choose.")
 @click.option("--most", type=click.IntRange(1), default=MOST, show_default=True,
               help="Pool images that are looked at, drawn evenly.")  # fmt: skip
-def command(context: Context, count: int, most: int) -> None:
+@click.option("--strange/--no-strange", default=False, show_default=True,
+              help="Also images that are less like any labelled one than those are like each other.")  # fmt: skip
+def command(context: Context, count: int, most: int, strange: bool) -> None:
     """Choose the pool images whose labels would tell most, and make a page to label them on.
 
     By the student (the run's last): unsure of them and unlike each other; more so where the teacher sees them
-    otherwise, and in classes that are short of labels. The page saves labels.csv; `mpl data label` takes it back.
+    otherwise, and in classes that are short of labels. What is unlike all labelled images is passed over: it is of no
+    class, or of a kind that has no label yet (--strange). The page saves labels.csv; `mpl data label` takes it back.
 
     Reads: student, teacher, labelled images, pool. Writes: next.csv and next.html.
     """
@@ -65,7 +71,7 @@ def command(context: Context, count: int, most: int) -> None:
     if context.dry_run:
         context.console.note(f"next: would write {context.run / TABLE} and {context.run / PAGE}")
         return
-    result = work(context, count, most)
+    result = work(context, count, most, strange)
     for line in result["about"]:
         context.console.note(line)
     context.console.note(
@@ -75,10 +81,13 @@ def command(context: Context, count: int, most: int) -> None:
         click.echo(json.dumps(result, ensure_ascii=False))
 
 
-def work(context: Context, count: int, most: int) -> dict[str, Any]:
+def work(context: Context, count: int, most: int, strange: bool = False) -> dict[str, Any]:
     """Look at the pool, choose, and write table and page."""
     about: list[str] = []
-    candidates, p, features = look_at_pool(context, most)
+    network = to_device(load_network(last_student(context)), context.device)
+    candidates, p, features = look_at_pool(context, network, most)
+    if not strange:
+        candidates, p, features = _known_kinds(context, network, count, (candidates, p, features), about)
     labelled = context.data_set.split("labelled").labels()
     teacher = _teachers_view(context, candidates, about)
     apart = np.zeros(len(p)) if teacher is None else disagreement([p, teacher])
@@ -99,9 +108,24 @@ def _of(rows: NDArray[Any] | None, chosen: NDArray[np.int64]) -> NDArray[Any] | 
     return None if rows is None else rows[chosen]
 
 
-def look_at_pool(context: Context, most: int) -> tuple[list[Candidate], NDArray[np.float32], NDArray[np.float32]]:
+def _known_kinds(context: Context, network: Network, count: int, seen: Seen, about: list[str]) -> Seen:
+    """Without the images that are unlike all labelled ones, where enough are left to choose from."""
+    images = context.data_set.images(context.data_set.split("labelled"), network.image_size, network.framing)
+    with last_layer_seen(network.model) as labelled:
+        context.assembly.judge(images, network).logits(network.model)
+    candidates, p, features = seen
+    known = like_the_labelled(features, torch.cat(labelled).numpy())
+    text = f"{len(known) - int(known.sum()):,} images are less like any labelled one than those are like each other"
+    if known.sum() < count:
+        about.append(f"{text}; too few are left, so they are among those to choose from")
+        return seen
+    about.append(f"{text}: of no class, or of a kind without a label. They are passed over; --strange has them too")
+    places = np.flatnonzero(known)
+    return [candidates[place] for place in places.tolist()], p[places], features[places]
+
+
+def look_at_pool(context: Context, network: Network, most: int) -> Seen:
     """Images that decode, the student's distributions (n, C) of them, and what its last layer sees, (n, D)."""
-    network = to_device(load_network(last_student(context)), context.device)
     split = context.data_set.split("unlabelled")
     every = max(1, -(-split.count() // most))
     aside = {shard.name: _set_aside(context, shard.name) for shard in split.shards}

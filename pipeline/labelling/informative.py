@@ -42,6 +42,31 @@ def shortness(labelled: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
     return np.clip((counts.mean() + 1) / (counts + 1), 1 / SHORT, SHORT)
 
 
+def like_the_labelled(features: Floats, labelled: Floats) -> NDArray[np.bool_]:
+    """Which of n images are as like a labelled one as each labelled one is like another, (n,).
+
+    By the cosine of what a network's last layer sees. An image that is not is of no class, or of a kind that has no
+    label yet. Of fewer than two labelled images nothing is known, and all are.
+
+    Args:
+        features: (n, D).
+        labelled: of the labelled images, (l, D).
+    """
+    if len(labelled) < 2:
+        return np.ones(len(features), bool)
+    x, own = _unit(features), _unit(labelled)
+    among = own @ own.T
+    np.fill_diagonal(among, -np.inf)
+    result: NDArray[np.bool_] = (x @ own.T).max(axis=1) >= among.max(axis=1).min()
+    return result
+
+
+def _unit(x: Floats) -> NDArray[np.float64]:
+    values = x.astype(np.float64)
+    result: NDArray[np.float64] = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    return result
+
+
 def choose(p: Floats, features: Floats, importance: Floats, count: int, seed: int) -> NDArray[np.int64]:
     """`count` of n images, in the order in which they were chosen, (count,).
 

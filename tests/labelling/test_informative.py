@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.spatial.distance import jensenshannon
+from scipy.spatial.distance import cdist, jensenshannon
 
-from pipeline.labelling.informative import choose, disagreement, shortness
+from pipeline.labelling.informative import choose, disagreement, like_the_labelled, shortness
 
 
 def test_disagreement_equals_scipys() -> None:
@@ -60,6 +60,21 @@ def test_unsure_and_unlike_images_are_chosen() -> None:
     found = choose(p, x, np.ones(90), 12, 0)
     assert (found >= 60).all()
     assert ((found >= 60) & (found < 75)).sum() <= 1
+
+
+def test_what_is_like_no_labelled_image_is_known() -> None:
+    """Oracle: SciPy's cosine distances. Two labelled kinds, a pool of these and of a third."""
+    random = np.random.default_rng(7)
+    centres = np.eye(6)[:3]
+    labelled = 3 * centres[[0] * 8 + [1] * 8] + random.normal(0, 0.3, (16, 6))
+    pool = 5 * centres[np.arange(60) % 3] + random.normal(0, 0.3, (60, 6))
+    among = cdist(labelled, labelled, "cosine") + np.diag(np.full(16, np.inf))
+    expected = cdist(pool, labelled, "cosine").min(axis=1) <= among.min(axis=1).max()
+    found = like_the_labelled(pool, labelled)
+    assert found.tolist() == expected.tolist()
+    assert not found[2::3].any()
+    assert found[np.arange(60) % 3 < 2].mean() > 0.8
+    assert like_the_labelled(pool, labelled[:1]).all()
 
 
 def test_where_all_is_alike_any_will_do() -> None:

@@ -43,9 +43,13 @@ def test_next_chooses_from_the_pool_without_copies_and_repeats(mpl, run: Path) -
     page = (run / "next.html").read_text()
     assert page.count('src="data:image/') == 12
     assert "http" not in page.replace('http-equiv="Content-Security-Policy"', "")
+    assert "than those are like each other" in outcome.err
     before = (run / "next.csv").read_bytes()
     assert mpl("next", "--run", run, "--n", 12).status == 0
     assert (run / "next.csv").read_bytes() == before
+    everything = mpl("next", "--run", run, "--n", 12, "--strange", "--json")
+    assert "than those" not in everything.err
+    assert json.loads(everything.out.splitlines()[-1])["images"] > json.loads(outcome.out.splitlines()[-1])["images"]
 
 
 def test_suspects_say_who_has_an_opinion(mpl, run: Path) -> None:
