@@ -209,6 +209,8 @@ class CopySettings(Settings):
 
 
 CorrectionKind = Literal["auto", "identity", "map", "scaling", "fit"]
+# Those that also need the pool's answers, which there are when it has been selected
+StoredCorrectionKind = Literal[CorrectionKind, "prior-em", "prior-bbse"]
 
 
 class FilterSettings(Settings):
@@ -292,7 +294,7 @@ class TrainReducedSettings(TrainSettings):
     labelled_share: float = Field(default=0.25, gt=0.0, lt=1.0)  # of the batch, with pool+labelled
     reading: Literal["auto"] | Reading = "auto"  # of the pool; auto: memory up to data.memory_gib
     workers: NonNegativeInt | None = None  # threads that decode a streamed pool; none: as suits the image size
-    correction: CorrectionKind = "auto"  # of the stored targets; auto: as they were selected
+    correction: StoredCorrectionKind = "auto"  # of the stored targets; auto: as they were selected
     calibrator: CalibratorSettings = CalibratorSettings()
     feedback: FeedbackSettings = FeedbackSettings()
 

@@ -19,7 +19,7 @@ from pipeline.assembly import Assembly, Looks, Output
 from pipeline.batches import Batches, FeedbackImages, MethodAlone, MethodViews, Mixture, mixture
 from pipeline.calibration import FILE, SAMPLE, CalibrationLog
 from pipeline.config import Reading, Recipe, TrainMplSettings, TrainReducedSettings, TrainSettings
-from pipeline.correction import Correction, class_map_of, fit_correction, fit_scaling
+from pipeline.correction import Correction, class_map_of, fit_correction, fit_prior, fit_scaling
 from pipeline.correction.fit import deal_to_folds
 from pipeline.data.decoded import Images
 from pipeline.data.sets import LabelledSet, Pool, PoolSet
@@ -257,9 +257,12 @@ def training_correction(assembly: Assembly, store: TargetsStore) -> Correction:
     mapped = selected.class_map
     if mapped is None and theirs != ours:
         mapped = class_map_of(None, theirs, ours, complete=kind != "fit")
+    start = Correction.identity(ours) if mapped is None else Correction.mapped(theirs, ours, mapped)
     if kind == "map":
-        return Correction.identity(ours) if mapped is None else Correction.mapped(theirs, ours, mapped)
+        return start
     stored = store.labelled()
+    if kind in ("prior-em", "prior-bbse"):
+        return fit_prior(kind, stored.distributions, stored.labels, store.distributions(), start)
     if kind == "scaling":
         return fit_scaling(stored.distributions, stored.labels, theirs, ours, mapped)
     return fit_correction(stored.distributions, stored.labels, theirs, ours, mapped, seed=assembly.seed).correction

@@ -48,7 +48,7 @@ def plan(context: Context, name: str | None = None) -> Stage:
     if settings.teacher != "none":
         precomputed = require_fresh_targets(context.run)["result"]
         filtered = (context.run.record("filter") or {}).get("result")
-        if settings.correction in ("scaling", "fit"):
+        if settings.correction not in ("auto", "identity", "map"):
             require_evidence(teacher_of(context, None, recorded=filtered))
         if settings.teacher == "calibrator" and (filtered or {}).get("correction") is not None:
             inputs["perceptron"] = "log-ratios"  # it saw the distribution as it stands once

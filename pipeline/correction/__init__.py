@@ -7,6 +7,7 @@ distributions over the data set's C classes of them: the identity, a map of clas
 from pipeline.correction.class_map import UNMAPPED, ClassMap, class_map_of, equal_names, read_class_map
 from pipeline.correction.correction import CORRECTION_FILE, Correction, Kind, load_correction
 from pipeline.correction.fit import Fit, fit_correction, fit_scaling
+from pipeline.correction.prior_shift import PriorKind, fit_prior
 
 __all__ = [
     "CORRECTION_FILE",
@@ -15,9 +16,11 @@ __all__ = [
     "Correction",
     "Fit",
     "Kind",
+    "PriorKind",
     "class_map_of",
     "equal_names",
     "fit_correction",
+    "fit_prior",
     "fit_scaling",
     "load_correction",
     "read_class_map",

@@ -15,12 +15,16 @@ from pipeline.errors import DataError
 from pipeline.log_odds import distributions, log_odds, log_odds_of_shares
 from pipeline.storage.files import Location, fingerprint, opened, whole_file
 
-Kind = Literal["identity", "map", "scaling", "fit"]
+Kind = Literal["identity", "map", "scaling", "fit", "prior-em", "prior-bbse"]
 CORRECTION_FILE = "correction.safetensors"
 FLOOR = 1e-5  # of a probability of which the logarithm is taken, over C_T; below it a teacher's numbers are noise
+TINY = 1e-45  # of a probability that is only weighed: float32 has none between it and 0
 START_FLOOR = 0.1  # share of the start that is uniform, as the calibrator's
 FORMAT = "mpl-correction"
 PARTS = ("class_map", "weight", "bias")
+NEEDED: dict[Kind, set[str]] = {"identity": set(), "map": {"class_map"}, "fit": {"weight", "bias"}} | {
+    kind: {"bias"} for kind in ("scaling", "prior-em", "prior-bbse")
+}  # parts of each kind
 Floats = NDArray[np.floating[Any]]
 
 
@@ -30,7 +34,8 @@ class Correction:
 
     A map sums what it maps; what is mapped to nothing is told of no class: in `log_odds` it counts against all of
     them, in `targets` it is spread evenly. A fit is softmax(a·log(0.9·q₀ + 0.1/C) + log(q)·W + b), with q₀ the targets
-    of the map or the identity, or uniform where there is neither; a scaling is the same without W.
+    of the map or the identity, or uniform where there is neither; a scaling is the same without W. Of prior shift
+    (`prior-em`, `prior-bbse`) it is softmax(log q₀ + b), which changes nothing where b is zero.
 
     Attributes:
         kind: see above.
@@ -38,7 +43,7 @@ class Correction:
         class_names: of the C.
         class_map: (C_T,), see `ClassMap`; None: there is none, and unless the classes are equal none is a start.
         weight: of a fit, (C_T, C), float64.
-        bias: of a fit or a scaling, (C,), float64.
+        bias: of a fit, a scaling or prior shift, (C,), float64.
         scale: likewise, a.
     """
 
@@ -121,6 +126,9 @@ class Correction:
 
     def _logits(self, q: Floats) -> NDArray[np.float64]:
         assert self.bias is not None
+        if self.kind in ("prior-em", "prior-bbse"):
+            result: NDArray[np.float64] = np.log(np.maximum(self._start(q), TINY)) + self.bias
+            return result
         scaled = self.scale * start_logits(self._start(q)) + self.bias
         return scaled if self.weight is None else scaled + features(q) @ self.weight
 
@@ -161,7 +169,7 @@ def _load(path: Location) -> Correction:
     held = {name: arrays[name] for name in PARTS if name in arrays}
     found = Correction(header["kind"], theirs, ours, **held, scale=float(header["scale"]))
     shapes = {"class_map": (len(theirs),), "weight": (len(theirs), len(ours)), "bias": (len(ours),)}
-    needed = {"identity": set(), "map": {"class_map"}, "scaling": {"bias"}, "fit": {"weight", "bias"}}[found.kind]
+    needed = NEEDED[found.kind]
     if needed - arrays.keys() or any(arrays[name].shape != shapes[name] for name in arrays):
         raise ValueError("its arrays do not fit its classes")
     if found.class_map is not None and not ((found.class_map >= UNMAPPED) & (found.class_map < len(ours))).all():

@@ -63,6 +63,9 @@ METHODS = (
     _variant("per-image", "Feedback, scaled by B/η, with L2", *FEEDBACK, *SCALED),
     _variant("flipped", "Control: feedback flipped", *FEEDBACK, *RAW, "train_reduced.feedback.control=flipped"),
 )
+PRIOR_EM = _variant("prior-em", "Prior shift by EM", *FIXED, *POOL, "train_reduced.correction=prior-em")
+PRIOR_BBSE = _variant("prior-bbse", "Prior shift by BBSE", *FIXED, *POOL, "train_reduced.correction=prior-bbse")
+PRIOR = (PRIOR_EM, PRIOR_BBSE)  # of teachers with the data set's classes
 SEEING = ("train_reduced.calibrator.embedding=true",)
 SUPERVISED_TERM = ("train_reduced.calibrator.supervised_weight=1",)
 WITH_EMBEDDING = (
@@ -72,11 +75,12 @@ WITH_EMBEDDING = (
     _variant("term-seeing", "Supervised term alone, with embeddings", *FEEDBACK, *RAW, *SUPERVISED_TERM, *SEEING,
              "train_reduced.feedback.weight=0"),
 )  # fmt: skip
-FEW = (OFF, NOISY, DIRECT, OURS)  # where there is nothing to correct
+FEW = (OFF, NOISY, DIRECT, OURS, *PRIOR)  # where there is nothing to correct
 SUPERVISED = _variant("supervised", "Supervised, labels alone", "train_reduced.teacher=none")
 CONTRASTS = tuple(Contrast(f"Feedback − {other.label}", OURS.name, other.name, tested=True)
                   for other in (OFF, DIRECT, NOISY))  # fmt: skip
 FURTHER = (
+    *(Contrast(f"Feedback − {other.label}", OURS.name, other.name) for other in PRIOR),
     Contrast("Fit − teacher as it is", DIRECT.name, OFF.name),
     Contrast("Fit, then feedback − fit", "feedback-fit", DIRECT.name),
     Contrast("Feedback − feedback scaled by B/η, with L2", OURS.name, "per-image"),
@@ -109,7 +113,7 @@ CELLS = {
     cell.name: cell
     for cell in (
         Cell("zero-shot", "The teacher itself"),
-        Cell("long-tailed", f"Probe on a long tail, {TAIL} : 1", (*METHODS, *WITH_EMBEDDING), tail=TAIL),
+        Cell("long-tailed", f"Probe on a long tail, {TAIL} : 1", (*METHODS, *WITH_EMBEDDING, *PRIOR), tail=TAIL),
         Cell("clean", "Probe on all classes alike", FEW, tail=1),
     )
 }
@@ -304,8 +308,14 @@ def _about(runs: SeedRuns, cells: Sequence[Cell], without_teacher: bool, methods
             f"average; then {recipe.finetune.steps:,} steps of finetuning on the labels. Feedback every "
             f"{settings.feedback.every} steps. Except NoisyStudent's, students of a teacher see the pool alone until "
             "they are finetuned. Judged once on the test split.",
-            "Not among the rivals: EM and BBSE for prior shift, GLC, ZeroMatch, EMLC, a probe on the teacher's "
-            "features.",
+            _missing({method.name for cell in cells for method in cell.methods}),
         ],
         extra={"settings": settings.model_dump(mode="json")},
     )
+
+
+def _missing(names: set[str]) -> str:
+    """Which rivals from the literature are not in the tables."""
+    prior = [title for method, title in ((PRIOR_EM, "EM"), (PRIOR_BBSE, "BBSE")) if method.name not in names]
+    left = [f"{' and '.join(prior)} for prior shift"] if prior else []
+    return f"Not among the rivals: {', '.join([*left, 'GLC', 'ZeroMatch', 'EMLC'])}, a probe on the teacher's features."

@@ -60,6 +60,8 @@ def test_every_method_is_a_recipe(recipe_of_a_foreign_teacher: Path) -> None:
     assert len({recipe.model_dump_json() for recipe in recipes.values()}) == len(everything)
     for a, b, settings in (
         ("fixed", "fit", {"train_reduced.correction"}),
+        ("fixed", "prior-em", {"train_reduced.correction"}),
+        ("fixed", "prior-bbse", {"train_reduced.correction"}),
         ("feedback", "flipped", {"train_reduced.feedback.control"}),
         ("feedback", "feedback-fit", {"train_reduced.correction"}),
         ("feedback", "both", {"train_reduced.calibrator.supervised_weight"}),
@@ -73,7 +75,7 @@ def test_every_method_is_a_recipe(recipe_of_a_foreign_teacher: Path) -> None:
 
 def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path, recipe_of_a_foreign_teacher: Path) -> None:
     run_here(monkeypatch)
-    names = ("fixed", "fit", OURS.name, "both-seeing")
+    names = ("fixed", "fit", OURS.name, "both-seeing", "prior-em", "prior-bbse")
     asked = tuple(method for method in CELLS["long-tailed"].methods if method.name in names)
     for name in ("long-tailed", "clean"):
         monkeypatch.setitem(CELLS, name, replace(CELLS[name], methods=asked))
@@ -102,6 +104,9 @@ def test_a_small_one_from_end_to_end(mpl, monkeypatch, tmp_path: Path, recipe_of
     assert own > 70
     page = (run / "correction.md").read_text()
     assert "--seeds 2 --teacher long-tailed --teacher clean" in page
+    assert "Not among the rivals: GLC, ZeroMatch" in page
+    assert {"Feedback − Prior shift by EM", "Feedback − Prior shift by BBSE"} <= found["clean"]["differences"].keys()
+    assert "p_holm" not in found["long-tailed"]["differences"]["Feedback − Prior shift by EM"]
     assert (run / "correction.png").read_bytes().startswith(b"\x89PNG")
     assert "already done" in mpl(*line, "--seeds", 2, "--teacher", "long-tailed", "--teacher", "clean").err
 
