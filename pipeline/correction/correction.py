@@ -22,9 +22,14 @@ TINY = 1e-45  # of a probability that is only weighed: float32 has none between 
 START_FLOOR = 0.1  # share of the start that is uniform, as the calibrator's
 FORMAT = "mpl-correction"
 PARTS = ("class_map", "weight", "bias")
-NEEDED: dict[Kind, set[str]] = {"identity": set(), "map": {"class_map"}, "fit": {"weight", "bias"}} | {
-    kind: {"bias"} for kind in ("scaling", "prior-em", "prior-bbse")
-}  # parts of each kind
+NEEDED: dict[Kind, set[str]] = {  # parts of each kind
+    "identity": set(),
+    "map": {"class_map"},
+    "scaling": {"bias"},
+    "prior-em": {"bias"},
+    "prior-bbse": {"bias"},
+    "fit": {"weight", "bias"},
+}
 Floats = NDArray[np.floating[Any]]
 
 
