@@ -12,6 +12,7 @@ from pipeline.data.augment.augment import normalize
 from pipeline.data.decoded import Images
 from pipeline.distributed import ALONE, Ranks
 from pipeline.errors import DataError
+from pipeline.networks.features import last_layer_seen
 from pipeline.networks.network import Network
 
 
@@ -195,6 +196,16 @@ class Judge:
     def probabilities(self, model: nn.Module) -> Tensor:
         """Of each image, float32 (N, C)."""
         return self.logits(model).softmax(dim=1)
+
+    def features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits (N, C), and what the network's last linear layer sees, (N, D).
+
+        Raises:
+            DataError: the network has no linear layer.
+        """
+        with last_layer_seen(model) as seen:
+            logits = self.logits(model)
+        return logits, torch.cat(seen)
 
     def logits(self, model: nn.Module) -> Tensor:
         """Of each image, (N, C)."""

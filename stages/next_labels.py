@@ -23,14 +23,14 @@ from pipeline.networks.network import Network, to_device
 from pipeline.pool.rejected import REJECTED
 from pipeline.pool.scores import read_scores, read_shard_scores, shard_file
 from pipeline.report.labelling.page import Card, LabellingPage
-from pipeline.report.page.pictures import picture
+from pipeline.report.page.pictures import LARGEST, take_pictures
 from pipeline.storage.files import write_text
 from pipeline.storage.tables import open_table
 from stages.evaluate import last_student
 from stages.options import Context, stage_options
 from stages.precompute import selected_correction
+from stages.report import splits_of
 
-SIDE = 96  # pixels of a picture
 TABLE, PAGE, ANSWERS = "next.csv", "next.html", "labels.csv"
 HEAD = ("shard", "row", "key", "student", "probability", "teacher", "disagreement")
 ROWS = 65_536  # of a table that are read at a time
@@ -111,10 +111,9 @@ def _of(rows: NDArray[Any] | None, chosen: NDArray[np.int64]) -> NDArray[Any] | 
 def _known_kinds(context: Context, network: Network, count: int, seen: Seen, about: list[str]) -> Seen:
     """Without the images that are unlike all labelled ones, where enough are left to choose from."""
     images = context.data_set.images(context.data_set.split("labelled"), network.image_size, network.framing)
-    with last_layer_seen(network.model) as labelled:
-        context.assembly.judge(images, network).logits(network.model)
+    _, labelled = context.assembly.judge(images, network).features(network.model)
     candidates, p, features = seen
-    known = like_the_labelled(features, torch.cat(labelled).numpy())
+    known = like_the_labelled(features, labelled.numpy())
     text = f"{len(known) - int(known.sum()):,} images are less like any labelled one than those are like each other"
     if known.sum() < count:
         about.append(f"{text}; too few are left, so they are among those to choose from")
@@ -237,12 +236,8 @@ def _page(
     teacher: NDArray[Any] | None,
     names: tuple[str, ...],
 ) -> LabellingPage:
-    wanted = {(candidate.shard, candidate.row) for candidate in candidates}
-    pictures = {
-        (shard, sample.row): picture(sample.data, SIDE)
-        for shard, sample in context.data_set.split("unlabelled").read()
-        if (shard, sample.row) in wanted
-    }
+    wanted = ((("unlabelled", candidate.shard, candidate.row), candidate.key) for candidate in candidates)
+    uris = take_pictures(wanted, splits_of(context), LARGEST, lambda *_: False).uris
     cards = []
     for i, candidate in enumerate(candidates):
         best = int(p[i].argmax())
@@ -250,7 +245,7 @@ def _page(
         if teacher is not None:
             theirs = int(teacher[i].argmax())
             lines.append(f"teacher: {names[theirs]} ({100 * teacher[i, theirs]:.0f}%)")
-        cards.append(Card(*candidate, pictures.get((candidate.shard, candidate.row)), None, tuple(lines)))
+        cards.append(Card(*candidate, uris.get(("unlabelled", candidate.shard, candidate.row)), None, tuple(lines)))
     return LabellingPage(
         title=f"{context.data_set.manifest.name}: label these {len(cards):,} images next",
         about="The student is unsure of them, and they are unlike each other. Leave out what is of no class: it stays "

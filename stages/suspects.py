@@ -9,24 +9,22 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.data.decoded import Images
 from pipeline.errors import RunError, UsageError, UserError
 from pipeline.labelling.suspects import Suspect, distances, label_margins, rank, twins_across_classes
-from pipeline.networks.features import last_layer_seen
 from pipeline.networks.loading import load_network
 from pipeline.networks.network import to_device
 from pipeline.report.labelling.page import Card, LabellingPage
-from pipeline.report.page.pictures import picture
+from pipeline.report.page.pictures import LARGEST, take_pictures
 from pipeline.storage.files import write_text
 from stages.evaluate import last_student
 from stages.options import Context, stage_options
+from stages.report import splits_of
 from stages.students import trained
 from stages.teachers import class_names, teacher_of
 
-SIDE = 96  # pixels of a picture
 TABLE, PAGE, ANSWERS = "suspects.csv", "suspects.html", "labels.csv"
 HEAD = ("rank", "shard", "row", "key", "label", "suggested", "margin", "reasons")
 
@@ -154,9 +152,8 @@ def _asked(
 ) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
     """A network's distributions (n, C) of images, and what its last linear layer sees, (n, D)."""
     network = to_device(load_network(folder), context.device)
-    with last_layer_seen(network.model) as seen:
-        logits = context.assembly.judge(images, network).logits(network.model)
-    return logits.softmax(dim=1).numpy(), torch.cat(seen).numpy()
+    logits, features = context.assembly.judge(images, network).features(network.model)
+    return logits.softmax(dim=1).numpy(), features.numpy()
 
 
 def table(suspects: list[Suspect], images: Images, names: tuple[str, ...]) -> str:
@@ -180,22 +177,17 @@ def page_of(
     context: Context, suspects: list[Suspect], images: Images, names: tuple[str, ...], about: list[str]
 ) -> LabellingPage:
     """The page of the first suspects; chosen is the label that they have."""
-    wanted = {(images.shards[s.place], int(images.rows[s.place])) for s in suspects}
-    data = {
-        (shard, sample.row): sample.data
-        for shard, sample in context.data_set.split("labelled").read()
-        if (shard, sample.row) in wanted
-    }
+    places = [("labelled", images.shards[s.place], int(images.rows[s.place])) for s in suspects]
+    uris = take_pictures(((place, None) for place in places), splits_of(context), LARGEST, lambda *_: False).uris
     cards = []
-    for suspect in suspects:
+    for suspect, (split, shard, row) in zip(suspects, places, strict=True):
         place = suspect.place
-        identity = images.shards[place], int(images.rows[place])
         label = int(images.labels[place])
         lines = [f"labelled {names[label]}"]
         if not np.isnan(suspect.margin) and suspect.suggested != label:
             lines.append(f"rather {names[suspect.suggested]} (margin {suspect.margin:+.2f})")
         cards.append(
-            Card(*identity, images.keys[place], picture(data[identity], SIDE), label, (*lines, *suspect.reasons))
+            Card(shard, row, images.keys[place], uris.get((split, shard, row)), label, (*lines, *suspect.reasons))
         )
     return LabellingPage(
         title=f"{context.data_set.manifest.name}: labels to look at",
