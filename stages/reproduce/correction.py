@@ -24,18 +24,15 @@ from stages.options import Context, changed
 from stages.reproduce.black_boxes import BlackBox, ask, labels_of, probe
 from stages.reproduce.chains import Chain, Step, run_chains
 from stages.reproduce.experiment import SeedRuns
-from stages.reproduce.methods import method_changes
+from stages.reproduce.methods import POOL, RAW, SCALED, method_changes
 from stages.reproduce.variants import Variant, results_of
 from stages.teachers import class_names, teacher_of
 
 EMBEDDING = 64  # numbers
 TAIL = 50  # images of the most frequent class to one of the rarest
 ORACLE = 10  # times the labelled images of a draw, for a fit that shows what there is to gain
-POOL = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")
 FIXED = ("train_reduced.teacher=fixed",)
 ALL = ("train_reduced.student_data=pool+labelled", "train_reduced.labelled_target=label")
-RAW = ("train_reduced.feedback.scale=raw", "train_reduced.calibrator.weight_decay=0")
-SCALED = ("train_reduced.feedback.scale=per_image", "train_reduced.calibrator.weight_decay=1.0e-4")
 FEEDBACK = ("train_reduced.teacher=calibrator", *POOL, "train_reduced.calibrator.supervised_weight=0",
             "train_reduced.calibrator.embedding=false", "train_reduced.feedback.weight=1",
             "train_reduced.feedback.control=none")  # fmt: skip

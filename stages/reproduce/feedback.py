@@ -23,6 +23,7 @@ from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Chain, Step, run_chains
 from stages.reproduce.experiment import SeedRuns
+from stages.reproduce.methods import POOL, RAW, SCALED
 from stages.reproduce.pool_variants import DIGITS, PoolVariant, write_variant
 from stages.reproduce.swapped_teacher import last_linear
 from stages.reproduce.variants import Variant, results_of
@@ -31,9 +32,6 @@ SIZE = 320  # images of a pool
 STEPS = 400  # of a student
 SEEDS = 6
 NOISE, TAIL = 0.4, 50  # share of wrong labels; the most frequent class to the rarest
-POOL = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")
-RAW = ("train_reduced.feedback.scale=raw", "train_reduced.calibrator.weight_decay=0")
-SCALED = ("train_reduced.feedback.scale=per_image", "train_reduced.calibrator.weight_decay=1.0e-4")
 TERM = "train_reduced.calibrator.supervised_weight=1"
 
 

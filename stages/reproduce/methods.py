@@ -9,6 +9,12 @@ from pipeline.trainings import mpl_settings
 from stages.options import Context
 
 NOISY = "noisystudent"
+POOL = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")  # the student sees the pool alone
+RAW = ("train_reduced.feedback.scale=raw", "train_reduced.calibrator.weight_decay=0")
+SCALED = (
+    "train_reduced.feedback.scale=per_image",
+    "train_reduced.calibrator.weight_decay=1.0e-4",
+)  # the former default
 METHODS = {  # name: for people
     "supervised": "Supervised",
     "label_smoothing": "Label smoothing",

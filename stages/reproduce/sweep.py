@@ -19,6 +19,7 @@ from stages.execution import Stage
 from stages.options import Context
 from stages.reproduce.chains import Chain, Records, Step, run_chains
 from stages.reproduce.experiment import SeedRuns, teacher_top1
+from stages.reproduce.methods import POOL
 from stages.reproduce.pool_variants import DIGITS, PoolVariant, write_variant
 from stages.reproduce.variants import Variant, results_of
 
@@ -41,7 +42,6 @@ class Point:
 ORIGIN = Point()
 NOISY, FIXED, REDUCED_OFF, REDUCED = "noisystudent", "noisystudent-pool", "reduced-mpl-off", "reduced-mpl"
 MPL_OFF, MPL = "mpl-off", "mpl"
-POOL = ("train_reduced.student_data=pool", "train_reduced.feedback.held_out=0")
 CALIBRATED = (
     "train_reduced.teacher=calibrator",
     *POOL,
